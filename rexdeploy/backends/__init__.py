@@ -1,0 +1,49 @@
+"""The libraries that run a model, behind one small protocol; each is imported only when opened."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rexdeploy.errors import UsageError
+from rexdeploy.manifest import ModelSpec
+
+Float32 = npt.NDArray[np.float32]
+
+ONNX_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
+ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
+
+
+class Backend(Protocol):
+    """A loaded model. Not thread-safe; `close` frees it, and nothing may run after that."""
+
+    name: str
+
+    def run(self, images: Float32) -> Float32:
+        """Logits `[N, classes]` (float32, owned by the caller) of images `[N, 3, H, W]`."""
+
+    def close(self) -> None:
+        """Frees the model; calling it twice does no harm."""
+
+
+def open_backend(name: str, model: bytes, spec: ModelSpec) -> Backend:
+    """Loads a serialised model: weights for "pytorch", ONNX or an engine for the others.
+
+    Raises BackendUnavailable where this machine cannot run it, UsageError for an unusable model.
+    """
+    if name == "pytorch":
+        from rexdeploy.backends.pytorch import PyTorchBackend
+
+        return PyTorchBackend(model, spec)
+    if name in ONNX_BACKENDS:
+        from rexdeploy.backends.onnxrt import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(model, spec, cuda=name == "onnxruntime-cuda")
+    if name in ENGINE_BACKENDS:
+        from rexdeploy.backends.trt import TensorRTBackend
+
+        return TensorRTBackend(model, spec, flavor="rtx" if name == "tensorrt-rtx" else "tensorrt")
+    known = ", ".join(("pytorch", *ONNX_BACKENDS, *ENGINE_BACKENDS))
+    raise UsageError(f"backend: got '{name}', expected one of {known}")

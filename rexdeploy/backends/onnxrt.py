@@ -1,0 +1,94 @@
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.manifest import ModelSpec
+
+Float32 = npt.NDArray[np.float32]
+
+_CUDA = "CUDAExecutionProvider"
+
+
+class OnnxRuntimeBackend:
+    """Runs an ONNX model with one image input and one logits output."""
+
+    def __init__(self, model: bytes, spec: ModelSpec, cuda: bool = False) -> None:
+        self.name = "onnxruntime-cuda" if cuda else "onnxruntime"
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            raise BackendUnavailable(
+                "onnxruntime is not installed: pip install 'rexdeploy[cpu]', or 'rexdeploy[gpu]' "
+                "on a machine with an NVIDIA GPU"
+            ) from None
+        if cuda and _CUDA not in ort.get_available_providers():
+            raise BackendUnavailable(
+                "this onnxruntime is the CPU build; with an NVIDIA GPU: "
+                "pip uninstall onnxruntime && pip install 'rexdeploy[gpu]'"
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # its warnings are about its own optimisations
+        try:
+            # TF32 is on by default and rounds float32 products to 10 bits: not parity.
+            provider = (_CUDA, {"use_tf32": "0"}) if cuda else "CPUExecutionProvider"
+            self._session = ort.InferenceSession(model, options, providers=[provider])
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise UsageError(
+                f"not an ONNX model that onnxruntime can load ({_first_line(error)})"
+            ) from None
+        if cuda and _CUDA not in self._session.get_providers():
+            # Without a usable GPU, onnxruntime quietly runs on the CPU instead.
+            raise BackendUnavailable("onnxruntime found no usable NVIDIA GPU, driver or cuDNN")
+        _check_signature(self._session.get_inputs(), self._session.get_outputs(), spec)
+        self._input = self._session.get_inputs()[0].name
+        self._batch = self._session.get_inputs()[0].shape[0]
+
+    def run(self, images: Float32) -> Float32:
+        if isinstance(self._batch, int) and len(images) != self._batch:
+            raise UsageError(
+                f"the model takes batches of exactly {self._batch}, got {len(images)}; "
+                "export with --batch dynamic"
+            )
+        logits: Float32 = np.asarray(
+            self._session.run(None, {self._input: images})[0], dtype=np.float32
+        )
+        return logits
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _check_signature(inputs: Sequence[Any], outputs: Sequence[Any], spec: ModelSpec) -> None:
+    """Raises UsageError unless the model maps the spec's images to the spec's logits."""
+    size = (3, spec.preprocess.height, spec.preprocess.width)
+    if (
+        len(inputs) == len(outputs) == 1
+        and inputs[0].type == "tensor(float)"
+        and _fits(inputs[0].shape, (None, *size))
+        and _fits(outputs[0].shape, (None, spec.num_classes))
+    ):
+        return
+    got = [f"{value.type} {value.shape}" for value in (*inputs, *outputs)]
+    raise UsageError(
+        f"the model has inputs and outputs {', '.join(got)}; expected one tensor(float) input "
+        f"[N, {size[0]}, {size[1]}, {size[2]}] and one output [N, {spec.num_classes}]"
+    )
+
+
+def _fits(shape: Sequence[object], wanted: Sequence[int | None]) -> bool:
+    """Whether every fixed dimension is the wanted one; None, and a named dimension, are open."""
+    return len(shape) == len(wanted) and all(
+        size is None or not isinstance(got, int) or got == size
+        for got, size in zip(shape, wanted, strict=True)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,56 @@
+"""The reference: our PyTorch network, rebuilt from a bundle's weights."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.manifest import ModelSpec
+
+Float32 = npt.NDArray[np.float32]
+
+_CHUNK = 8  # images at once: more is no faster on a CPU and takes memory
+
+
+class PyTorchBackend:
+    """Runs the network in float32 on the CPU, in evaluation mode."""
+
+    name = "pytorch"
+
+    def __init__(self, weights: bytes, spec: ModelSpec) -> None:
+        try:
+            import safetensors.torch
+            import torch
+        except ImportError:
+            raise BackendUnavailable(
+                "the PyTorch reference needs torch: pip install 'rexdeploy[cpu]'"
+            ) from None
+        from rexdeploy.models.rexnet import CONFIGS, RexNet
+
+        if spec.family == "onnx" or spec.width is None:
+            raise UsageError("this bundle holds somebody's own ONNX graph: it has no PyTorch code")
+        self._torch = torch
+        model = RexNet(CONFIGS[spec.family](spec.width, spec.num_classes))
+        try:
+            model.load_state_dict(safetensors.torch.load(weights))
+        except (RuntimeError, safetensors.SafetensorError) as error:
+            raise UsageError(
+                f"the bundle's weights do not fit {spec.title} ({str(error).splitlines()[0]}); "
+                "run 'rexdeploy export' again"
+            ) from None
+        self._model: torch.nn.Module = model.eval()
+
+    def run(self, images: Float32) -> Float32:
+        torch = self._torch
+        with torch.inference_mode():
+            chunks = [
+                self._model(torch.from_numpy(images[start : start + _CHUNK])).numpy()
+                for start in range(0, len(images), _CHUNK)
+            ]
+        return cast(Float32, np.concatenate(chunks))
+
+    def close(self) -> None:
+        self._model = self._torch.nn.Identity()

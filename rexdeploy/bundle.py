@@ -1,0 +1,236 @@
+"""A bundle: one folder that holds a model, everything built from it, and a manifest.
+
+A bundle changes in one atomic step. New files are staged beside the old ones, then a journal with
+the complete new manifest is renamed into place (from here on the change has happened), then the
+staged files and the manifest are renamed over the old ones. Whoever opens the folder next finishes
+an interrupted step first, so a command killed at any moment leaves the old bundle or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.manifest import Artifact, Manifest, decode, encode
+
+DEFAULT_ROOT = Path("artifacts")
+
+_MANIFEST = "manifest.json"
+_JOURNAL = ".manifest.commit"
+_STAGED = ".{}.staged"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle as one command sees it: its folder, and the manifest read when it was opened."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Opens the bundle at `path`; raises UsageError if there is none or it is damaged."""
+        if not path.is_dir() or not any((path / name).exists() for name in (_MANIFEST, _JOURNAL)):
+            raise UsageError(
+                f"{path} is not a bundle: expected a folder with a manifest.json; "
+                "'rexdeploy export' makes one"
+            )
+        with _locked(path):
+            _finish_interrupted(path)
+            return cls(path, _read_manifest(path))
+
+    @classmethod
+    def find(cls, where: Path | None, root: Path = DEFAULT_ROOT) -> Bundle:
+        """The bundle at `where` (a folder, or a name under `root`), or the latest one in `root`.
+
+        The latest is the one a command changed last, by the time in its manifest.
+        """
+        if where is not None:
+            return cls.open(where if where.exists() else _under(root, where))
+        bundles = []
+        damaged: UsageError | None = None
+        for folder in sorted(root.iterdir()) if root.is_dir() else []:
+            if not any((folder / name).exists() for name in (_MANIFEST, _JOURNAL)):
+                continue
+            try:
+                bundles.append(cls.open(folder))
+            except UsageError as error:
+                damaged = error
+        if bundles:
+            return max(bundles, key=lambda bundle: bundle.manifest.updated_at)
+        raise damaged or UsageError(
+            f"no bundle in {root}{os.sep}: run 'rexdeploy export' first, or name a bundle's folder"
+        )
+
+    def read(self, artifact: Artifact) -> bytes:
+        """An artifact's bytes, checked against its hash; raises UsageError."""
+        with _locked(self.path):
+            _finish_interrupted(self.path)
+            changed = artifact not in _read_manifest(self.path).artifacts
+            try:
+                data = (self.path / artifact.file).read_bytes()
+            except OSError as error:
+                raise UsageError(
+                    f"{self.path / artifact.file} cannot be read ({error.strerror}); "
+                    f"make it again: {artifact.command or 'rexdeploy export'}"
+                ) from None
+        if changed:
+            raise UsageError(
+                f"{self.path} was changed by another command meanwhile; run this one again"
+            )
+        found = sha256(data)
+        if found != artifact.sha256:
+            raise UsageError(
+                f"{self.path / artifact.file} is not the file the manifest describes: got sha256 "
+                f"{found[:12]}, expected {artifact.sha256[:12]}; "
+                f"make it again: {artifact.command or 'rexdeploy export'}"
+            )
+        return data
+
+    def update(self, *added: Artifact, files: Mapping[str, bytes]) -> Bundle:
+        """Adds or replaces artifacts (`files`: bytes by file name) in one atomic step.
+
+        Raises UsageError if another command meanwhile replaced what they were made from.
+        """
+
+        def merge(current: Manifest | None) -> Manifest:
+            merged = current.with_artifacts(*added) if current else None
+            if merged is None or any(artifact not in merged.artifacts for artifact in added):
+                raise UsageError(
+                    f"{self.path} was changed by another command meanwhile; run this one again"
+                )
+            return merged
+
+        return commit(self.path, merge, files)
+
+
+def commit(
+    path: Path, merge: Callable[[Manifest | None], Manifest], files: Mapping[str, bytes]
+) -> Bundle:
+    """Moves the bundle at `path` to the manifest `merge(current)`, with `files`, or not at all.
+
+    `merge` runs under the bundle's lock; what it raises leaves the bundle as it was.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            _finish_interrupted(path)
+            current = _read_manifest(path) if (path / _MANIFEST).exists() else None
+            manifest = replace(
+                merge(current),
+                updated_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+            )
+            try:
+                for name, data in files.items():
+                    _write(path / _STAGED.format(name), data)
+                _write(path / _STAGED.format(_MANIFEST), encode(manifest))
+                os.replace(path / _STAGED.format(_MANIFEST), path / _JOURNAL)
+            except OSError:
+                _remove_staged(path)
+                raise
+            _finish_interrupted(path)
+    except OSError as error:
+        raise RexdeployError(
+            f"cannot write the bundle {path} ({error.strerror}); nothing was changed: "
+            "free some space or choose another folder with --out"
+        ) from None
+    return Bundle(path, manifest)
+
+
+def check_writable(root: Path) -> None:
+    """Raises UsageError unless files can be made in `root`; call it before a long step."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to the folder {root} ({error.strerror}); choose another with --out"
+        ) from None
+
+
+def sha256(data: bytes) -> str:
+    """The SHA-256 of `data`, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _under(root: Path, where: Path) -> Path:
+    named = root / where
+    return named if named.exists() else where
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the bundle's lock; the kernel lets go of it when the process dies."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / _MANIFEST
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read ({error.strerror}); export again") from None
+    return decode(data, str(file))
+
+
+def _finish_interrupted(path: Path) -> None:
+    """Completes a step whose journal was written; clears away one that got less far."""
+    journal = path / _JOURNAL
+    if not journal.exists():
+        _remove_staged(path)
+        return
+    manifest = decode(journal.read_bytes(), str(journal))
+    for artifact in manifest.artifacts:
+        staged = path / _STAGED.format(artifact.file)
+        if staged.exists():
+            os.replace(staged, path / artifact.file)
+    _remove_dropped(path, manifest)
+    os.replace(journal, path / _MANIFEST)
+    _sync_folder(path)
+
+
+def _remove_dropped(path: Path, manifest: Manifest) -> None:
+    """Deletes files that the old manifest names and the new one does not; never any other."""
+    try:
+        old = _read_manifest(path)
+    except UsageError:
+        return  # no old manifest, or an unreadable one: then nothing here is known to be ours
+    kept = {artifact.file for artifact in manifest.artifacts}
+    for artifact in old.artifacts:
+        if artifact.file not in kept:
+            (path / artifact.file).unlink(missing_ok=True)
+
+
+def _remove_staged(path: Path) -> None:
+    for staged in path.glob(_STAGED.format("*")):
+        with contextlib.suppress(OSError):  # a read-only bundle can still be read
+            staged.unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,162 @@
+"""Classifies images with whatever a bundle holds that this machine can run best."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from rexdeploy import images
+from rexdeploy.backends import ENGINE_BACKENDS, ONNX_BACKENDS, Backend, open_backend
+from rexdeploy.bundle import Bundle
+from rexdeploy.compare import softmax
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.manifest import Artifact, BatchRange
+
+Float32 = npt.NDArray[np.float32]
+
+_CHUNK = 16  # images at once where the model takes any number
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of one image."""
+
+    index: int
+    label: str
+    probability: float  # 0 to 1
+
+
+class Classifier:
+    """A loaded bundle. Thread-safe; close it, or use it in a `with` statement."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        batch: BatchRange | None,
+        passed_over: tuple[str, ...],
+    ) -> None:
+        self.title = bundle.manifest.model.title
+        self.backend = backend.name
+        self.passed_over = passed_over  # why better backends are not used, one line each
+        self._spec = bundle.manifest.model
+        self._model: Backend | None = backend
+        self._batch = batch or BatchRange(1, _CHUNK, _CHUNK)
+        self._lock = threading.Lock()
+        labels = bundle.manifest.find("labels")
+        self._labels = bundle.read(labels).decode().splitlines() if labels else None
+
+    def logits(self, batch: Float32) -> Float32:
+        """Logits `[N, classes]` (float32) of preprocessed images `[N, 3, H, W]` (float32)."""
+        preprocess = self._spec.preprocess
+        wanted = (3, preprocess.height, preprocess.width)
+        if batch.ndim != 4 or batch.shape[1:] != wanted or len(batch) == 0:
+            raise UsageError(f"images: got shape {batch.shape}, expected (N, *{wanted}), N > 0")
+        with self._lock:
+            if self._model is None:
+                raise RexdeployError("this classifier was closed; load the bundle again")
+            chunks = [
+                self._run_padded(self._model, batch[start : start + self._batch.max])
+                for start in range(0, len(batch), self._batch.max)
+            ]
+        return np.concatenate(chunks)
+
+    def classify(
+        self, inputs: Sequence[Path | str | Image.Image], top: int = 5
+    ) -> list[list[Prediction]]:
+        """The `top` most probable classes of every image, most probable first."""
+        batch = np.stack(
+            [
+                images.preprocess(
+                    item.convert("RGB")
+                    if isinstance(item, Image.Image)
+                    else images.load(Path(item)),
+                    self._spec.preprocess,
+                )
+                for item in inputs
+            ]
+        )
+        return [self._best(row, top) for row in softmax(self.logits(batch))]
+
+    def close(self) -> None:
+        """Frees the model; later calls raise RexdeployError."""
+        with self._lock:
+            if self._model is not None:
+                self._model.close()
+                self._model = None
+
+    def __enter__(self) -> Classifier:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run_padded(self, model: Backend, batch: Float32) -> Float32:
+        """Runs a batch that may be smaller than the model's minimum, by repeating its images."""
+        size = max(len(batch), self._batch.min)
+        return model.run(batch[np.arange(size) % len(batch)])[: len(batch)]
+
+    def _best(self, probabilities: npt.NDArray[np.float64], top: int) -> list[Prediction]:
+        order = np.argsort(-probabilities, kind="stable")[:top]
+        return [
+            Prediction(
+                int(index),
+                self._labels[index] if self._labels else f"class {index}",
+                float(probabilities[index]),
+            )
+            for index in order
+        ]
+
+
+def load(bundle: Bundle | Path | str, backend: str = "auto") -> Classifier:
+    """Loads a bundle (or the one in a folder) for classification.
+
+    `backend` is "auto" or one backend's name. "auto" takes the first that works: TensorRT engines
+    (float16 first), ONNX Runtime with CUDA, ONNX Runtime, PyTorch. Raises UsageError or
+    BackendUnavailable with every reason.
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = Bundle.open(Path(bundle))
+    passed_over: list[str] = []
+    for name, artifact in _choices(bundle, backend):
+        try:
+            model = open_backend(name, bundle.read(artifact), bundle.manifest.model)
+        except BackendUnavailable as error:
+            passed_over.append(f"{artifact.file} on {name}: {error}")
+            continue
+        return Classifier(bundle, model, artifact.batch, tuple(passed_over))
+    reasons = "; ".join(passed_over) or f"{bundle.path} holds no file for backend {backend}"
+    raise BackendUnavailable(f"nothing in the bundle can run here: {reasons}")
+
+
+def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
+    """Backends with the file each would run, best first."""
+    known = ("auto", *ENGINE_BACKENDS, *ONNX_BACKENDS, "pytorch")
+    if backend not in known:
+        raise UsageError(f"backend: got '{backend}', expected one of {', '.join(known)}")
+    manifest = bundle.manifest
+    engines = [artifact for artifact in manifest.artifacts if artifact.kind == "engine"]
+    engines.sort(key=lambda artifact: artifact.precision != "fp16")
+    choices = [
+        ("tensorrt-rtx" if engine.built_with.get("flavor") == "rtx" else "tensorrt", engine)
+        for engine in engines
+    ]
+    graph = manifest.find("onnx", "fp32") or manifest.find("onnx")
+    weights = manifest.find("weights")
+    if graph is not None:
+        choices += [("onnxruntime-cuda", graph), ("onnxruntime", graph)]
+    if weights is not None:
+        choices.append(("pytorch", weights))
+    return [choice for choice in choices if backend in ("auto", choice[0])]

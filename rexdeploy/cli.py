@@ -1,0 +1,544 @@
+"""The command line: parse, call, print, exit code."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.progress import Report, silent
+
+if TYPE_CHECKING:
+    from rexdeploy.bundle import Bundle
+    from rexdeploy.manifest import Artifact
+    from rexdeploy.verify import Verification
+
+EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
+
+app = typer.Typer(
+    name="rexdeploy",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich costs `--help` more than everything else together
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+BundleArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[BUNDLE]",
+        help="A bundle's folder or its name under artifacts/ [default: the latest one].",
+        show_default=False,
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; '-' is stdout."),
+]
+
+
+def main() -> NoReturn:
+    """Runs the command line; the only place where exceptions become exit codes."""
+    try:
+        code = app(standalone_mode=False)
+    except RexdeployError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; the bundle is as it was", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # `rexdeploy models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        # click's usage errors, without its three-line "Usage:" preface. Anything else is our bug.
+        show = getattr(error, "format_message", None)
+        if show is None:
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "rexdeploy"
+        if show():
+            _fail(f"{show().rstrip('.')}; see '{command} --help'", 2)
+        code = 2  # no arguments at all: click has printed the help
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from rexdeploy import __version__
+
+        typer.echo(f"rexdeploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def rexdeploy(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """ReXNet and ReXNet-lite: from a checkpoint to verified ONNX graphs and TensorRT engines.
+
+    \b
+    rexdeploy export --width 1.5       a bundle in artifacts/, with a checked ONNX graph
+    rexdeploy build-trt --fp16         a TensorRT engine, proven to be FP16
+    rexdeploy verify                   every file's logits against the network's
+    """
+
+
+@app.command()
+def export(
+    width: Annotated[
+        float | None,
+        typer.Option(help="Width multiplier [default: the checkpoint's, or 1.0].", metavar="FLOAT"),
+    ] = None,
+    lite: Annotated[bool, typer.Option("--lite", help="ReXNet-lite: ReLU6, no SE.")] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="A .pth, .pt or .safetensors checkpoint, or 'pretrained' for timm's published "
+            "weights [default: an untrained network].",
+            metavar="FILE",
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes [default: the checkpoint's, or 1000].")
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Height and width of the input, pixels.")] = 224,
+    batch: Annotated[str, typer.Option(help="'dynamic', or one fixed batch size.")] = "dynamic",
+    opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
+    no_simplify: Annotated[bool, typer.Option("--no-simplify", help="Do not run onnxsim.")] = False,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one class name a line [default: ImageNet's for 1000]."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the bundle [default: such as rexnet_1.5].")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write the bundle in.")] = Path("artifacts"),
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Export a checkpoint to a bundle with a checked ONNX graph.
+
+    The graph is simplified, and its logits are compared with PyTorch's, before anything is
+    written.
+
+    \b
+    Example:
+    rexdeploy export --weights rexnetv1_1.5.pth
+    rexdeploy export --weights pretrained --width 2.0
+    """
+    from rexdeploy.models.rexnet import check_width
+
+    if width is not None:
+        check_width(width)
+    from rexdeploy.export import ExportOptions
+    from rexdeploy.export import export as run
+
+    options = ExportOptions(
+        width=width,
+        lite=lite,
+        weights=weights,
+        num_classes=num_classes,
+        image_size=image_size,
+        batch=_fixed_batch(batch),
+        opset=opset,
+        simplify=not no_simplify,
+        labels=labels,
+        name=name,
+        out=out,
+        command=_command(),
+    )
+    with _progress(quiet) as report:
+        result = run(options, report)
+    graph = result.bundle.manifest.find("onnx", "fp32")
+    last = result.comparisons[-1]
+    worst = max(result.comparisons, key=lambda comparison: comparison.error)
+    _emit(
+        json,
+        lambda: {
+            "bundle": str(result.bundle.path),
+            "manifest": result.bundle.manifest,
+            "comparisons": result.comparisons,
+        },
+    )
+    _say(
+        quiet or json == Path("-"),
+        result.bundle.manifest.model.title,
+        f"  {_describe(result.bundle, graph)}, {result.nodes} nodes "
+        f"({result.nodes_before} before simplification)",
+        f"  torch -> {last.candidate}: error {worst.error:.1e} of the signal "
+        f"(limit {worst.limit:g}), top-1 agreement {last.top1:.0%}",
+        "next: rexdeploy build-trt --fp16",
+    )
+
+
+@app.command("build-trt")
+def build_trt(
+    bundle: BundleArgument = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Compute in float16, and prove it.")] = False,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes to accept [default: 1:8:64]."),
+    ] = None,
+    flavor: Annotated[
+        str,
+        typer.Option(
+            help="auto, tensorrt (for this machine's GPU) or rtx (TensorRT-RTX, needs no GPU)."
+        ),
+    ] = "auto",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="RTX: compute capability to build for, such as sm89; repeatable "
+            "[default: sm80 and newer].",
+            show_default=False,
+        ),
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option(metavar="MIB", help="Scratch memory limit.", min=1)
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Build somebody's own ONNX classifier instead."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of bundles, for --onnx and to find the latest in.")
+    ] = Path("artifacts"),
+    force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed.")] = False,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Build a TensorRT engine and prove its precision.
+
+    The proof is the built engine's own layer report: an --fp16 engine with a convolution in
+    float32 is an error.
+
+    \b
+    Example:
+    rexdeploy build-trt --fp16 --batch 1:8:32
+    rexdeploy build-trt artifacts/rexnet_1.5 --fp16 --target sm86 --target sm89
+    """
+    from rexdeploy.build import BuildOptions, import_onnx
+    from rexdeploy.build import build as run
+    from rexdeploy.bundle import Bundle
+    from rexdeploy.manifest import BatchRange
+
+    if onnx is not None and bundle is not None:
+        raise UsageError("got a bundle and --onnx, expected one of them")
+    options = BuildOptions(
+        fp16=fp16,
+        batch=BatchRange.parse(batch) if batch is not None else None,
+        flavor=flavor,
+        targets=tuple(target or ()),
+        workspace_mib=workspace,
+        force=force,
+        command=_command(),
+    )
+    opened = import_onnx(onnx, out, _command()) if onnx else Bundle.find(bundle, out)
+    with _progress(quiet) as report:
+        result = run(opened, options, report)
+    engine = result.engine
+    built = engine.built_with
+    _emit(
+        json,
+        lambda: {"bundle": str(result.bundle.path), "engine": engine, "reused": result.reused},
+    )
+    _say(
+        quiet or json == Path("-"),
+        result.bundle.manifest.model.title,
+        f"  {_describe(result.bundle, engine)}",
+        f"  {built['flavor']} {built['version']}, for {built['targets']}",
+        f"  precision: {built['half_layers']} of {built['layers']} layers in Half "
+        f"({float(built['half_share']):.0%})",
+        "  unchanged: answered from the bundle (--force rebuilds)" if result.reused else None,
+        "next: rexdeploy verify",
+    )
+
+
+@app.command()
+def verify(
+    bundle: BundleArgument = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Images to compare over [default: synthetic ones]."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many images at the most.")] = 16,
+    candidate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Judge this ONNX or engine instead of the bundle's."),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Use only this backend (onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx); "
+            "repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="Fail if this backend cannot run; repeatable.", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Compare the logits of every file with the network's.
+
+    Errors are in units of signal: the spread of the reference's logits over the images. Exit
+    code 3 names the broken edge. What cannot run here is 'skipped', which is not a pass.
+
+    \b
+    Example:
+    rexdeploy verify --images photos/ --require tensorrt
+    rexdeploy verify --candidate other.onnx
+    """
+    from rexdeploy.bundle import Bundle
+    from rexdeploy.errors import VerificationFailed
+    from rexdeploy.verify import VerifyOptions
+    from rexdeploy.verify import verify as run
+
+    opened = Bundle.find(bundle)
+    options = VerifyOptions(
+        images=images,
+        samples=samples,
+        candidate=candidate,
+        backends=tuple(backend or ()),
+        require=tuple(require or ()),
+        command=_command(),
+    )
+    with _progress(quiet) as report:
+        result = run(opened, options, report)
+    _emit(json, lambda: result)
+    if not quiet and json != Path("-"):
+        _print_verification(result)
+    if result.failures:
+        raise VerificationFailed("; ".join(result.failures))
+
+
+@app.command()
+def predict(
+    image: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="A bundle's folder or name [default: the latest].", metavar="BUNDLE"),
+    ] = None,
+    top: Annotated[int, typer.Option(help="Classes to print for an image.", min=1)] = 5,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime or pytorch."
+        ),
+    ] = "auto",
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Classify images with the best backend present.
+
+    \b
+    Example:
+    rexdeploy predict cat.jpg --bundle rexnet_1.5
+    """
+    from rexdeploy.bundle import Bundle
+    from rexdeploy.classify import load
+
+    with load(Bundle.find(bundle), backend) as classifier:
+        results = classifier.classify(image, top)
+    rows = list(zip(image, results, strict=True))
+    _emit(
+        json,
+        lambda: {
+            "model": classifier.title,
+            "backend": classifier.backend,
+            "passed_over": classifier.passed_over,
+            "images": [{"file": str(path), "predictions": best} for path, best in rows],
+        },
+    )
+    _say(quiet, *(f"passed over: {reason}" for reason in classifier.passed_over), to_stderr=True)
+    lines = [f"{classifier.title} on {classifier.backend}"]
+    for path, best in rows:
+        lines += [f"{path}", *(f"  {item.probability:7.2%}  {item.label}" for item in best)]
+    _say(quiet or json == Path("-"), *lines)
+
+
+@app.command()
+def models(json: Json = None) -> None:
+    """Print the published networks and what they cost.
+
+    \b
+    Example:
+    rexdeploy models
+    """
+    from rexdeploy.models import zoo
+
+    rows = [(row, zoo.cost(row.family, row.width)) for row in zoo.published()]
+    _emit(json, lambda: [{"published": row, "computed": cost} for row, cost in rows])
+    if json == Path("-"):
+        return
+    table = _table("network", "top-1", "top-5", "GMACs", "computed", "params M", "computed", "")
+    for row, cost in rows:
+        table.add_row(
+            f"{row.family} {row.width:.1f}",
+            *(f"{value:.1f}" if value else "-" for value in (row.top1, row.top5)),
+            f"{row.gmacs:.{row.decimals[0]}f}",
+            f"{cost.macs / 1e9:.3f}",
+            f"{row.params_m:.{row.decimals[1]}f}",
+            f"{cost.parameters / 1e6:.3f}",
+            "agrees" if zoo.agrees(row, cost) else "DIFFERS",
+        )
+    _console().print(table)
+    _say(
+        False,
+        "Published: ImageNet-1k, 224 x 224; their FLOPs are multiply-accumulates. 'agrees': to one "
+        "unit of the last printed digit.",
+        "One published slip: the comparison table gives ReXNet 2.0 as 1.8B / 19M, which is width "
+        "2.2; the model",
+        "table's 1.5B / 16M is right. No accuracy is published for 2.2.",
+    )
+
+
+@app.command()
+def doctor(json: Json = None) -> None:
+    """Show what is installed, and how to get the rest.
+
+    \b
+    Example:
+    rexdeploy doctor
+    """
+    from rexdeploy.doctor import examine
+
+    findings = examine()
+    _emit(json, lambda: findings)
+    if json == Path("-"):
+        return
+    table = _table("", "status", "found", "to get it", wrap=True)
+    for finding in findings:
+        table.add_row(finding.item, finding.status, finding.detail, finding.fix)
+    _console().print(table)
+    conflicts = [finding for finding in findings if finding.status == "conflict"]
+    if conflicts:
+        raise RexdeployError(f"{conflicts[0].item}: {conflicts[0].detail}; {conflicts[0].fix}")
+
+
+def _print_verification(result: Verification) -> None:
+    typer.echo(
+        f"{result.model}: {result.images}, batches {', '.join(map(str, result.batches)) or 'none'}"
+        f"; signal {result.signal:.3g}"
+    )
+    table = _table(
+        "edge", "error", "cosine", "KL", "top-1", "top-5", "nonfinite", "limit", "verdict"
+    )
+    for comparison in (*result.edges, *result.totals):
+        table.add_row(
+            f"{comparison.reference} -> {comparison.candidate}",
+            f"{comparison.error:.2g}",
+            f"{comparison.cosine:.6f}",
+            f"{comparison.kl:.1e}",
+            f"{comparison.top1:.1%}",
+            f"{comparison.top5:.1%}",
+            str(comparison.nonfinite),
+            f"{comparison.limit:g}",
+            "FAILED" if comparison.failures else "ok",
+        )
+    for skip in result.skipped:
+        table.add_row(f"{skip.reference} -> {skip.candidate}", *"-------", "skipped")
+    _console().print(table)
+    for skip in result.skipped:
+        typer.echo(f"skipped {skip.candidate}: {skip.reason}")
+    if not result.failures:
+        unproven = f" ({len(result.skipped)} skipped)" if result.skipped else ""
+        typer.echo(f"verified: every edge that ran is within its limit{unproven}")
+
+
+def _describe(bundle: Bundle, artifact: Artifact | None) -> str:
+    """`artifacts/rexnet_1.5/fp32.onnx, 37.0 MiB, batch dynamic`."""
+    if artifact is None:
+        return str(bundle.path)
+    file = bundle.path / artifact.file
+    size = file.stat().st_size / 2**20
+    return f"{file}, {size:.1f} MiB, batch {artifact.batch or 'dynamic'}"
+
+
+def _fixed_batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"batch: got '{text}', expected 'dynamic' or a number")
+    return int(text)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Report]:
+    """Yields a function that shows the step under way on stderr: a spinner, or a line each."""
+    if quiet:
+        yield silent
+    elif not sys.stderr.isatty():
+        yield lambda message: typer.echo(f"{message} ...", err=True)
+    else:
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        with console.status("starting") as status:
+            yield lambda message: status.update(f"{message} ...")
+
+
+def _table(first: str, *others: str, wrap: bool = False) -> Any:
+    """A table whose first column folds where the terminal is narrow; with `wrap`, all do."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for column in others:
+        table.add_column(column, justify="left" if wrap else "right", no_wrap=not wrap)
+    return table
+
+
+def _console() -> Any:
+    """A console as wide as its terminal; wide enough for every table where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+
+
+def _say(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
+    if not quiet:
+        for line in lines:
+            if line is not None:
+                typer.echo(line, err=to_stderr)
+
+
+def _emit(file: Path | None, result: Callable[[], object]) -> None:
+    """Writes a command's result as JSON to `file`, if one was asked for."""
+    if file is None:
+        return
+    import msgspec
+
+    data = msgspec.json.format(msgspec.json.encode(result()), indent=2) + b"\n"
+    if file == Path("-"):
+        typer.echo(data, nl=False)
+        return
+    try:
+        file.write_bytes(data)
+    except OSError as error:
+        raise UsageError(f"cannot write {file} ({error.strerror})") from None
+
+
+def _command() -> str:
+    """The command line that is running, as a person would type it again."""
+    return shlex.join(["rexdeploy", *sys.argv[1:]])
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Prints one line on stderr and leaves."""
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(code)

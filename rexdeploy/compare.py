@@ -1,0 +1,146 @@
+"""Two arrays of logits and a limit, to a verdict: numbers first, the verdict derived from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rexdeploy.errors import UsageError
+
+Array = npt.NDArray[np.floating[Any]]
+
+MIN_VARIATION = 1e-3
+"""Least signal, as a share of the logits' root mean square, that a comparison may rest on.
+
+Measured: freshly initialised networks have 2e-7 (V1) and 2e-6 (lite), recalibrated untrained ones
+0.7, the golden networks 0.05 to 0.09. Below the share, rounding alone would decide.
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a candidate's logits are from a reference's, over the same images."""
+
+    reference: str
+    candidate: str
+    images: int
+    signal: float  # mean over classes of the standard deviation over images, in logits
+    error: float  # largest absolute difference, in units of signal
+    cosine: float  # least over images, of logits centred on the reference's mean image
+    kl: float  # mean over images of KL(softmax reference || softmax candidate), in nats
+    top1: float  # share of images with the same top class, 0 to 1
+    top5: float  # mean share of the reference's top five that the candidate also has, 0 to 1
+    nonfinite: int  # logits that are NaN or infinite
+    limit: float  # on `error`
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Why the candidate does not pass; empty if it does."""
+        if self.nonfinite:
+            return (f"{self.nonfinite} logits are NaN or infinite",)
+        if not self.error <= self.limit:
+            return (f"error {self.error:.2g} of the signal is over the limit {self.limit:g}",)
+        return ()
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What the reference's logits carry over a set of images; the unit of every comparison."""
+
+    size: float  # mean over classes of the standard deviation over images, in logits
+    mean: Array  # the mean image's logits, `[classes]`
+
+    @classmethod
+    def of(cls, logits: Array) -> Signal:
+        """Measures `[N, classes]` reference logits of different images.
+
+        Raises UsageError where there is too little to judge by: fewer than two images, or logits
+        that do not vary over them.
+        """
+        if len(logits) < 2:
+            raise UsageError(f"a comparison needs at least 2 different images, got {len(logits)}")
+        if not np.isfinite(logits).all():
+            raise UsageError(
+                "the reference's own logits are NaN or infinite on these images; check the weights"
+            )
+        exact = logits.astype(np.float64)
+        size = float(exact.std(axis=0).mean())
+        if size <= MIN_VARIATION * float(np.sqrt(np.square(exact).mean())):
+            raise UsageError(
+                f"the reference's logits do not vary over the {len(logits)} images (signal "
+                f"{size:.1g}), so agreement would prove nothing; use trained weights, or more "
+                "varied images with --images"
+            )
+        return cls(size, exact.mean(axis=0))
+
+
+def compare(
+    reference: Array, candidate: Array, *, names: tuple[str, str], signal: Signal, limit: float
+) -> Comparison:
+    """Compares two `[N, classes]` arrays row by row.
+
+    `signal` comes from the reference network over all its images, so that every edge of a chain is
+    judged in the same unit. Raises UsageError if the shapes differ.
+    """
+    if reference.shape != candidate.shape:
+        raise UsageError(
+            f"{names[1]}: got logits of shape {list(candidate.shape)}, "
+            f"expected {list(reference.shape)}; is it a model of other classes?"
+        )
+    expected = reference.astype(np.float64)
+    got = candidate.astype(np.float64)
+    finite = np.isfinite(got)
+    nonfinite = int(got.size - finite.sum())
+    if nonfinite:
+        return Comparison(
+            *names,
+            images=len(expected),
+            signal=signal.size,
+            error=float("inf"),
+            cosine=float("nan"),
+            kl=float("nan"),
+            top1=0.0,
+            top5=0.0,
+            nonfinite=nonfinite,
+            limit=limit,
+        )
+    return Comparison(
+        *names,
+        images=len(expected),
+        signal=signal.size,
+        error=float(np.abs(got - expected).max()) / signal.size,
+        cosine=_least_cosine(expected - signal.mean, got - signal.mean),
+        kl=_mean_kl(expected, got),
+        top1=float((expected.argmax(axis=1) == got.argmax(axis=1)).mean()),
+        top5=_top_overlap(expected, got, min(5, expected.shape[1])),
+        nonfinite=0,
+        limit=limit,
+    )
+
+
+def softmax(logits: Array) -> npt.NDArray[np.float64]:
+    """Probabilities over the last axis, in float64."""
+    exponents = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    probabilities: npt.NDArray[np.float64] = exponents / exponents.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def _least_cosine(a: Array, b: Array) -> float:
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    dots = np.einsum("nc,nc->n", a, b)
+    return float(np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).min())
+
+
+def _mean_kl(expected: Array, got: Array) -> float:
+    p, q = softmax(expected), softmax(got)
+    tiny = np.finfo(np.float64).tiny
+    return float((p * (np.log(p + tiny) - np.log(q + tiny))).sum(axis=1).mean())
+
+
+def _top_overlap(expected: Array, got: Array, k: int) -> float:
+    top_expected = np.argsort(-expected, axis=1, kind="stable")[:, :k]
+    top_got = np.argsort(-got, axis=1, kind="stable")[:, :k]
+    return float((top_expected[:, :, None] == top_got[:, None, :]).any(axis=2).mean())

@@ -1,0 +1,31 @@
+"""The exceptions that rexdeploy raises on purpose, and the exit code of each.
+
+    RexdeployError (2)
+    ├── UsageError (2)           what the user gave cannot be used: got, expected, what to do
+    ├── BackendUnavailable (2)   a library, driver or GPU is missing; the caller may skip
+    └── VerificationFailed (3)   it ran, and the logits or the precision are not what they must be
+
+Anything else that escapes is our bug: a traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+
+class RexdeployError(Exception):
+    """An expected failure. Its text is one line: what was got, what was expected, what to do."""
+
+    exit_code = 2
+
+
+class UsageError(RexdeployError):
+    """An argument, a file or a combination of them cannot be used."""
+
+
+class BackendUnavailable(RexdeployError):
+    """A model cannot be run (or built) here; the text says what is missing and how to get it."""
+
+
+class VerificationFailed(RexdeployError):
+    """A check ran and failed."""
+
+    exit_code = 3

@@ -1,0 +1,427 @@
+"""From a checkpoint to a bundle: the PyTorch network, and a checked ONNX graph of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata, resources
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import safetensors.torch
+import torch
+from onnx import ModelProto
+
+from rexdeploy import images
+from rexdeploy.backends import open_backend
+from rexdeploy.bundle import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
+from rexdeploy.compare import Comparison, Signal, compare
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
+from rexdeploy.manifest import (
+    FORMAT,
+    Artifact,
+    BatchRange,
+    Manifest,
+    ModelSpec,
+    Preprocess,
+    WeightsOrigin,
+)
+from rexdeploy.models.checkpoints import Checkpoint, load_checkpoint
+from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, recalibrate_batch_norms
+from rexdeploy.models.zoo import fetch_pretrained
+from rexdeploy.parity import LIMITS, run_batches
+from rexdeploy.progress import Report, silent
+
+Float32 = npt.NDArray[np.float32]
+
+INPUT, OUTPUT = "input", "logits"
+MIN_OPSET = 18  # torch 2.15's exporter writes 18 when asked for less
+SEED = 0
+
+_CHECK_BATCHES = (1, 2, 5)
+_CHECK_IMAGES = 8
+_CALIBRATION_IMAGES = 16
+_MIN_IMAGE_SIZE, _MAX_IMAGE_SIZE = 32, 1024
+_IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export; None and False leave the choice to the checkpoint, or to the defaults."""
+
+    width: float | None = None
+    lite: bool = False
+    weights: str | None = None  # a file, "pretrained", or None for an untrained network
+    num_classes: int | None = None
+    image_size: int = 224
+    batch: int | None = None  # None: dynamic
+    opset: int = MIN_OPSET
+    simplify: bool = True
+    labels: Path | None = None
+    name: str | None = None
+    out: Path = DEFAULT_ROOT
+    command: str = "rexdeploy export"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A new bundle, and how far its ONNX graph is from the network."""
+
+    bundle: Bundle
+    nodes_before: int  # of the graph as exported
+    nodes: int
+    comparisons: tuple[Comparison, ...]  # torch to exported, and exported to simplified
+
+
+def export(options: ExportOptions, report: Report = silent) -> ExportResult:
+    """Writes a bundle; raises UsageError, BackendUnavailable or VerificationFailed and writes none.
+
+    `report` is told each step as it begins.
+    """
+    _check_options(options)
+    check_writable(options.out)
+    report("loading the network")
+    model, spec = _reference(options)
+    name = options.name or f"{spec.family}_{spec.width or 0:.5g}"
+    if "." not in name and options.name is None:
+        name += ".0"
+    path = options.out / name
+    _check_replaceable(path, spec)
+    labels = _labels(options, spec.num_classes)
+
+    report(f"exporting {spec.title} to ONNX")
+    exported = _export_onnx(model, spec, options)
+    _check_signature(exported, spec, options)
+    graphs = {"exported": exported}
+    if options.simplify:
+        report("simplifying")
+        graphs["simplified"] = _simplify(exported)
+        _check_signature(graphs["simplified"], spec, options)
+    report("comparing logits")
+    comparisons = _compare(model, graphs, spec, options.batch)
+    for comparison in comparisons:
+        if comparison.failures:
+            raise VerificationFailed(
+                f"the edge {comparison.reference} -> {comparison.candidate} is broken: "
+                f"{comparison.failures[0]}; nothing was written"
+            )
+
+    final = graphs["simplified" if options.simplify else "exported"]
+    weights = safetensors.torch.save(dict(model.state_dict()))
+    if not spec.weights.trained:
+        spec = replace(spec, weights=replace(spec.weights, sha256=sha256(weights)))
+    files = {
+        "weights.safetensors": weights,
+        "fp32.onnx": _with_metadata(final, spec).SerializeToString(deterministic=True),
+    }
+    if labels is not None:
+        files["labels.txt"] = ("\n".join(labels) + "\n").encode()
+    report(f"writing {path}")
+    bundle = _write(path, name, spec, files, options)
+    return ExportResult(bundle, len(exported.graph.node), len(final.graph.node), tuple(comparisons))
+
+
+def _check_options(options: ExportOptions) -> None:
+    if not _MIN_IMAGE_SIZE <= options.image_size <= _MAX_IMAGE_SIZE:
+        raise UsageError(
+            f"image size: got {options.image_size}, expected {_MIN_IMAGE_SIZE} to "
+            f"{_MAX_IMAGE_SIZE} pixels"
+        )
+    if options.num_classes is not None and not 1 <= options.num_classes <= 1_000_000:
+        raise UsageError(f"number of classes: got {options.num_classes}, expected 1 to 1000000")
+    if options.batch is not None and not 1 <= options.batch <= 1024:
+        raise UsageError(f"batch: got {options.batch}, expected 'dynamic' or 1 to 1024")
+    newest = onnx.defs.onnx_opset_version()
+    if not MIN_OPSET <= options.opset <= newest:
+        raise UsageError(
+            f"opset: got {options.opset}, expected {MIN_OPSET} to {newest} "
+            f"(torch {torch.__version__}'s exporter writes {MIN_OPSET} when asked for less)"
+        )
+    if options.name is not None and (
+        options.name in ("", ".", "..") or "/" in options.name or options.name.startswith(".")
+    ):
+        raise UsageError(f"name: got '{options.name}', expected a plain folder name")
+
+
+def _reference(options: ExportOptions) -> tuple[RexNet, ModelSpec]:
+    """The network in evaluation mode, and its spec."""
+    preprocess = Preprocess(height=options.image_size, width=options.image_size)
+    if options.weights is None:
+        family: Family = "rexnet_lite" if options.lite else "rexnet"
+        width = 1.0 if options.width is None else options.width
+        num_classes = options.num_classes or _IMAGENET_CLASSES
+        model = _untrained(family, width, num_classes, preprocess)
+        origin = WeightsOrigin(f"untrained (seed {SEED})", "", trained=False)
+    else:
+        checkpoint, origin = _trained(options, options.weights)
+        family, width = checkpoint.family, checkpoint.width
+        num_classes = checkpoint.num_classes
+        model = checkpoint.build()
+    return model, ModelSpec(
+        family=family,
+        width=width,
+        num_classes=num_classes,
+        input_name=INPUT,
+        output_name=OUTPUT,
+        preprocess=preprocess,
+        weights=origin,
+    )
+
+
+def _untrained(family: Family, width: float, num_classes: int, preprocess: Preprocess) -> RexNet:
+    config = CONFIGS[family](width, num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = RexNet(config)
+    calibration = images.synthetic(_CALIBRATION_IMAGES, preprocess, seed=SEED)
+    recalibrate_batch_norms(model, torch.from_numpy(calibration))
+    return model
+
+
+def _trained(options: ExportOptions, weights: str) -> tuple[Checkpoint, WeightsOrigin]:
+    if weights == "pretrained":
+        family: Family = "rexnet_lite" if options.lite else "rexnet"
+        path, source = fetch_pretrained(family, 1.0 if options.width is None else options.width)
+    else:
+        path, source = Path(weights), Path(weights).name
+    checkpoint = load_checkpoint(path)
+    _check_agrees(options, checkpoint, path)
+    if options.width is not None:  # several widths of lite have one shape: keep the one asked for
+        checkpoint = replace(checkpoint, width=options.width)
+    return checkpoint, WeightsOrigin(source, sha256(path.read_bytes()), trained=True)
+
+
+def _check_agrees(options: ExportOptions, checkpoint: Checkpoint, path: Path) -> None:
+    """Raises UsageError where an option contradicts what the checkpoint's weights say."""
+    if options.lite and checkpoint.family != "rexnet_lite":
+        raise UsageError(
+            f"--lite contradicts {path}, which holds a {checkpoint.family} "
+            f"{checkpoint.width:g}; leave --lite out"
+        )
+    config = CONFIGS[checkpoint.family]
+    if options.width is not None and config(options.width, checkpoint.num_classes) != config(
+        checkpoint.width, checkpoint.num_classes
+    ):
+        raise UsageError(
+            f"--width {options.width:g} contradicts {path}, which holds a {checkpoint.family} "
+            f"{checkpoint.width:g}; leave --width out"
+        )
+    if options.num_classes not in (None, checkpoint.num_classes):
+        raise UsageError(
+            f"--num-classes {options.num_classes} contradicts {path}, which has "
+            f"{checkpoint.num_classes} classes; leave --num-classes out"
+        )
+
+
+def _check_replaceable(path: Path, spec: ModelSpec) -> None:
+    """Raises UsageError if an untrained network would replace a trained one."""
+    if not (path / "manifest.json").exists():
+        return
+    current = Bundle.open(path).manifest
+    if current.model.weights.trained and not spec.weights.trained:
+        raise UsageError(
+            f"{path} holds trained weights ({current.model.weights.source}) and would be replaced "
+            "by an untrained network; give --weights, or another --name"
+        )
+
+
+def _labels(options: ExportOptions, num_classes: int) -> list[str] | None:
+    """One label a class: from the file given, or ImageNet-1k's for a network of 1000 classes."""
+    if options.labels is None:
+        if num_classes != _IMAGENET_CLASSES:
+            return None
+        return resources.files("rexdeploy").joinpath("data/imagenet1k.txt").read_text().splitlines()
+    try:
+        labels = options.labels.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"labels {options.labels} cannot be read ({reason})") from None
+    if len(labels) != num_classes:
+        raise UsageError(
+            f"labels {options.labels}: got {len(labels)} lines, expected one for each of the "
+            f"{num_classes} classes"
+        )
+    return labels
+
+
+def _export_onnx(model: RexNet, spec: ModelSpec, options: ExportOptions) -> ModelProto:
+    # A sample batch of 2: torch.export specialises on a batch of 1.
+    sample = torch.zeros(options.batch or 2, 3, spec.preprocess.height, spec.preprocess.width)
+    dynamic = None if options.batch else ({0: torch.export.Dim("batch")},)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            model,
+            (sample,),
+            dynamo=True,
+            dynamic_shapes=dynamic,
+            input_names=[spec.input_name],
+            output_names=[spec.output_name],
+            opset_version=options.opset,
+            verbose=False,
+        )
+    if program is None:
+        raise RexdeployError("torch.onnx.export gave no program; please report this")
+    exported: ModelProto = program.model_proto
+    _strip(exported)
+    return exported
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keeps the exporter's deprecation warnings and its rewrite log off the terminal."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _simplify(model: ModelProto) -> ModelProto:
+    try:
+        import onnxsim
+    except ImportError:
+        raise BackendUnavailable(
+            "simplifying needs onnxsim: pip install 'rexdeploy[cpu]', or give --no-simplify"
+        ) from None
+    # onnxsim's own check draws random input; ours, on images, follows.
+    simplified: ModelProto = onnxsim.simplify(model, check_n=0)[0]
+    _strip(simplified)
+    return simplified
+
+
+def _strip(model: ModelProto) -> None:
+    """Removes what exporters note down: stack traces with this machine's paths, tools' settings."""
+    del model.metadata_props[:]
+    model.doc_string = model.graph.doc_string = ""
+    del model.graph.metadata_props[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
+        del value.metadata_props[:]
+
+
+def _check_signature(model: ModelProto, spec: ModelSpec, options: ExportOptions) -> None:
+    """Raises VerificationFailed unless the graph is valid and maps images to logits by name."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise VerificationFailed(f"the ONNX graph is invalid: {reason}") from None
+    batch = options.batch or "batch"
+    size = (spec.preprocess.height, spec.preprocess.width)
+    expected = [
+        (spec.input_name, onnx.TensorProto.FLOAT, [batch, 3, *size]),
+        (spec.output_name, onnx.TensorProto.FLOAT, [batch, spec.num_classes]),
+    ]
+    got = []
+    for value in [*model.graph.input, *model.graph.output]:
+        tensor = value.type.tensor_type
+        shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+        got.append((value.name, tensor.elem_type, shape))
+    opset = {entry.domain: entry.version for entry in model.opset_import}.get("")
+    if got != expected or opset != options.opset:
+        raise VerificationFailed(
+            f"the ONNX graph has {got} at opset {opset}, expected {expected} at {options.opset}"
+        )
+
+
+def _compare(
+    model: RexNet, graphs: dict[str, ModelProto], spec: ModelSpec, batch: int | None
+) -> list[Comparison]:
+    """Each graph against torch and against the graph before it, at batch 1, 2 and 5."""
+    samples = images.synthetic(_CHECK_IMAGES, spec.preprocess, seed=SEED + 1)
+    with torch.inference_mode():
+        reference = model(torch.from_numpy(samples)).numpy()
+    signal = Signal.of(reference)
+    sizes = (batch,) if batch else _CHECK_BATCHES
+    comparisons = []
+    before: tuple[str, Float32] | None = None
+    for name, graph in graphs.items():
+        backend = open_backend("onnxruntime", graph.SerializeToString(), spec)
+        try:
+            rows = run_batches(backend, samples, sizes)
+        finally:
+            backend.close()
+        edges = [("torch", reference[rows.images])] + ([before] if before else [])
+        comparisons += [
+            compare(
+                expected,
+                rows.logits,
+                names=(reference_name, name),
+                signal=signal,
+                limit=LIMITS["fp32"],
+            )
+            for reference_name, expected in edges
+        ]
+        before = (name, rows.logits)
+    return comparisons
+
+
+def _with_metadata(model: ModelProto, spec: ModelSpec) -> ModelProto:
+    onnx.helper.set_model_props(
+        model,
+        {
+            "rexdeploy.family": spec.family,
+            "rexdeploy.width": f"{spec.width:g}",
+            "rexdeploy.num_classes": str(spec.num_classes),
+            "rexdeploy.preprocess": json.dumps(asdict(spec.preprocess)),
+            "rexdeploy.weights": spec.weights.source,
+            "rexdeploy.weights_sha256": spec.weights.sha256,
+        },
+    )
+    return model
+
+
+def _write(
+    path: Path, name: str, spec: ModelSpec, files: dict[str, bytes], options: ExportOptions
+) -> Bundle:
+    versions = {
+        package: metadata.version(package)
+        for package in ("rexdeploy", "torch", "onnx", "onnxsim", "onnxruntime")
+        if _installed(package)
+    }
+    weights_hash = sha256(files["weights.safetensors"])
+    batch = BatchRange(options.batch, options.batch, options.batch) if options.batch else None
+    added = [
+        Artifact("weights", "weights.safetensors", weights_hash, command=options.command),
+        Artifact(
+            "onnx",
+            "fp32.onnx",
+            sha256(files["fp32.onnx"]),
+            parent_sha256=weights_hash,
+            precision="fp32",
+            batch=batch,
+            built_with=versions | {"opset": str(options.opset)},
+            command=options.command,
+        ),
+    ]
+    if "labels.txt" in files:
+        added.append(
+            Artifact("labels", "labels.txt", sha256(files["labels.txt"]), command=options.command)
+        )
+
+    def merge(current: Manifest | None) -> Manifest:
+        # Exported again unchanged: what was built from it is still right, and is kept.
+        derived = [item for item in current.artifacts if item.parent_sha256] if current else []
+        return Manifest(FORMAT, name, spec, tuple(derived)).with_artifacts(*added)
+
+    return commit(path, merge, files)
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,103 @@
+"""From image files or arrays to the network's input, float32 NCHW; and seeded synthetic images."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from rexdeploy.errors import UsageError
+from rexdeploy.manifest import Preprocess
+
+Float32 = npt.NDArray[np.float32]
+
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def load(path: Path) -> Image.Image:
+    """Decodes one image file to RGB, upright by its EXIF orientation; raises UsageError."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns above 89 megapixels and refuses above twice that; refuse at once.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise UsageError(f"no image at {path}") from None
+    except UnidentifiedImageError:
+        raise UsageError(f"{path} is not an image that Pillow can read; give JPEG or PNG") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UsageError(f"{path} is too large to decode safely ({error})") from None
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on broken files
+        raise UsageError(f"{path} cannot be decoded as an image ({error})") from None
+
+
+def preprocess(image: Image.Image, spec: Preprocess) -> Float32:
+    """One RGB image to float32 `[3, height, width]`, normalised.
+
+    The same arithmetic as timm's evaluation transform: resize so that the crop covers
+    `crop_pct`, crop the centre, scale to [0, 1], normalise.
+    """
+    covered_w = math.floor(spec.width / spec.crop_pct)
+    covered_h = math.floor(spec.height / spec.crop_pct)
+    if covered_w * image.height >= covered_h * image.width:
+        size = (covered_w, max(covered_h, int(covered_w * image.height / image.width)))
+    else:
+        size = (max(covered_w, int(covered_h * image.width / image.height)), covered_h)
+    image = image.resize(size, _RESAMPLING[spec.interpolation])
+    left = round((size[0] - spec.width) / 2)
+    top = round((size[1] - spec.height) / 2)
+    image = image.crop((left, top, left + spec.width, top + spec.height))
+    return _normalise(np.asarray(image, dtype=np.uint8), spec)
+
+
+def load_batch(paths: Sequence[Path], spec: Preprocess) -> Float32:
+    """Image files to float32 `[N, 3, height, width]`."""
+    return np.stack([preprocess(load(path), spec) for path in paths])
+
+
+def find(folder: Path) -> list[Path]:
+    """The image files in `folder` and below, by name; raises UsageError if there are none."""
+    if not folder.is_dir():
+        raise UsageError(f"images: got {folder}, expected a folder of images")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS)
+    if not paths:
+        raise UsageError(f"no images in {folder}: expected files such as .jpg or .png")
+    return paths
+
+
+def synthetic(count: int, spec: Preprocess, seed: int = 0) -> Float32:
+    """Seeded images that differ in colour, brightness and texture: float32 `[count, 3, H, W]`.
+
+    Random grids from 2 to 40 cells a side, enlarged and summed: structure at every scale, which
+    plain noise lacks (a network's pooled features hardly vary over noise images).
+    """
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(count):
+        mixed = np.zeros((spec.height, spec.width, 3))
+        for cells in (2, 5, 12, 40):
+            grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+            enlarged = grid.resize((spec.width, spec.height), Image.Resampling.BICUBIC)
+            mixed += np.asarray(enlarged) * rng.uniform()
+        mixed *= rng.uniform(60, 255) / max(mixed.max(), 1)
+        images.append(_normalise(mixed.astype(np.uint8), spec))
+    return np.stack(images)
+
+
+def _normalise(pixels: npt.NDArray[np.uint8], spec: Preprocess) -> Float32:
+    """uint8 HWC RGB in [0, 255] to float32 CHW, in torch's order of operations."""
+    scaled = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    mean = np.array(spec.mean, dtype=np.float32)[:, None, None]
+    std = np.array(spec.std, dtype=np.float32)[:, None, None]
+    normalised: Float32 = (scaled - mean) / std
+    return np.ascontiguousarray(normalised)

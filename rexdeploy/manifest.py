@@ -1,0 +1,196 @@
+"""What a bundle's manifest.json holds: the model, its preprocessing, a chain of hashed files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import msgspec
+
+from rexdeploy.errors import UsageError
+
+FORMAT = 1
+
+Precision = Literal["fp32", "fp16"]
+Kind = Literal["weights", "onnx", "engine", "labels", "report"]
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the network's input; defined here and nowhere else.
+
+    Resize so that the crop covers `crop_pct` of the shorter side, crop the centre, scale to
+    [0, 1], subtract `mean`, divide by `std` (RGB order). The defaults are those of every
+    published ReXNet (timm's `rexnet_*` configurations).
+    """
+
+    height: int = 224
+    width: int = 224
+    crop_pct: float = 0.875
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1 or not 0 < self.crop_pct <= 1 or min(self.std) <= 0:
+            raise ValueError(f"unusable preprocessing {self}")
+
+
+@dataclass(frozen=True)
+class WeightsOrigin:
+    """Where the weights came from: a file's name, a hub repository, or a seed."""
+
+    source: str
+    sha256: str  # of the file that was read; of the bundle's own weights file if untrained
+    trained: bool
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Enough to build the reference again from the bundle alone."""
+
+    family: Literal["rexnet", "rexnet_lite", "onnx"]  # "onnx": somebody's own graph, no torch code
+    width: float | None  # None for somebody's own graph
+    num_classes: int
+    input_name: str
+    output_name: str
+    preprocess: Preprocess
+    weights: WeightsOrigin
+
+    @property
+    def title(self) -> str:
+        """`rexnet 1.5`, with `(untrained weights)` where a person must see it."""
+        name = self.family if self.width is None else f"{self.family} {self.width:g}"
+        return name if self.weights.trained else f"{name} (untrained weights)"
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """The batch sizes an engine accepts, and the one it is tuned for: 1 <= min <= opt <= max."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"batch range {self} is not 1 <= min <= opt <= max")
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+    @classmethod
+    def parse(cls, text: str) -> BatchRange:
+        """Reads `1:8:64` (min:opt:max) or `8` (exactly 8); raises UsageError."""
+        parts = text.split(":")
+        try:
+            numbers = [int(part) for part in parts]
+            if len(numbers) == 1:
+                numbers *= 3
+            return cls(*numbers)
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"batch range: got '{text}', expected min:opt:max with 1 <= min <= opt <= max, "
+                "such as 1:8:64, or one number"
+            ) from None
+
+    def samples(self) -> list[int]:
+        """The sizes worth verifying: minimum, optimum, maximum and an odd one between."""
+        odd = [size for size in (5, 3, self.min | 1) if self.min <= size <= self.max]
+        return sorted({self.min, self.opt, self.max, *odd[:1]})
+
+
+DEFAULT_BATCH = BatchRange(1, 8, 64)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file of a bundle, and where it came from."""
+
+    kind: Kind
+    file: str  # a name inside the bundle's folder
+    sha256: str
+    parent_sha256: str | None = None
+    precision: Precision | None = None
+    batch: BatchRange | None = None  # None: any batch size
+    built_with: dict[str, str] = field(default_factory=dict)
+    command: str = ""  # makes the file again
+
+    def __post_init__(self) -> None:
+        if not _FILE_NAME.fullmatch(self.file) or self.file == "manifest.json":
+            raise ValueError(f"file '{self.file}' is not a plain name inside the bundle's folder")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 of '{self.file}' is not 64 hexadecimal digits")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The only truth about a bundle: a file it does not name does not exist."""
+
+    format: int
+    name: str
+    model: ModelSpec
+    artifacts: tuple[Artifact, ...]
+    updated_at: str = ""  # ISO 8601, UTC, with microseconds
+
+    def __post_init__(self) -> None:
+        names = [artifact.file for artifact in self.artifacts]
+        if len(set(names)) != len(names):
+            raise ValueError("two artifacts have the same file name")
+
+    def find(
+        self, kind: Kind, precision: Precision | None = None, sha256: str | None = None
+    ) -> Artifact | None:
+        """The first artifact that fits every argument given, or None."""
+        for artifact in self.artifacts:
+            if (
+                artifact.kind == kind
+                and precision in (None, artifact.precision)
+                and sha256 in (None, artifact.sha256)
+            ):
+                return artifact
+        return None
+
+    def with_artifacts(self, *added: Artifact) -> Manifest:
+        """A copy in which `added` replace artifacts of the same file name.
+
+        What was derived from a file that is now gone is dropped: an engine of last week's weights
+        must not answer for this week's.
+        """
+        new_names = {artifact.file for artifact in added}
+        kept = [artifact for artifact in self.artifacts if artifact.file not in new_names]
+        return replace(self, artifacts=_with_living_parents([*kept, *added]))
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Reads a manifest strictly; raises UsageError that names the first wrong field."""
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{where} is not a readable manifest ({error}); "
+            "run 'rexdeploy export' again to write the bundle anew"
+        ) from None
+    if manifest.format != FORMAT:
+        raise UsageError(
+            f"{where}: got manifest format {manifest.format}, this rexdeploy reads {FORMAT}; "
+            "use the rexdeploy that wrote it, or export again"
+        )
+    return manifest
+
+
+def _with_living_parents(artifacts: list[Artifact]) -> tuple[Artifact, ...]:
+    while True:
+        hashes = {artifact.sha256 for artifact in artifacts} | {None}
+        living = [artifact for artifact in artifacts if artifact.parent_sha256 in hashes]
+        if len(living) == len(artifacts):
+            return tuple(living)
+        artifacts = living

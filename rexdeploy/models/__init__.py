@@ -1,0 +1,1 @@
+"""The networks: their PyTorch code, their published figures, and their checkpoints."""

@@ -1,0 +1,279 @@
+"""Published and timm checkpoints: reading them safely, and knowing the network from its weights."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from rexdeploy.errors import UsageError
+from rexdeploy.models.rexnet import CONFIGS, MAX_WIDTH, Family, RexNet, RexNetConfig
+
+StateDict = dict[str, Tensor]
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first
+_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+_COUNTER = "num_batches_tracked"  # unused in evaluation, and missing in some files
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is known to be a ReXNet."""
+
+    family: Family
+    width: float
+    num_classes: int
+    state_dict: StateDict  # published names, float32
+
+    def build(self) -> RexNet:
+        """The network with these weights, in evaluation mode."""
+        model = RexNet(CONFIGS[self.family](self.width, self.num_classes))
+        model.load_state_dict(self.state_dict)
+        return model.eval()
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a `.pth`, `.pt` or `.safetensors` file; raises UsageError.
+
+    Family, width and number of classes come from the weights' names and shapes.
+    """
+    state_dict = read_state_dict(path)
+    if "stem.conv.weight" in state_dict:
+        state_dict = _from_timm(state_dict, path)
+    family = _family_of(state_dict, path)
+    width, config = _width_of(family, state_dict, path)
+    return Checkpoint(family, width, config.num_classes, _complete(state_dict, config, path))
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """A file's tensors by name, unwrapped and without prefixes; runs no code from the file."""
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no file there"
+        raise UsageError(f"weights {path}: {what}; expected a .pth, .pt or .safetensors file")
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if not head:
+        raise UsageError(f"weights {path}: the file is empty; copy it again")
+    # By content, not by extension: after eight bytes of length, safetensors starts with '{'.
+    if head[8:] == b"{":
+        return _strip_prefixes(_unwrap(_read_safetensors(path), path))
+    if not head.startswith((b"PK", b"\x80")):  # a zip archive, or torch's older bare pickle
+        raise UsageError(
+            f"weights {path}: not a checkpoint; expected a .pth, .pt or .safetensors file"
+        )
+    return _strip_prefixes(_unwrap(_read_pickle(path), path))
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, json.JSONDecodeError, OSError, ValueError) as error:
+        raise UsageError(
+            f"weights {path}: a damaged safetensors file ({error}); copy it again"
+        ) from None
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript archives; refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        match = re.search(r"(?:GLOBAL|class|call) (\S+\.\S+)", str(error))
+        if match:
+            raise UsageError(
+                f"weights {path}: loading it would run code ({match.group(1)}), which is refused; "
+                "save a plain state dict: torch.save(model.state_dict(), ...)"
+            ) from None
+        raise _not_a_checkpoint(path, error) from None
+    except Exception as error:  # torch raises nearly every built-in type on damaged archives
+        raise _not_a_checkpoint(path, error) from None
+
+
+def _not_a_checkpoint(path: Path, error: Exception) -> UsageError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Weights only load", "Please file"))]
+    reason = (telling or lines or [type(error).__name__])[0].partition(". ")[0]
+    return UsageError(
+        f"weights {path}: not a checkpoint, or a truncated one ({reason}); "
+        "expected a .pth, .pt or .safetensors file"
+    )
+
+
+def _unwrap(loaded: object, path: Path) -> Mapping[Any, Any]:
+    if isinstance(loaded, Mapping):
+        for key in _WRAPPERS:
+            if isinstance(loaded.get(key), Mapping):
+                return _unwrap(loaded[key], path)
+        if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
+            return loaded
+    raise UsageError(
+        f"weights {path}: got {type(loaded).__name__} without a state dict in it, expected one "
+        f"bare or under {', '.join(_WRAPPERS)}"
+    )
+
+
+def _strip_prefixes(state_dict: Mapping[Any, Any]) -> StateDict:
+    stripped = {str(name): tensor for name, tensor in state_dict.items()}
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in stripped):
+            stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
+    return stripped
+
+
+def _family_of(state_dict: StateDict, path: Path) -> Family:
+    stem = state_dict.get("features.0.weight")
+    if stem is not None and stem.ndim == 4 and stem.shape[1] == 3:
+        if "output.4.weight" in state_dict:
+            return "rexnet_lite"
+        if "output.1.weight" in state_dict:
+            return "rexnet"
+    example = ", ".join(sorted(state_dict)[:3])
+    raise UsageError(
+        f"weights {path}: not a ReXNet checkpoint; got {len(state_dict)} tensors such as "
+        f"{example}, expected features.0.weight ... output.1.weight (published) or "
+        "stem.conv.weight ... head.fc.weight (timm)"
+    )
+
+
+def _width_of(family: Family, state_dict: StateDict, path: Path) -> tuple[float, RexNetConfig]:
+    """The simplest width whose network has the checkpoint's channels: 1.5 before 1.50001.
+
+    Judged by the 1x1 head and every block's projection, so that a few missing or damaged tensors
+    do not hide what the rest says.
+    """
+    last = "output.4.weight" if family == "rexnet_lite" else "output.1.weight"
+    num_classes = state_dict[last].shape[0]
+    seen = _channels(state_dict)
+    best: tuple[int, float, RexNetConfig] | None = None
+    for decimals in (1, 2, 3):
+        for step in range(1, int(MAX_WIDTH * 10**decimals) + 1):
+            width = step / 10**decimals
+            if width < 0.1:
+                continue
+            config = CONFIGS[family](width, num_classes)
+            expected = _config_channels(config)
+            wrong = sum(expected.get(name) != channels for name, channels in seen.items())
+            if not wrong:
+                return width, config
+            if best is None or wrong < best[0]:
+                best = (wrong, width, config)
+    if best is None or best[0] > len(seen) // 2:
+        raise UsageError(
+            f"weights {path}: the channels fit no {family}; got {list(seen.values())[:6]} ... for "
+            "the stem and first blocks (rexnetr_* and custom depths or strides are other networks)"
+        )
+    return best[1], best[2]
+
+
+def _channels(state_dict: StateDict) -> dict[str, int]:
+    """Output channels of the stem, every block's projection and the head, by published position."""
+    channels = {}
+    for index in range(20):
+        own = f"features.{index}.weight"
+        projections = [
+            name
+            for name in state_dict
+            if re.fullmatch(rf"features\.{index}\.out\.\d+\.weight", name)
+        ]
+        convolutions = [name for name in projections if state_dict[name].ndim == 4]
+        if convolutions:
+            last = max(convolutions, key=lambda name: int(name.split(".")[3]))
+            channels[f"features.{index}"] = state_dict[last].shape[0]
+        elif own in state_dict and state_dict[own].ndim == 4:
+            channels[f"features.{index}"] = state_dict[own].shape[0]
+    return channels
+
+
+def _config_channels(config: RexNetConfig) -> dict[str, int]:
+    blocks = {
+        f"features.{index + 3}": block.out_channels for index, block in enumerate(config.blocks)
+    }
+    head = f"features.{len(config.blocks) + 3}"
+    return {"features.0": config.stem_channels, **blocks, head: config.head_channels}
+
+
+def _complete(state_dict: StateDict, config: RexNetConfig, path: Path) -> StateDict:
+    """The state dict in float32 with every entry that the network has; raises on any misfit."""
+    with torch.device("meta"):
+        expected = RexNet(config).state_dict()
+    missing = [name for name in expected if name not in state_dict and _COUNTER not in name]
+    unknown = [name for name in state_dict if name not in expected]
+    wrong = [
+        name
+        for name in expected
+        if name in state_dict and state_dict[name].shape != expected[name].shape
+    ]
+    if missing or unknown:
+        raise UsageError(
+            f"weights {path}: {len(missing)} tensors are missing and {len(unknown)} are unknown "
+            f"(first: {(missing + unknown)[0]}), expected the {len(expected)} of a "
+            f"{config.family}; is the file complete?"
+        )
+    if wrong:
+        raise UsageError(
+            f"weights {path}: {len(wrong)} tensors have the wrong shape (first: {wrong[0]}, got "
+            f"{list(state_dict[wrong[0]].shape)}, expected {list(expected[wrong[0]].shape)})"
+        )
+    return {
+        name: state_dict.get(name, torch.zeros(tensor.shape)).to(tensor.dtype).contiguous()
+        for name, tensor in expected.items()
+    }
+
+
+def _from_timm(state_dict: StateDict, path: Path) -> StateDict:
+    """Published names for timm's; its classifier `[classes, C]` gains two dimensions."""
+    renamed: StateDict = {}
+    for name, tensor in state_dict.items():
+        new_name = _published_name(name, state_dict)
+        if new_name is None:
+            raise UsageError(
+                f"weights {path}: unknown tensor {name} in what looks like a timm rexnet "
+                "(rexnetr_* are other networks); expected rexnet_100 ... rexnet_300"
+            )
+        is_classifier = name == "head.fc.weight" and tensor.ndim == 2
+        renamed[new_name] = tensor[:, :, None, None] if is_classifier else tensor
+    return renamed
+
+
+def _published_name(name: str, state_dict: StateDict) -> str | None:
+    for pattern, template in (
+        (r"stem\.conv\.(.+)", "features.0.{}"),
+        (r"stem\.bn\.(.+)", "features.1.{}"),
+        (r"head\.fc\.(.+)", "output.1.{}"),
+    ):
+        if match := re.fullmatch(pattern, name):
+            return template.format(match.group(1))
+    match = re.fullmatch(r"features\.(\d+)\.(.+)", name)
+    if not match:
+        return None
+    block, rest = int(match.group(1)), match.group(2)
+    if match := re.fullmatch(r"(conv|bn)\.(.+)", rest):  # the 1x1 after the last block
+        return f"features.{block + 3 + (match.group(1) == 'bn')}.{match.group(2)}"
+    expands = f"features.{block}.conv_exp.conv.weight" in state_dict
+    has_se = f"features.{block}.se.fc1.weight" in state_dict
+    depthwise = 3 if expands else 0  # after expand, BN, SiLU
+    project = depthwise + 3 + has_se  # after depthwise, BN, [SE,] ReLU6
+    positions = {
+        "conv_exp.conv": "0",
+        "conv_exp.bn": "1",
+        "conv_dw.conv": f"{depthwise}",
+        "conv_dw.bn": f"{depthwise + 1}",
+        "se.fc1": f"{depthwise + 2}.fc.0",
+        "se.bn": f"{depthwise + 2}.fc.1",
+        "se.fc2": f"{depthwise + 2}.fc.3",
+        "conv_pwl.conv": f"{project}",
+        "conv_pwl.bn": f"{project + 1}",
+    }
+    layer, _, leaf = rest.rpartition(".")
+    return f"features.{block + 3}.out.{positions[layer]}.{leaf}" if layer in positions else None

@@ -1,0 +1,133 @@
+"""The published results as data, and what our own network computes beside them."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.models.rexnet import CONFIGS, Family, RexNet
+
+PRETRAINED = {
+    1.0: "timm/rexnet_100.nav_in1k",
+    1.3: "timm/rexnet_130.nav_in1k",
+    1.5: "timm/rexnet_150.nav_in1k",
+    2.0: "timm/rexnet_200.nav_in1k",
+    3.0: "timm/rexnet_300.nav_in1k",
+}
+"""Hugging Face hub repositories of timm's copies of the published V1 weights, by width."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the published tables."""
+
+    family: Family
+    width: float
+    top1: float | None  # percent, ImageNet-1k validation
+    top5: float | None
+    gmacs: float  # billions of multiply-accumulates, which the tables call FLOPs
+    params_m: float  # millions
+    decimals: tuple[int, int]  # printed digits after the point of gmacs and params_m
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network computes for one image."""
+
+    parameters: int
+    macs: int  # multiply-accumulates of convolutions
+
+
+def published() -> list[Published]:
+    """The published ReXNets, V1 before lite, by width; 2.2 stands in by its two misplaced figures.
+
+    The comparison table prints "ReXNet 2.0, 1.8B / 19M"; those are the costs of width 2.2 (19.5M;
+    2.0 has 16.4M, as the model table says). Accuracies of 2.2 are not published.
+    """
+    text = resources.files("rexdeploy").joinpath("data/published.csv").read_text()
+    rows = [_row(row) for row in csv.DictReader(text.splitlines()) if row["family"] in CONFIGS]
+    misplaced = Published("rexnet", 2.2, None, None, 1.8, 19, (1, 0))
+    return sorted([*rows, misplaced], key=lambda row: (row.family, row.width))
+
+
+def cost(family: Family, width: float, size: int = 224) -> Cost:
+    """Parameters and multiply-accumulates at `size` x `size`, counted on the network itself."""
+    with torch.device("meta"):
+        model = RexNet(CONFIGS[family](width, 1000)).eval()
+        macs = 0
+
+        def count(module: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
+            nonlocal macs
+            if isinstance(module, nn.Conv2d):
+                macs += output[0].numel() * module.weight[0].numel()
+
+        for module in model.modules():
+            module.register_forward_hook(count)
+        model(torch.empty(1, 3, size, size))
+    return Cost(sum(parameter.numel() for parameter in model.parameters()), macs)
+
+
+def agrees(row: Published, computed: Cost) -> bool:
+    """Whether both published costs are within one unit of their last digit of the computed ones.
+
+    The tables round some figures (7.557 to 7.6), cut others (34.7 to 34) and raise one (6.748 to
+    6.8), so half a unit would refuse figures that are the network's.
+    """
+    pairs = ((row.gmacs, computed.macs / 1e9), (row.params_m, computed.parameters / 1e6))
+    return all(
+        abs(printed - exact) < 10.0**-digits
+        for (printed, exact), digits in zip(pairs, row.decimals, strict=True)
+    )
+
+
+def fetch_pretrained(family: Family, width: float) -> tuple[Path, str]:
+    """Downloads timm's published weights; returns the file and the hub repository's name.
+
+    Raises UsageError where none were published, BackendUnavailable where the hub cannot be reached.
+    """
+    repository = PRETRAINED.get(width) if family == "rexnet" else None
+    if repository is None:
+        widths = ", ".join(f"{known:g}" for known in PRETRAINED)
+        raise UsageError(
+            f"no pretrained weights are published for {family} {width:g} on the Hugging Face hub, "
+            f"only for rexnet {widths}; give a checkpoint file with --weights"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise BackendUnavailable(
+            "--weights pretrained needs huggingface_hub: pip install 'rexdeploy[cpu]'"
+        ) from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not its every retry
+    try:
+        return Path(hf_hub_download(repository, "model.safetensors")), repository
+    except Exception as error:  # httpx, requests and hub errors share no base class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackendUnavailable(
+            f"the Hugging Face hub did not give {repository} ({reason}); check the network or "
+            "HF_ENDPOINT, or download model.safetensors elsewhere and give it with --weights"
+        ) from None
+
+
+def _row(row: dict[str, str]) -> Published:
+    family: Family = "rexnet_lite" if row["family"] == "rexnet_lite" else "rexnet"
+    return Published(
+        family=family,
+        width=float(row["width"]),
+        top1=float(row["top1"]),
+        top5=float(row["top5"]),
+        gmacs=float(row["gmacs"]),
+        params_m=float(row["params_m"]),
+        decimals=(_decimals(row["gmacs"]), _decimals(row["params_m"])),
+    )
+
+
+def _decimals(text: str) -> int:
+    return len(text.partition(".")[2])

@@ -1,0 +1,313 @@
+"""One adapter for TensorRT 10.13 and later, TensorRT 11 and TensorRT-RTX: parse, build, prove.
+
+The two flavours share an API, and all of it that is used here exists in every supported version
+(a test checks that against the real bindings of 10.13, 10.16 and 11.4).
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.manifest import BatchRange
+
+Flavor = Literal["tensorrt", "rtx"]
+
+FLAVORS: tuple[Flavor, ...] = ("tensorrt", "rtx")
+RTX_MAGIC = b"vtrt"
+MIN_HALF_SHARE = 0.9
+"""Least share of Half layers in an FP16 engine; ReXNets' have 1.0 (TensorRT-RTX 1.7)."""
+MIN_VERSION = (10, 13)  # of full TensorRT; the first release tested
+
+_MODULES: dict[Flavor, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+_TITLES: dict[Flavor, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
+# Observed in engines of TensorRT-RTX 1.7 (the format is not documented).
+_RTX_TARGET_BITS = {"sm75": 1, "sm80": 2, "sm86": 4, "sm89": 8, "sm120": 16, "sm121": 32}
+_RTX_HEADER_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a built engine, and the types it reads and writes ("Half", "Float", ...)."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    onnx_nodes: tuple[str, ...]  # names of the graph's nodes that it carries out
+
+    @property
+    def precision(self) -> str:
+        """Half if it reads or writes Half (a fused cast has one Float side), else its types'."""
+        types = set(self.inputs) | set(self.outputs)
+        for name in ("Half", "BFloat16", "Int8", "Float"):
+            if name in types:
+                return name
+        return "/".join(sorted(types)) or "none"
+
+
+@dataclass(frozen=True)
+class PrecisionProof:
+    """What a built engine's own layer report says of its precision."""
+
+    layers: int  # that compute on floating-point data
+    half_layers: int
+    arithmetic_layers: int  # that carry a convolution or matrix product
+    float_arithmetic: tuple[str, ...]  # of those, the ones wholly in Float
+
+    @property
+    def half_share(self) -> float:
+        return self.half_layers / self.layers if self.layers else 0.0
+
+    @property
+    def is_fp16(self) -> bool:
+        """Whether every convolution and product is known to run in Half."""
+        return (
+            self.arithmetic_layers > 0
+            and not self.float_arithmetic
+            and self.half_share >= MIN_HALF_SHARE
+        )
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Everything beside the ONNX graph that decides an engine."""
+
+    flavor: Flavor
+    batch: BatchRange
+    targets: tuple[str, ...] = ()  # RTX only, such as "sm89"; empty: SM80 and newer
+    workspace_mib: int | None = None  # None: TensorRT's own limit
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A serialised engine with its layers."""
+
+    plan: bytes
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class PlanHeader:
+    """What can be read off a plan without a GPU."""
+
+    flavor: Flavor
+    version: str | None  # None where the format does not tell (full TensorRT)
+    targets: tuple[str, ...]
+
+
+def load(flavor: Flavor) -> Any:
+    """The flavour's Python module; raises BackendUnavailable if it is missing or too old."""
+    title, module_name = _TITLES[flavor], _MODULES[flavor]
+    extra = "rtx" if flavor == "rtx" else "tensorrt"
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        if error.name == module_name:
+            reason = f"{title} is not installed"
+        else:
+            reason = f"{title} cannot be loaded ({error})"
+        raise BackendUnavailable(f"{reason}: pip install 'rexdeploy[{extra}]'") from None
+    except (OSError, RuntimeError) as error:  # its libraries are missing: no wheel on PyPI
+        raise BackendUnavailable(
+            f"{title}'s libraries cannot be loaded ({error}): pip install 'rexdeploy[{extra}]'"
+        ) from None
+    version = tuple(int(part) for part in module.__version__.split(".")[:2])
+    if flavor == "tensorrt" and version < MIN_VERSION:
+        raise BackendUnavailable(
+            f"got TensorRT {module.__version__}, expected "
+            f"{'.'.join(map(str, MIN_VERSION))} or later: pip install 'rexdeploy[{extra}]'"
+        )
+    return module
+
+
+@contextmanager
+def captured_log(trt: Any) -> Iterator[Log]:
+    """Yields the flavour's logger with an empty log; what TensorRT says meanwhile lands in it."""
+    log = _loggers.get(trt.__name__)
+    if log is None:
+        log = _loggers[trt.__name__] = _make_logger(trt)
+    log.messages.clear()
+    yield log
+
+
+class Log:
+    """TensorRT's messages as (severity, text): 0 internal error, 1 error, ... 4 verbose."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[int, str]] = []
+
+    def first_error(self) -> str:
+        """The first error, which names the cause; later ones are its echoes."""
+        errors = [text for severity, text in self.messages if severity <= 1]
+        return " ".join(errors[0].split()) if errors else "TensorRT gave no reason"
+
+
+def build(onnx_model: bytes, settings: EngineSettings) -> BuiltEngine:
+    """Compiles an ONNX graph with one image input, in the graph's own types.
+
+    Always strongly typed, with TF32 off. Raises RexdeployError with every parser error, or the
+    builder's first one.
+    """
+    trt = load(settings.flavor)
+    title = _TITLES[settings.flavor]
+    with captured_log(trt) as log:
+        builder = trt.Builder(log)
+        if builder is None:
+            raise BackendUnavailable(f"{title} cannot start here: {log.first_error()}")
+        # From TensorRT 11 on every network is strongly typed, flag or not; 10.x must be asked.
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)
+        if not parser.parse(onnx_model):
+            errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+            reasons = "; ".join(" ".join(text.split()) for text in errors) or log.first_error()
+            raise RexdeployError(f"{title} cannot parse the ONNX graph: {reasons}")
+        config = _configure(trt, builder, network, settings)
+        serialized = builder.build_serialized_network(network, config)
+        if serialized is None:
+            raise RexdeployError(f"{title} cannot build the engine: {log.first_error()}")
+        plan = bytes(serialized)
+        report = _layer_report(trt, plan, log)
+    layers = parse_layers(report)
+    if not layers:
+        raise RexdeployError(
+            f"{title} {trt.__version__} built an engine but reported no layers, so its precision "
+            "cannot be proven; please report this with the version"
+        )
+    return BuiltEngine(plan, layers)
+
+
+def prove(layers: Sequence[Layer], arithmetic_nodes: set[str]) -> PrecisionProof:
+    """Counts Half layers, and names those that compute `arithmetic_nodes` wholly in Float.
+
+    `arithmetic_nodes` are the names of the ONNX graph's convolutions and matrix products.
+    """
+    floating = [layer for layer in layers if layer.precision in ("Half", "Float", "BFloat16")]
+    arithmetic = [layer for layer in floating if arithmetic_nodes & set(layer.onnx_nodes)]
+    return PrecisionProof(
+        layers=len(floating),
+        half_layers=sum(layer.precision == "Half" for layer in floating),
+        arithmetic_layers=len(arithmetic),
+        float_arithmetic=tuple(layer.name for layer in arithmetic if layer.precision == "Float"),
+    )
+
+
+def parse_layers(report: str) -> tuple[Layer, ...]:
+    """Reads TensorRT's one-line-per-layer report (its inspector's, or RTX's build log's)."""
+    layers = []
+    for line in report.splitlines():
+        match = re.match(
+            r"Name: (?P<name>.*?), LayerType: .*?Inputs: \[(?P<inputs>.*?)\], "
+            r"(?:Constants: \[.*?\], )?Outputs: \[(?P<outputs>.*?)\], (?P<rest>.*)",
+            _without_lists(line),
+        )
+        if match:
+            layers.append(
+                Layer(
+                    name=match["name"],
+                    inputs=_data_types(match["inputs"]),
+                    outputs=_data_types(match["outputs"]),
+                    onnx_nodes=tuple(re.findall(r"ONNX Layer: ([^\]\x1e]+)", match["rest"])),
+                )
+            )
+    return tuple(layers)
+
+
+def read_header(plan: bytes) -> PlanHeader:
+    """Flavour, version and targets of a serialised engine, without a GPU.
+
+    Full TensorRT documents no magic number: whatever is not RTX's is taken for it. Raises
+    UsageError for an RTX plan that is cut short.
+    """
+    if plan[:4] != RTX_MAGIC:
+        return PlanHeader("tensorrt", None, ())
+    size = int.from_bytes(plan[16:24], "little")
+    if len(plan) < _RTX_HEADER_BYTES or len(plan) != size:
+        raise UsageError(
+            f"a truncated TensorRT-RTX engine: got {len(plan)} bytes, expected {size}; "
+            "copy or build it again"
+        )
+    version = ".".join(str(plan[24 + index]) for index in range(4))
+    mask = int.from_bytes(plan[32:36], "little")
+    targets = tuple(name for name, bit in _RTX_TARGET_BITS.items() if mask & bit)
+    return PlanHeader("rtx", version, targets)
+
+
+def target_names() -> tuple[str, ...]:
+    """The compute capabilities that --target takes."""
+    return tuple(_RTX_TARGET_BITS)
+
+
+_loggers: dict[str, Any] = {}  # TensorRT keeps the first logger it sees for the whole process
+
+
+def _make_logger(trt: Any) -> Any:
+    class Logger(Log, trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            Log.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            self.messages.append((int(severity), text))
+
+    return Logger()
+
+
+def _configure(trt: Any, builder: Any, network: Any, settings: EngineSettings) -> Any:
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if settings.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
+    if settings.targets:
+        config.num_compute_capabilities = len(settings.targets)
+        for index, target in enumerate(settings.targets):
+            capability = getattr(trt.ComputeCapability, target.upper(), None)
+            if capability is None:
+                raise UsageError(
+                    f"target {target} is unknown to TensorRT-RTX {trt.__version__}; "
+                    f"expected one of {', '.join(target_names())}"
+                )
+            config.set_compute_capability(capability, index)
+    image = network.get_input(0)
+    dimensions = tuple(image.shape)
+    if dimensions[0] == -1:
+        profile = builder.create_optimization_profile()
+        batch = settings.batch
+        shapes = [(size, *dimensions[1:]) for size in (batch.min, batch.opt, batch.max)]
+        profile.set_shape(image.name, *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise RexdeployError(f"TensorRT refuses the batch range {batch}")
+    return config
+
+
+def _layer_report(trt: Any, plan: bytes, log: Log) -> str:
+    """The engine's layers, one a line; without a GPU, from the RTX build log's own report."""
+    for _, text in log.messages:
+        if text.startswith("Layers:"):
+            return text
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise RexdeployError(f"the engine just built cannot be loaded: {log.first_error()}")
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
+
+
+def _without_lists(line: str) -> str:
+    """The line without the innermost number lists, such as `[-1,3,224,224]`."""
+    return re.sub(r"\[[-\d,\s]*\d\]", "", line)
+
+
+def _data_types(tensors: str) -> tuple[str, ...]:
+    """The types in a list of tensors: "Datatype: Half" in RTX, "... FP16 format" in TensorRT 10."""
+    names = {"FP16": "Half", "FP32": "Float", "BF16": "BFloat16", "INT8": "Int8"}
+    found = []
+    for text in re.findall(r"Datatype: ([^,}]+)", tensors):
+        short = next((name for key, name in names.items() if key in text.upper().split()), None)
+        found.append(short or text.strip())
+    return tuple(found)

@@ -1,0 +1,375 @@
+"""Proves that everything in a bundle computes the reference network's logits, edge by edge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from rexdeploy import images
+from rexdeploy.backends import ENGINE_BACKENDS, ONNX_BACKENDS, open_backend
+from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.compare import Comparison, Signal, compare
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.manifest import (
+    DEFAULT_BATCH,
+    Artifact,
+    BatchRange,
+    ModelSpec,
+    Precision,
+)
+from rexdeploy.parity import LIMITS, Rows, run_batches
+from rexdeploy.precision import precision_of
+from rexdeploy.progress import Report, silent
+from rexdeploy.tensorrt_api import RTX_MAGIC
+
+Float32 = npt.NDArray[np.float32]
+
+REFERENCE = "torch"
+MIN_SAMPLES, MAX_SAMPLES = 2, 4096
+
+_ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to compare, over which images."""
+
+    images: Path | None = None  # None: seeded synthetic images
+    samples: int = 16
+    candidate: Path | None = None  # judge this file instead of the bundle's own
+    backends: tuple[str, ...] = ()  # empty: every one that a file's kind allows
+    require: tuple[str, ...] = ()  # backends whose absence is a failure
+    command: str = "rexdeploy verify"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A comparison that could not be made here; it has not passed."""
+
+    reference: str
+    candidate: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All comparisons of one run, in the order of the chain."""
+
+    model: str
+    files: dict[str, str]  # SHA-256 by name of every file that was judged
+    images: str
+    batches: tuple[int, ...]
+    signal: float  # of the reference, in logits
+    edges: tuple[Comparison, ...]  # each file against what it was made from
+    totals: tuple[Comparison, ...]  # each file against the reference, where that is another
+    skipped: tuple[Skipped, ...]
+    failures: tuple[str, ...]  # why the whole does not pass; empty if it does
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A file to judge, and what it was made from."""
+
+    file: str
+    model: bytes
+    kind: str
+    precision: Precision | None
+    batch: BatchRange | None
+    parent: str  # a file's name, or REFERENCE
+    backends: tuple[str, ...]
+
+
+def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> Verification:
+    """Compares every file of the bundle with its parent and with the reference.
+
+    The result is also written to the bundle's verify.json, unless a candidate from elsewhere was
+    judged. Raises UsageError where nothing can be judged: unusable files, or a reference whose
+    logits do not vary over the images.
+    """
+    _check_options(options)
+    spec = bundle.manifest.model
+    pool, described = _images(options, spec)
+    report("running the reference")
+    reference_name, reference = _reference(bundle, pool)
+    signal = Signal.of(reference)
+    candidates = (
+        [_foreign(options.candidate, spec, options, reference_name)]
+        if options.candidate
+        else _own(bundle, options, reference_name)
+    )
+    judge = _Judge(spec, pool, signal, reference_name, reference, _range_of(candidates))
+    for candidate in candidates:
+        for backend in candidate.backends:
+            report(f"running {candidate.file} ({backend})")
+            judge.run(candidate, backend)
+    verification = Verification(
+        model=spec.title,
+        files={candidate.file: sha256(candidate.model) for candidate in candidates},
+        images=described,
+        batches=tuple(sorted(judge.batches)),
+        signal=signal.size,
+        edges=tuple(judge.edges),
+        totals=tuple(judge.totals),
+        skipped=tuple(judge.skipped),
+        failures=tuple(judge.failures(options.require)),
+    )
+    if options.candidate is None:
+        report("writing verify.json")
+        _write(bundle, verification, options)
+    return verification
+
+
+class _Judge:
+    """Runs candidates one after the other, parents first, and keeps what came out."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        pool: Float32,
+        signal: Signal,
+        reference_name: str,
+        reference: Float32,
+        default_range: BatchRange,
+    ) -> None:
+        self.edges: list[Comparison] = []
+        self.totals: list[Comparison] = []
+        self.skipped: list[Skipped] = []
+        self.batches: set[int] = set()
+        self._spec, self._pool, self._signal = spec, pool, signal
+        self._reference_name, self._default_range = reference_name, default_range
+        self._logits = {reference_name: reference}  # by file, one row an image
+        self._backends: set[str] = set()  # that ran something
+
+    def run(self, candidate: _Candidate, name: str) -> None:
+        """Compares a candidate's logits with its parent's and with the reference's."""
+        label = f"{candidate.file} ({name})"
+        sizes = (candidate.batch or self._default_range).samples()
+        try:
+            backend = open_backend(name, candidate.model, self._spec)
+        except BackendUnavailable as error:
+            self.skipped.append(Skipped(candidate.parent, label, name, str(error)))
+            return
+        except UsageError as error:
+            raise UsageError(f"{candidate.file}: {error}") from None
+        try:
+            rows = run_batches(backend, self._pool, sizes)
+        finally:
+            backend.close()
+        self.batches.update(sizes)
+        self._backends.add(name)
+        # Where a parent could not run, its own parent has to stand in: the reference.
+        parent = candidate.parent if candidate.parent in self._logits else self._reference_name
+        self.edges.append(self._compare(parent, label, rows, candidate.precision))
+        if parent != self._reference_name:
+            self.totals.append(
+                self._compare(self._reference_name, label, rows, candidate.precision)
+            )
+        self._logits.setdefault(candidate.file, rows.by_image())
+
+    def failures(self, required: Sequence[str]) -> list[str]:
+        """Why the whole does not pass."""
+        broken = [comparison for comparison in self.edges if comparison.failures]
+        # Small errors along sound edges can add up to a broken total.
+        broken = broken or [comparison for comparison in self.totals if comparison.failures]
+        failures = [
+            f"broken edge {comparison.reference} -> {comparison.candidate}: "
+            f"{comparison.failures[0]}"
+            for comparison in broken
+        ]
+        if not self.edges:
+            reasons = "; ".join(f"{skip.candidate}: {skip.reason}" for skip in self.skipped)
+            failures.append(
+                f"nothing was compared: fewer than two backends ran ({reasons or 'no file fits'})"
+            )
+        for asked in required:
+            if not any(_is_meant(asked, name) for name in self._backends):
+                reasons = "; ".join(
+                    skip.reason for skip in self.skipped if _is_meant(asked, skip.backend)
+                )
+                failures.append(
+                    f"required backend {asked} did not run: {reasons or 'no file for it'}"
+                )
+        return failures
+
+    def _compare(
+        self, reference: str, label: str, rows: Rows, precision: Precision | None
+    ) -> Comparison:
+        return compare(
+            self._logits[reference][rows.images],
+            rows.logits,
+            names=(reference, label),
+            signal=self._signal,
+            limit=LIMITS[precision or "fp16"],
+        )
+
+
+def to_json(verification: Verification) -> bytes:
+    """The verification as indented JSON; NaN and infinity become null."""
+    return msgspec.json.format(msgspec.json.encode(verification), indent=2) + b"\n"
+
+
+def _check_options(options: VerifyOptions) -> None:
+    if not MIN_SAMPLES <= options.samples <= MAX_SAMPLES:
+        raise UsageError(f"samples: got {options.samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
+    known = (*ONNX_BACKENDS, *ENGINE_BACKENDS)
+    for name in (*options.backends, *options.require):
+        if name not in known:
+            raise UsageError(f"backend: got '{name}', expected one of {', '.join(known)}")
+
+
+def _images(options: VerifyOptions, spec: ModelSpec) -> tuple[Float32, str]:
+    """The images to compare over, and how to describe them."""
+    if options.images is None:
+        return (
+            images.synthetic(options.samples, spec.preprocess, seed=1),
+            f"{options.samples} synthetic images",
+        )
+    paths = images.find(options.images)[: options.samples]
+    return images.load_batch(paths, spec.preprocess), f"{len(paths)} images of {options.images}"
+
+
+def _reference(bundle: Bundle, pool: Float32) -> tuple[str, Float32]:
+    """The reference's name and its logits: our network, or somebody's own graph as it came."""
+    weights = bundle.manifest.find("weights")
+    artifact = weights or bundle.manifest.find("onnx")
+    if artifact is None:
+        raise UsageError(f"{bundle.path} holds neither weights nor a graph; export it again")
+    spec = bundle.manifest.model
+    backend = open_backend("pytorch" if weights else "onnxruntime", bundle.read(artifact), spec)
+    try:
+        if artifact.batch is None:
+            logits = backend.run(pool)
+        else:
+            logits = run_batches(backend, pool, [artifact.batch.opt]).by_image()
+    finally:
+        backend.close()
+    return (REFERENCE if weights else artifact.file), logits
+
+
+def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[_Candidate]:
+    """The bundle's graphs and engines, every parent before its children."""
+    files = {artifact.sha256: artifact.file for artifact in bundle.manifest.artifacts}
+    candidates: list[_Candidate] = []
+    for kind in ("onnx", "engine"):
+        for artifact in bundle.manifest.artifacts:
+            if artifact.kind != kind or artifact.file == reference_name:
+                continue
+            parent = files.get(artifact.parent_sha256 or "", reference_name)
+            backends = _backends_of(artifact, options)
+            if backends:
+                candidates.append(
+                    _Candidate(
+                        artifact.file,
+                        bundle.read(artifact),
+                        kind,
+                        artifact.precision,
+                        artifact.batch,
+                        reference_name if parent.endswith(".safetensors") else parent,
+                        backends,
+                    )
+                )
+    return candidates
+
+
+def _foreign(
+    path: Path, spec: ModelSpec, options: VerifyOptions, reference_name: str
+) -> _Candidate:
+    """A candidate from elsewhere: what it is, it must tell itself."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"candidate {path} cannot be read ({error.strerror})") from None
+    if data[:4] == RTX_MAGIC or path.suffix in _ENGINE_SUFFIXES:
+        backend = "tensorrt-rtx" if data[:4] == RTX_MAGIC else "tensorrt"
+        return _Candidate(path.name, data, "engine", None, None, reference_name, (backend,))
+    try:
+        model = onnx.load_from_string(data)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf's DecodeError, onnx's ValidationError
+        reason = (str(error).strip().splitlines() or ["not a protobuf"])[0]
+        raise UsageError(
+            f"candidate {path} is neither an ONNX model ({reason}) nor a TensorRT engine"
+        ) from None
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    family, width = told.get("rexdeploy.family"), told.get("rexdeploy.width")
+    if family and spec.width is not None and (family, width) != (spec.family, f"{spec.width:g}"):
+        raise UsageError(
+            f"candidate {path} is a {family} {width}, expected {spec.family} {spec.width:g}; "
+            "name its own bundle"
+        )
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value if model.graph.input else 0
+    return _Candidate(
+        path.name,
+        data,
+        "onnx",
+        precision_of(model),
+        BatchRange(batch, batch, batch) if batch else None,
+        reference_name,
+        tuple(name for name in options.backends if name in ONNX_BACKENDS) or ("onnxruntime",),
+    )
+
+
+def _backends_of(artifact: Artifact, options: VerifyOptions) -> tuple[str, ...]:
+    """The backends to run an artifact on.
+
+    ONNX Runtime's CUDA is tried only where it is installed or asked for: a line about it in every
+    CPU machine's table would say nothing.
+    """
+    if artifact.kind == "engine":
+        flavor = artifact.built_with.get("flavor")
+        possible: tuple[str, ...] = ("tensorrt-rtx" if flavor == "rtx" else "tensorrt",)
+        wanted = possible
+    else:
+        possible = ONNX_BACKENDS
+        asked = "onnxruntime-cuda" in options.require
+        wanted = possible if asked or _has_onnxruntime_cuda() else ("onnxruntime",)
+    if options.backends:
+        return tuple(
+            name for name in possible if any(_is_meant(asked, name) for asked in options.backends)
+        )
+    return wanted
+
+
+def _is_meant(asked: str, backend: str) -> bool:
+    """Whether a backend is the one asked for; "tensorrt" means an engine of either flavour."""
+    return backend == asked or (asked == "tensorrt" and backend in ENGINE_BACKENDS)
+
+
+def _has_onnxruntime_cuda() -> bool:
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def _range_of(candidates: Sequence[_Candidate]) -> BatchRange:
+    """The range to run graphs of any batch size at: that of the engines made from them."""
+    ranges = [candidate.batch for candidate in candidates if candidate.batch]
+    return ranges[0] if ranges else DEFAULT_BATCH
+
+
+def _write(bundle: Bundle, verification: Verification, options: VerifyOptions) -> None:
+    graph = bundle.manifest.find("onnx")
+    if graph is None:
+        raise RexdeployError(f"{bundle.path} holds no ONNX graph")
+    data = to_json(verification)
+    artifact = Artifact(
+        "report",
+        "verify.json",
+        sha256(data),
+        parent_sha256=graph.sha256,
+        command=options.command,
+    )
+    bundle.update(artifact, files={artifact.file: data})
