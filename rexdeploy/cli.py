@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,6 @@ EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 
 app = typer.Typer(
     name="rexdeploy",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # rich costs `--help` more than everything else together
     pretty_exceptions_enable=False,
@@ -48,12 +48,11 @@ Json = Annotated[
 
 def main() -> NoReturn:
     """Runs the command line; the only place where exceptions become exit codes."""
+    signal.signal(signal.SIGINT, _interrupted)
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="rexdeploy")
     except RexdeployError as error:
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the bundle is as it was", EXIT_INTERRUPTED)
     except BrokenPipeError:  # `rexdeploy models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -64,26 +63,27 @@ def main() -> NoReturn:
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "rexdeploy"
-        if show():
-            _fail(f"{show().rstrip('.')}; see '{command} --help'", 2)
-        code = 2  # no arguments at all: click has printed the help
+        _fail(f"{show().rstrip('.')}; see '{command} --help'", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        from rexdeploy import __version__
+def _interrupted(signal_number: int, frame: object) -> NoReturn:
+    """Leaves at once on Ctrl-C.
 
-        typer.echo(f"rexdeploy {__version__}")
-        raise typer.Exit
+    A KeyboardInterrupt inside torch's exporter (2.15) ends in std::terminate, and a bundle
+    survives being killed at any moment, so there is nothing to unwind.
+    """
+    del signal_number, frame
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the spinner had hidden it
+    sys.stderr.write(f"{show_cursor}error: interrupted; the bundle is as it was\n")
+    sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def rexdeploy(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = False,
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """ReXNet and ReXNet-lite: from a checkpoint to verified ONNX graphs and TensorRT engines.
 
@@ -92,6 +92,12 @@ def rexdeploy(
     rexdeploy build-trt --fp16         a TensorRT engine, proven to be FP16
     rexdeploy verify                   every file's logits against the network's
     """
+    if version:
+        from rexdeploy import __version__
+
+        typer.echo(f"rexdeploy {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -525,7 +531,7 @@ def _emit(file: Path | None, result: Callable[[], object]) -> None:
 
     data = msgspec.json.format(msgspec.json.encode(result()), indent=2) + b"\n"
     if file == Path("-"):
-        typer.echo(data, nl=False)
+        typer.echo(data.decode(), nl=False)
         return
     try:
         file.write_bytes(data)

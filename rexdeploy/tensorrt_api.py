@@ -7,6 +7,7 @@ The two flavours share an API, and all of it that is used here exists in every s
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,11 @@ Flavor = Literal["tensorrt", "rtx"]
 
 FLAVORS: tuple[Flavor, ...] = ("tensorrt", "rtx")
 RTX_MAGIC = b"vtrt"
-MIN_HALF_SHARE = 0.9
-"""Least share of Half layers in an FP16 engine; ReXNets' have 1.0 (TensorRT-RTX 1.7)."""
+MIN_HALF_SHARE = 0.5
+"""Least share of Half layers in an FP16 engine, beside all its convolutions and products.
+
+ReXNets' have 1.0 (TensorRT-RTX 1.7); a tiny graph of four layers and a cast of its input has 0.8.
+"""
 MIN_VERSION = (10, 13)  # of full TensorRT; the first release tested
 
 _MODULES: dict[Flavor, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -29,25 +33,37 @@ _TITLES: dict[Flavor, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
 # Observed in engines of TensorRT-RTX 1.7 (the format is not documented).
 _RTX_TARGET_BITS = {"sm75": 1, "sm80": 2, "sm86": 4, "sm89": 8, "sm120": 16, "sm121": 32}
 _RTX_HEADER_BYTES = 64
+_FLOATING = ("Half", "BFloat16", "Float")
+# Square brackets nest one deep: tensors hold lists of numbers.
+_TENSORS = r"\[(?:[^\[\]]|\[[^\[\]]*\])*\]"
+_LAYER = re.compile(
+    rf"Name: (?P<name>.*?), LayerType: .*?Inputs: (?P<inputs>{_TENSORS}), "
+    rf"(?:Constants: (?P<constants>{_TENSORS}), )?Outputs: (?P<outputs>{_TENSORS}), (?P<rest>.*)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a built engine, and the types it reads and writes ("Half", "Float", ...)."""
+    """One layer of a built engine, and the types it works on ("Half", "Float", ...)."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    weights: str | None  # type of its largest constant
     onnx_nodes: tuple[str, ...]  # names of the graph's nodes that it carries out
 
     @property
     def precision(self) -> str:
-        """Half if it reads or writes Half (a fused cast has one Float side), else its types'."""
+        """The type it computes in.
+
+        A convolution's weights tell: casts are fused into it, so that one in Float may well read
+        Float and write Half. Without weights, Half if it reads or writes any.
+        """
+        if self.weights in _FLOATING:
+            return self.weights
         types = set(self.inputs) | set(self.outputs)
-        for name in ("Half", "BFloat16", "Int8", "Float"):
-            if name in types:
-                return name
-        return "/".join(sorted(types)) or "none"
+        return next((name for name in _FLOATING if name in types), "/".join(sorted(types)))
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,8 @@ def load(flavor: Flavor) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        if error.name == module_name:
+        # A library that does not load is an ImportError of the same name: only the type tells.
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name:
             reason = f"{title} is not installed"
         else:
             reason = f"{title} cannot be loaded ({error})"
@@ -138,13 +155,22 @@ def captured_log(trt: Any) -> Iterator[Log]:
 class Log:
     """TensorRT's messages as (severity, text): 0 internal error, 1 error, ... 4 verbose."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str) -> None:
+        self.title = title  # of the flavour
         self.messages: list[tuple[int, str]] = []
 
     def first_error(self) -> str:
         """The first error, which names the cause; later ones are its echoes."""
         errors = [text for severity, text in self.messages if severity <= 1]
         return " ".join(errors[0].split()) if errors else "TensorRT gave no reason"
+
+
+def start(factory: Any, log: Log) -> Any:
+    """A Builder or Runtime; raises BackendUnavailable with TensorRT's reason if there is none."""
+    try:
+        return factory(log)
+    except TypeError:  # what the bindings make of a null pointer, such as without a GPU
+        raise BackendUnavailable(f"{log.title} cannot start here: {log.first_error()}") from None
 
 
 def build(onnx_model: bytes, settings: EngineSettings) -> BuiltEngine:
@@ -156,16 +182,18 @@ def build(onnx_model: bytes, settings: EngineSettings) -> BuiltEngine:
     trt = load(settings.flavor)
     title = _TITLES[settings.flavor]
     with captured_log(trt) as log:
-        builder = trt.Builder(log)
-        if builder is None:
-            raise BackendUnavailable(f"{title} cannot start here: {log.first_error()}")
+        builder = start(trt.Builder, log)
         # From TensorRT 11 on every network is strongly typed, flag or not; 10.x must be asked.
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, log)
         if not parser.parse(onnx_model):
-            errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-            reasons = "; ".join(" ".join(text.split()) for text in errors) or log.first_error()
+            errors = [_describe(parser.get_error(index)) for index in range(parser.num_errors)]
+            reasons = "; ".join(errors) or log.first_error()
             raise RexdeployError(f"{title} cannot parse the ONNX graph: {reasons}")
+        if network.num_inputs != 1:
+            raise UsageError(
+                f"{title} cannot parse the ONNX graph: got {network.num_inputs} inputs, expected 1"
+            )
         config = _configure(trt, builder, network, settings)
         serialized = builder.build_serialized_network(network, config)
         if serialized is None:
@@ -186,7 +214,7 @@ def prove(layers: Sequence[Layer], arithmetic_nodes: set[str]) -> PrecisionProof
 
     `arithmetic_nodes` are the names of the ONNX graph's convolutions and matrix products.
     """
-    floating = [layer for layer in layers if layer.precision in ("Half", "Float", "BFloat16")]
+    floating = [layer for layer in layers if layer.precision in _FLOATING]
     arithmetic = [layer for layer in floating if arithmetic_nodes & set(layer.onnx_nodes)]
     return PrecisionProof(
         layers=len(floating),
@@ -199,18 +227,15 @@ def prove(layers: Sequence[Layer], arithmetic_nodes: set[str]) -> PrecisionProof
 def parse_layers(report: str) -> tuple[Layer, ...]:
     """Reads TensorRT's one-line-per-layer report (its inspector's, or RTX's build log's)."""
     layers = []
-    for line in report.splitlines():
-        match = re.match(
-            r"Name: (?P<name>.*?), LayerType: .*?Inputs: \[(?P<inputs>.*?)\], "
-            r"(?:Constants: \[.*?\], )?Outputs: \[(?P<outputs>.*?)\], (?P<rest>.*)",
-            _without_lists(line),
-        )
+    for line in report.split("\n"):  # not splitlines: \x1e stands between ONNX names
+        match = _LAYER.match(line)
         if match:
             layers.append(
                 Layer(
                     name=match["name"],
                     inputs=_data_types(match["inputs"]),
                     outputs=_data_types(match["outputs"]),
+                    weights=_weights_type(match["constants"] or "", match["rest"]),
                     onnx_nodes=tuple(re.findall(r"ONNX Layer: ([^\]\x1e]+)", match["rest"])),
                 )
             )
@@ -249,12 +274,19 @@ def _make_logger(trt: Any) -> Any:
     class Logger(Log, trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            Log.__init__(self)
+            Log.__init__(self, "TensorRT-RTX" if trt.__name__ == "tensorrt_rtx" else "TensorRT")
 
         def log(self, severity: Any, text: str) -> None:
             self.messages.append((int(severity), text))
 
     return Logger()
+
+
+def _describe(error: Any) -> str:
+    """A parser error in one line, with the node it is about."""
+    text = " ".join(error.desc().split())
+    node = f"{error.node_operator()} {error.node_name()}".strip()
+    return f"{text} (node {node})" if node else text
 
 
 def _configure(trt: Any, builder: Any, network: Any, settings: EngineSettings) -> Any:
@@ -290,7 +322,7 @@ def _layer_report(trt: Any, plan: bytes, log: Log) -> str:
     for _, text in log.messages:
         if text.startswith("Layers:"):
             return text
-    runtime = trt.Runtime(log)
+    runtime = start(trt.Runtime, log)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise RexdeployError(f"the engine just built cannot be loaded: {log.first_error()}")
@@ -298,16 +330,31 @@ def _layer_report(trt: Any, plan: bytes, log: Log) -> str:
     return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
 
 
-def _without_lists(line: str) -> str:
-    """The line without the innermost number lists, such as `[-1,3,224,224]`."""
-    return re.sub(r"\[[-\d,\s]*\d\]", "", line)
-
-
 def _data_types(tensors: str) -> tuple[str, ...]:
-    """The types in a list of tensors: "Datatype: Half" in RTX, "... FP16 format" in TensorRT 10."""
+    """The types in a list of tensors, by RTX's names."""
+    return tuple(_type_name(text) for text in re.findall(r"Datatype: ([^,}]+)", tensors))
+
+
+def _weights_type(constants: str, rest: str) -> str | None:
+    """The type of the layer's largest constant; None if it has none with more than one value.
+
+    RTX lists constants like tensors; full TensorRT writes `Weights: {Type: Half, Count: 864}`.
+    """
+    stated = re.search(r"Weights: \{ ?Type: (\w+)", rest)
+    if stated:
+        return _type_name(stated[1])
+    sized = [
+        (math.prod(int(number) for number in dimensions.split(",")), _type_name(kind))
+        for dimensions, kind in re.findall(
+            r"Dimensions: \[([\d,]+)\].*?Datatype: ([^,}]+)", constants
+        )
+    ]
+    size, kind = max(sized, default=(0, None))
+    return kind if size > 1 else None
+
+
+def _type_name(text: str) -> str:
+    """RTX says "Half"; full TensorRT says "Channel major FP16 format where ..."."""
     names = {"FP16": "Half", "FP32": "Float", "BF16": "BFloat16", "INT8": "Int8"}
-    found = []
-    for text in re.findall(r"Datatype: ([^,}]+)", tensors):
-        short = next((name for key, name in names.items() if key in text.upper().split()), None)
-        found.append(short or text.strip())
-    return tuple(found)
+    words = text.upper().split()
+    return next((name for key, name in names.items() if key in words), text.strip())

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.manifest import BatchRange, ModelSpec
-from rexdeploy.tensorrt_api import Flavor, captured_log, load, read_header
+from rexdeploy.tensorrt_api import Flavor, captured_log, load, read_header, start
 
 Float32 = npt.NDArray[np.float32]
 
@@ -32,9 +32,9 @@ class TensorRTBackend:
         try:
             with captured_log(trt) as log:
                 if flavor == "rtx":
-                    _check_validity(trt, trt.Runtime(log), plan, log)
+                    _check_validity(trt, start(trt.Runtime, log), plan, log)
                 # The engine must be destroyed before its runtime: keep both, in this order.
-                self._runtime = trt.Runtime(log)
+                self._runtime = start(trt.Runtime, log)
                 self._engine = self._runtime.deserialize_cuda_engine(plan)
                 if self._engine is None:
                     raise BackendUnavailable(f"the engine cannot be loaded: {log.first_error()}")

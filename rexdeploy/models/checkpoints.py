@@ -85,9 +85,10 @@ def _read_safetensors(path: Path) -> StateDict:
 
 def _read_pickle(path: Path) -> object:
     try:
-        with warnings.catch_warnings():
+        # An open file, since torch.load goes by the extension of a path.
+        with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript archives; refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         match = re.search(r"(?:GLOBAL|class|call) (\S+\.\S+)", str(error))
         if match:

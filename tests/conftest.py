@@ -1,0 +1,113 @@
+"""Bundles that are expensive to make: each is exported once for the whole run, and copied."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from rexdeploy.build import BuildOptions, build
+from rexdeploy.bundle import Bundle
+from rexdeploy.export import ExportOptions, export
+from rexdeploy.manifest import BatchRange
+from rexdeploy.models.rexnet import ReXNetV1, ReXNetV1_lite
+from tests.helpers import reacting
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    """Same rounding on every machine, and no fight for cores."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def session_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="session")
+def photos(session_dir: Path) -> Path:
+    """A folder with two real photographs."""
+    folder = session_dir / "photos"
+    folder.mkdir()
+    samples = load_sample_images()
+    for name, pixels in zip(samples.filenames, samples.images, strict=True):
+        Image.fromarray(pixels).save(folder / Path(name).with_suffix(".png").name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def v1_checkpoint(session_dir: Path) -> Path:
+    """A published-format V1 1.0 checkpoint with 37 classes, as DataParallel would save it."""
+    torch.manual_seed(1)
+    model = reacting(ReXNetV1(width_mult=1.0, classes=37))
+    path = session_dir / "rexnetv1_1.0.pth"
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def timm_checkpoint(session_dir: Path) -> Path:
+    """A timm rexnet_130 checkpoint with 1000 classes."""
+    torch.manual_seed(2)
+    model = reacting(timm.create_model("rexnet_130"))
+    path = session_dir / "model.safetensors"
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lite_checkpoint(session_dir: Path) -> Path:
+    """A published-format lite 1.0 checkpoint with 10 classes."""
+    torch.manual_seed(3)
+    model = reacting(ReXNetV1_lite(multiplier=1.0, classes=10))
+    path = session_dir / "rexnet_lite_1.0.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def _bundle(checkpoint: Path, name: str) -> Bundle:
+    """A bundle with an ONNX graph, its float16 form and an RTX engine."""
+    exported = export(
+        ExportOptions(weights=str(checkpoint), name=name, out=checkpoint.parent / "artifacts")
+    )
+    options = BuildOptions(fp16=True, flavor="rtx", batch=BatchRange(1, 2, 8), targets=("sm89",))
+    return build(exported.bundle, options).bundle
+
+
+@pytest.fixture(scope="session")
+def v1_original(v1_checkpoint: Path) -> Bundle:
+    """Shared: copy it (`v1_bundle`) before changing it."""
+    return _bundle(v1_checkpoint, "v1")
+
+
+@pytest.fixture(scope="session")
+def timm_original(timm_checkpoint: Path) -> Bundle:
+    return _bundle(timm_checkpoint, "timm")
+
+
+@pytest.fixture(scope="session")
+def lite_original(lite_checkpoint: Path) -> Bundle:
+    return _bundle(lite_checkpoint, "lite")
+
+
+@pytest.fixture
+def v1_bundle(v1_original: Bundle, tmp_path: Path) -> Bundle:
+    """A copy of the V1 bundle, at artifacts/v1 in the test's own folder."""
+    target = tmp_path / "artifacts" / "v1"
+    shutil.copytree(v1_original.path, target)
+    return Bundle.open(target)
+
+
+@pytest.fixture
+def lite_bundle(lite_original: Bundle, tmp_path: Path) -> Bundle:
+    target = tmp_path / "artifacts" / "lite"
+    shutil.copytree(lite_original.path, target)
+    return Bundle.open(target)

@@ -1,0 +1,218 @@
+"""Building: FP16 that is proven, answers from the bundle, and somebody's own graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import ModelProto
+
+from rexdeploy.build import BuildOptions, build, import_onnx
+from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.manifest import Artifact, BatchRange
+from rexdeploy.verify import VerifyOptions, verify
+from tests.helpers import edit_weights, folder_state, nodes_of, reacting
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+OPTIONS = BuildOptions(fp16=True, flavor="rtx", batch=BatchRange(1, 2, 8), targets=("sm89",))
+
+
+def _artifact(bundle: Bundle, kind: str, precision: str) -> Artifact:
+    found = bundle.manifest.find(kind, precision)  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+def _model(bundle: Bundle, precision: str) -> ModelProto:
+    return onnx.load_from_string(bundle.read(_artifact(bundle, "onnx", precision)))
+
+
+def test_the_chain_of_hashes_leads_from_the_engine_to_the_weights(v1_original: Bundle) -> None:
+    engine = _artifact(v1_original, "engine", "fp16")
+    half, full = (_artifact(v1_original, "onnx", name) for name in ("fp16", "fp32"))
+    weights = v1_original.manifest.find("weights")
+    assert weights is not None
+    parents = [engine.parent_sha256, half.parent_sha256, full.parent_sha256]
+    assert parents == [half.sha256, full.sha256, weights.sha256]
+    for artifact in v1_original.manifest.artifacts:
+        assert sha256(v1_original.read(artifact)) == artifact.sha256
+    assert engine.file == "fp16.rtx-sm89.engine"
+    assert engine.built_with["half_share"] == "1.0000"
+    assert engine.batch == BatchRange(1, 2, 8)
+
+
+def test_an_unchanged_build_is_answered_from_the_bundle(v1_bundle: Bundle) -> None:
+    before = folder_state(v1_bundle.path)
+    again = build(v1_bundle, OPTIONS)
+    assert again.reused
+    assert folder_state(v1_bundle.path) == before
+    forced = build(v1_bundle, replace(OPTIONS, force=True))
+    assert not forced.reused
+    assert forced.bundle.manifest.updated_at > v1_bundle.manifest.updated_at
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(OPTIONS, fp16=False),
+        replace(OPTIONS, batch=BatchRange(1, 4, 8)),
+        replace(OPTIONS, targets=("sm86",)),
+        replace(OPTIONS, targets=()),
+        replace(OPTIONS, workspace_mib=256),
+    ],
+    ids=["precision", "profile", "target", "any target", "workspace"],
+)
+def test_every_part_of_the_key_makes_another_engine(v1_bundle: Bundle, other: BuildOptions) -> None:
+    assert not build(v1_bundle, other).reused
+
+
+def test_other_weights_are_never_answered_with_the_old_engine(v1_bundle: Bundle) -> None:
+    """The cache without a weights' hash: onnxruntime issue 6455."""
+    model = _model(v1_bundle, "fp32")
+    name = nodes_of(model, "Conv")[5].input[1]
+    data = edit_weights(model, [name], lambda values: values * 1.5).SerializeToString()
+    graph = replace(_artifact(v1_bundle, "onnx", "fp32"), sha256=sha256(data))
+    changed = v1_bundle.update(graph, files={graph.file: data})
+    assert changed.manifest.find("engine") is None
+    assert not list(changed.path.glob("*.engine"))
+    result = build(changed, OPTIONS)
+    assert not result.reused
+    assert result.engine.sha256 != _artifact(v1_bundle, "engine", "fp16").sha256
+
+
+def test_an_fp16_build_that_is_really_fp32_fails_and_writes_nothing(v1_bundle: Bundle) -> None:
+    """The float16 graph of the bundle is swapped for the float32 one, hash and all."""
+    full, half = (_artifact(v1_bundle, "onnx", name) for name in ("fp32", "fp16"))
+    data = v1_bundle.read(full)
+    fake = replace(half, sha256=sha256(data + b""), parent_sha256=full.sha256)
+    bundle = v1_bundle.update(fake, files={half.file: data})
+    before = folder_state(bundle.path)
+    with pytest.raises(VerificationFailed, match=r"not FP16: 0 of \d+ layers in Half \(0%\)") as no:
+        build(bundle, OPTIONS)
+    assert no.value.exit_code == 3
+    assert folder_state(bundle.path) == before
+
+
+def test_a_float32_build_has_no_half_layer(v1_bundle: Bundle) -> None:
+    engine = build(v1_bundle, replace(OPTIONS, fp16=False)).engine
+    assert (engine.precision, engine.built_with["half_layers"]) == ("fp32", "0")
+    assert engine.file == "fp32.rtx-sm89.engine"
+
+
+def test_a_damaged_graph_is_refused(v1_bundle: Bundle) -> None:
+    path = v1_bundle.path / "fp32.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match="fp32.onnx is not the file the manifest describes"):
+        build(v1_bundle, replace(OPTIONS, fp16=False))
+
+
+def test_a_damaged_engine_is_not_an_answer(v1_bundle: Bundle) -> None:
+    engine = _artifact(v1_bundle, "engine", "fp16")
+    (v1_bundle.path / engine.file).write_bytes(b"vtrt" + b"\0" * 100)
+    with pytest.raises(UsageError, match="not the file the manifest describes"):
+        build(v1_bundle, OPTIONS)
+    assert not build(v1_bundle, replace(OPTIONS, force=True)).reused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (replace(OPTIONS, targets=("sm90",)), "target: got 'sm90', expected sm75, sm80"),
+        (replace(OPTIONS, flavor="tensorrt"), "--target is for --flavor rtx"),
+        (replace(OPTIONS, flavor="trt"), "flavor: got 'trt', expected auto, tensorrt, rtx"),
+        (replace(OPTIONS, batch=BatchRange(1, 1, 10**6)), "expected at most 4096"),
+    ],
+)
+def test_unusable_options_are_refused(
+    v1_original: Bundle, options: BuildOptions, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(v1_original, options)
+
+
+class _Own(torch.nn.Module):
+    """Somebody's own classifier: other names, other layers, a fixed input size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 3, 2, bias=False),
+            torch.nn.BatchNorm2d(16),
+            torch.nn.SiLU(),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+            torch.nn.Linear(16, 7),
+        )
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.body(pixels)
+        return logits
+
+
+@pytest.fixture(scope="module")
+def own_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("own") / "mine.onnx"
+    program = torch.onnx.export(
+        reacting(_Own(), size=64),
+        (torch.zeros(2, 3, 64, 64),),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+        input_names=["pixels"],
+        output_names=["scores"],
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path, external_data=False)
+    return path
+
+
+def test_somebodys_own_graph_gets_a_bundle_an_engine_and_a_verification(
+    own_graph: Path, tmp_path: Path
+) -> None:
+    bundle = import_onnx(own_graph, tmp_path)
+    assert (bundle.manifest.model.family, bundle.manifest.model.num_classes) == ("onnx", 7)
+    assert bundle.path == tmp_path / "mine"
+    result = build(bundle, OPTIONS)
+    assert result.engine.built_with["half_layers"] == "4"
+    verification = verify(result.bundle, VerifyOptions(samples=6))
+    assert verification.passed
+    assert [edge.reference for edge in verification.edges] == ["model.onnx"]
+    # Imported again unchanged, the engine is still there.
+    assert build(import_onnx(own_graph, tmp_path), OPTIONS).reused
+
+
+def test_an_imported_graph_does_not_take_the_place_of_another_model(
+    own_graph: Path, v1_bundle: Bundle
+) -> None:
+    taken = own_graph.with_name("v1.onnx")
+    taken.write_bytes(own_graph.read_bytes())
+    before = folder_state(v1_bundle.path)
+    with pytest.raises(UsageError, match=r"holds another model \(rexnet 1\)"):
+        import_onnx(taken, v1_bundle.path.parent)
+    assert folder_state(v1_bundle.path) == before
+
+
+def test_files_that_are_no_classifier_are_refused(own_graph: Path, tmp_path: Path) -> None:
+    model = onnx.load(own_graph)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 4
+    four_channels = tmp_path / "four.onnx"
+    four_channels.write_bytes(model.SerializeToString())
+    garbage = tmp_path / "garbage.onnx"
+    garbage.write_bytes(np.random.default_rng(0).bytes(1000))
+    truncated = tmp_path / "cut.onnx"
+    truncated.write_bytes(own_graph.read_bytes()[:-100])
+    empty = tmp_path / "empty.onnx"
+    empty.write_bytes(b"")
+    for path in (four_channels, garbage, truncated, empty, tmp_path / "missing.onnx"):
+        with pytest.raises(UsageError, match=path.name):
+            import_onnx(path, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []

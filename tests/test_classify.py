@@ -1,0 +1,145 @@
+"""Classifying: the right logits, from files, from many threads, and without torch."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import rexdeploy
+from rexdeploy import images
+from rexdeploy.bundle import Bundle
+from rexdeploy.classify import load
+from rexdeploy.compare import softmax
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.manifest import BatchRange
+from rexdeploy.models.checkpoints import load_checkpoint
+from tests.helpers import assert_refused, run_cli, run_python
+
+
+def test_predictions_are_the_networks_own(
+    timm_original: Bundle, timm_checkpoint: Path, photos: Path
+) -> None:
+    paths = images.find(photos)
+    batch = images.load_batch(paths, timm_original.manifest.model.preprocess)
+    with torch.inference_mode():
+        expected = load_checkpoint(timm_checkpoint).build()(torch.from_numpy(batch)).numpy()
+    with rexdeploy.load(timm_original.path) as classifier:
+        results = classifier.classify(paths)
+        np.testing.assert_allclose(classifier.logits(batch), expected, atol=2e-3)
+    labels = rexdeploy.__path__[0] + "/data/imagenet1k.txt"
+    names = Path(labels).read_text().splitlines()
+    for row, best in zip(softmax(expected), results, strict=True):
+        assert [item.index for item in best] == list(np.argsort(-row)[:5])
+        assert [item.label for item in best] == [names[item.index] for item in best]
+        assert [item.probability for item in best] == pytest.approx(sorted(row)[:-6:-1], rel=1e-2)
+
+
+def test_every_backend_that_runs_gives_the_same_classes(v1_original: Bundle, photos: Path) -> None:
+    paths = images.find(photos)
+    answers = {}
+    for backend in ("onnxruntime", "pytorch"):
+        with load(v1_original, backend) as classifier:
+            assert classifier.backend == backend
+            answers[backend] = [[p.index for p in best] for best in classifier.classify(paths, 3)]
+    assert answers["onnxruntime"] == answers["pytorch"]
+
+
+def test_better_backends_are_passed_over_with_a_reason(v1_original: Bundle) -> None:
+    with load(v1_original) as classifier:
+        if classifier.backend != "onnxruntime":
+            pytest.skip(f"this machine runs {classifier.backend}")
+        assert len(classifier.passed_over) == 2
+        assert classifier.passed_over[0].startswith("fp16.rtx-sm89.engine on tensorrt-rtx: ")
+    with pytest.raises(BackendUnavailable, match="nothing in the bundle can run here: fp16.rtx"):
+        load(v1_original, "tensorrt-rtx")
+    with pytest.raises(UsageError, match="backend: got 'cuda', expected one of auto"):
+        load(v1_original, "cuda")
+    with pytest.raises(BackendUnavailable, match="holds no file for backend tensorrt"):
+        load(v1_original, "tensorrt")
+
+
+def test_many_threads_get_their_own_answers(v1_original: Bundle) -> None:
+    pool = images.synthetic(12, v1_original.manifest.model.preprocess, seed=5)
+    with load(v1_original, "onnxruntime") as classifier:
+        expected = classifier.logits(pool)
+
+        def one(index: int) -> images.Float32:
+            return classifier.logits(pool[index : index + 1])
+
+        with ThreadPoolExecutor(8) as threads:
+            for index, logits in enumerate(threads.map(one, [*range(12)] * 3)):
+                np.testing.assert_allclose(logits[0], expected[index % 12], atol=1e-4)
+
+
+def test_a_fixed_batch_is_filled_and_cut(v1_original: Bundle, tmp_path: Path) -> None:
+    """The same graph, as if it took exactly four images; the last batch is padded."""
+    shutil.copytree(v1_original.path, tmp_path / "v1")
+    bundle = Bundle.open(tmp_path / "v1")
+    graph = bundle.manifest.find("onnx", "fp32")
+    assert graph is not None
+    fixed = bundle.update(replace(graph, batch=BatchRange(4, 4, 4)), files={})
+    pool = images.synthetic(6, bundle.manifest.model.preprocess, seed=6)
+    with load(v1_original, "onnxruntime") as free, load(fixed, "onnxruntime") as filled:
+        np.testing.assert_allclose(filled.logits(pool), free.logits(pool), atol=1e-4)
+
+
+def test_pillow_images_are_taken_in_any_mode(v1_original: Bundle, photos: Path) -> None:
+    path = images.find(photos)[0]
+    with Image.open(path) as image, load(v1_original) as classifier:
+        same = classifier.classify([path, image.convert("RGBA")])
+        assert [item.index for item in same[0]] == [item.index for item in same[1]]
+        assert classifier.classify([image.convert("L")])[0][0].label.startswith("class ")
+
+
+def test_wrong_shapes_and_closed_classifiers_are_refused(v1_original: Bundle) -> None:
+    with load(v1_original) as classifier:
+        for shape in ((1, 3, 224, 225), (3, 224, 224), (0, 3, 224, 224), (1, 224, 224, 3)):
+            with pytest.raises(UsageError, match="images: got shape"):
+                classifier.logits(np.zeros(shape, dtype=np.float32))
+    with pytest.raises(RexdeployError, match="was closed"):
+        classifier.logits(np.zeros((1, 3, 224, 224), dtype=np.float32))
+    classifier.close()
+
+
+def test_serving_needs_no_torch(v1_original: Bundle, photos: Path) -> None:
+    """Nor onnx, nor anything else that only exporting needs."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'onnxsim', 'safetensors', 'timm', 'typer', 'rich'):\n"
+        "    sys.modules[name] = None\n"
+        "import rexdeploy\n"
+        "with rexdeploy.load(sys.argv[1]) as classifier:\n"
+        "    print(classifier.backend, classifier.classify([sys.argv[2]])[0][0].index)\n"
+    )
+    answer = run_python(code, v1_original.path, images.find(photos)[0])
+    with load(v1_original, "onnxruntime") as classifier:
+        best = classifier.classify([images.find(photos)[0]])[0][0].index
+    assert answer.stdout == f"onnxruntime {best}\n", answer.stderr
+
+
+def test_predict_prints_labels_and_probabilities(
+    v1_bundle: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    paths = images.find(photos)
+    result = run_cli("predict", *paths, "--top", "2", cwd=tmp_path)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert lines[0].startswith("rexnet 1 on ")
+    assert lines[1] == str(paths[0])
+    assert len(lines) == 1 + 2 * 3
+    assert "passed over: fp16.rtx-sm89.engine" in result.err or "tensorrt" in lines[0]
+
+
+def test_predict_refuses_what_is_no_image(v1_bundle: Bundle, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    good = images.find(photos)[0]
+    result = run_cli("predict", good, "notes.txt", "--quiet", cwd=tmp_path)
+    assert_refused(result, "notes.txt is not an image")
+    assert_refused(run_cli("predict", "gone.jpg", cwd=tmp_path), "no image at gone.jpg")

@@ -1,0 +1,190 @@
+"""The command line: exit codes, one-line errors, JSON, help, and being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rexdeploy.bundle import Bundle
+from tests.helpers import assert_refused, folder_state, run_cli, run_python
+
+COMMANDS = ["export", "build-trt", "verify", "predict", "models", "doctor"]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """`rexdeploy --help` costs what `import typer` costs; a library would show in sys.modules."""
+    code = (
+        "import sys, atexit\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'PIL', 'rich', 'msgspec', 'tensorrt'}\n"
+        "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules))))\n"
+        "sys.argv = ['rexdeploy', *sys.argv[1:]]\n"
+        "from rexdeploy.cli import main\n"
+        "main()\n"
+    )
+    for arguments in (["--help"], ["verify", "--help"], ["--version"]):
+        answer = run_python(code, *arguments)
+        assert answer.returncode == 0
+        assert answer.stdout.endswith("heavy: []\n"), answer.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) -> None:
+    result = run_cli(command, "--help", cwd=tmp_path)
+    assert result.code == 0
+    assert f"Example:\n  rexdeploy {command}" in result.out
+
+
+def test_no_arguments_print_the_help(tmp_path: Path) -> None:
+    result = run_cli(cwd=tmp_path)
+    assert result.code == 0
+    assert result.out.startswith("Usage: rexdeploy")
+    assert all(command in result.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["frobnicate"], ["No such command 'frobnicate'", "rexdeploy --help"]),
+        (["export", "--widht", "1"], ["--widht", "--width", "rexdeploy export --help"]),
+        (["export", "--width", "wide"], ["--width", "valid"]),
+        (["export", "--width", "0"], ["width multiplier: got 0", "0.1 to 10"]),
+        (["export", "--width", "-1"], ["width multiplier: got -1"]),
+        (["export", "--width", "nan"], ["width multiplier: got nan"]),
+        (["export", "--width", "1e9"], ["width multiplier: got 1e+09"]),
+        (["export", "--batch", "some"], ["batch: got 'some', expected 'dynamic' or a number"]),
+        (["export", "--weights", "gone.pth"], ["gone.pth: no file there"]),
+        (["export", "--out", "/dev/null/x"], ["cannot write to the folder", "--out"]),
+        (["build-trt"], ["no bundle in artifacts/", "rexdeploy export"]),
+        (["build-trt", "nowhere"], ["nowhere is not a bundle"]),
+        (["build-trt", "--batch", "8:1:4"], ["batch range: got '8:1:4', expected min:opt:max"]),
+        (["build-trt", "x", "--onnx", "y"], ["got a bundle and --onnx, expected one of them"]),
+        (["build-trt", "--workspace", "0"], ["--workspace"]),
+        (["verify"], ["no bundle in artifacts/"]),
+        (["predict"], ["Missing argument 'IMAGE...'"]),
+        (["predict", "a.jpg"], ["no bundle in artifacts/"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_get_one_line_and_exit_2(
+    arguments: list[str], parts: list[str], tmp_path: Path
+) -> None:
+    assert_refused(run_cli(*arguments, cwd=tmp_path), *parts)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"artifacts"}
+    assert not (tmp_path / "artifacts").exists() or not list((tmp_path / "artifacts").iterdir())
+
+
+def test_a_hostile_manifest_is_refused(v1_bundle: Bundle, tmp_path: Path) -> None:
+    manifest = v1_bundle.path / "manifest.json"
+    good = manifest.read_text()
+    (tmp_path / "secret.onnx").write_bytes(b"outside")
+    for hostile, part in (
+        (good.replace('"fp32.onnx"', '"../../secret.onnx"'), "not a plain name inside"),
+        (good.replace('"fp32.onnx"', '"/etc/passwd"'), "not a plain name inside"),
+        (good[: len(good) // 2], "not a readable manifest"),
+        ("[]", "not a readable manifest"),
+        ("", "not a readable manifest"),
+    ):
+        manifest.write_text(hostile)
+        before = folder_state(v1_bundle.path)
+        for command in (["build-trt"], ["verify"], ["predict", "a.jpg", "--bundle"]):
+            assert_refused(run_cli(*command, "artifacts/v1", cwd=tmp_path), part)
+        assert folder_state(v1_bundle.path) == before
+
+
+def test_json_goes_to_a_file_or_alone_to_stdout(v1_bundle: Bundle, tmp_path: Path) -> None:
+    build = ["build-trt", "--fp16", "--batch", "1:2:8", "--flavor", "rtx", "--target", "sm89"]
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    result = run_cli(*build, "--json", "-", cwd=tmp_path)
+    answer = json.loads(result.out)
+    assert answer["reused"] is True
+    assert answer["engine"]["batch"] == {"min": 1, "opt": 2, "max": 8}
+    result = run_cli("verify", "--samples", "3", "--quiet", "--json", "v.json", cwd=tmp_path)
+    assert (result.code, result.out, result.err) == (0, "", "")
+    assert json.loads((tmp_path / "v.json").read_text())["failures"] == []
+    result = run_cli("models", "--json", "no/such/folder.json", cwd=tmp_path)
+    assert_refused(result, "cannot write no/such/folder.json")
+
+
+def test_quiet_says_nothing_when_all_is_well(v1_bundle: Bundle, tmp_path: Path) -> None:
+    result = run_cli("verify", "--samples", "2", "--quiet", cwd=tmp_path)
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+def test_verify_prints_the_table_and_what_was_skipped(v1_bundle: Bundle, tmp_path: Path) -> None:
+    result = run_cli("verify", "--samples", "2", cwd=tmp_path)
+    assert result.code == 0
+    assert "torch -> fp32.onnx (onnxruntime)" in result.out
+    assert "fp32.onnx -> fp16.onnx (onnxruntime)" in result.out
+    assert "verified: every edge that ran is within its limit" in result.out
+    if "tensorrt-rtx):" in result.out:
+        assert "(1 skipped)" in result.out
+
+
+def test_models_prints_eleven_networks_that_agree(tmp_path: Path) -> None:
+    result = run_cli("models", cwd=tmp_path)
+    assert result.code == 0
+    assert result.out.count("agrees\n") + result.out.count("agrees ") >= 11
+    assert "DIFFERS" not in result.out
+    assert "which is width 2.2" in result.out
+    assert len(json.loads(run_cli("models", "--json", "-", cwd=tmp_path).out)) == 11
+
+
+@pytest.mark.parametrize("delay_s", [3.0, 9.0])
+def test_a_killed_export_leaves_nothing_that_stops_the_next(
+    delay_s: float, v1_bundle: Bundle, tmp_path: Path, v1_checkpoint: Path
+) -> None:
+    """SIGKILL in the middle of the work; the commit itself is cut at every step in test_bundle."""
+    before = folder_state(v1_bundle.path)
+    command = ["export", "--weights", str(v1_checkpoint), "--name", "v1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from rexdeploy.cli import main; main()", *command],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    time.sleep(delay_s)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert folder_state(v1_bundle.path) == before
+    assert run_cli("verify", "--samples", "2", cwd=tmp_path).code == 0
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 2.0, 3.0])
+def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path) -> None:
+    """At moments that a KeyboardInterrupt would turn into a crash inside torch, too."""
+    command = ["export", "--weights", str(v1_checkpoint)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from rexdeploy.cli import main; main()", *command],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("exporting"):
+            break
+    time.sleep(delay_s)
+    os.kill(process.pid, signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert rest.splitlines()[-1] == "error: interrupted; the bundle is as it was"
+    assert "Traceback" not in rest
+    assert not list((tmp_path / "artifacts").iterdir())
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    code = "from rexdeploy.cli import main; main()"
+    shell = f"{sys.executable} -c '{code}' models | head -1"
+    answer = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {shell}"], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in answer.stderr
+    assert answer.returncode == 0

@@ -1,0 +1,112 @@
+"""Comparisons: known numbers, planted differences, and what cannot be judged."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rexdeploy.compare import Comparison, Signal, compare, softmax
+from rexdeploy.errors import UsageError
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.standard_normal((8, 20)).astype(np.float32)
+
+
+def _compare(candidate: npt.NDArray[np.float32], limit: float = 0.01) -> Comparison:
+    return compare(
+        LOGITS, candidate, names=("torch", "other"), signal=Signal.of(LOGITS), limit=limit
+    )
+
+
+def test_equal_logits_pass_with_perfect_numbers() -> None:
+    result = _compare(LOGITS.copy())
+    assert (result.error, result.kl, result.top1, result.top5, result.nonfinite) == (0, 0, 1, 1, 0)
+    assert result.cosine == pytest.approx(1)
+    assert result.failures == ()
+
+
+def test_the_error_is_in_units_of_signal() -> None:
+    signal = LOGITS.astype(np.float64).std(axis=0).mean()
+    candidate = LOGITS.copy()
+    candidate[3, 7] += 0.5
+    result = _compare(candidate)
+    assert result.signal == pytest.approx(signal)
+    assert result.error == pytest.approx(0.5 / signal, rel=1e-5)
+    assert result.failures == (f"error {0.5 / signal:.2g} of the signal is over the limit 0.01",)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(-5, 5))
+def test_the_error_does_not_depend_on_the_logits_scale(scale: float, noise: float) -> None:
+    exact = LOGITS.astype(np.float64)
+    candidate = exact + noise
+    plain = compare(exact, candidate, names=("a", "b"), signal=Signal.of(exact), limit=1)
+    scaled = compare(
+        exact * scale, candidate * scale, names=("a", "b"), signal=Signal.of(exact * scale), limit=1
+    )
+    assert scaled.error == pytest.approx(plain.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_logit_fails_whatever_the_limit(bad: float) -> None:
+    candidate = LOGITS.copy()
+    candidate[0, 0] = bad
+    result = _compare(candidate, limit=1e9)
+    assert result.nonfinite == 1
+    assert result.failures == ("1 logits are NaN or infinite",)
+
+
+def test_a_constant_candidate_has_no_cosine_to_boast_of() -> None:
+    """Plain cosine gives a backend that ignores its input 0.998; centred, it gets nothing."""
+    offset = 20 * RNG.standard_normal(20).astype(np.float32)
+    reference = LOGITS + offset
+    constant = np.repeat(reference.mean(axis=0, keepdims=True), 8, axis=0)
+    result = compare(reference, constant, names=("a", "b"), signal=Signal.of(reference), limit=0.5)
+    assert result.cosine < 0.5
+    assert result.failures
+
+
+def test_agreement_of_the_top_classes_is_counted() -> None:
+    candidate = LOGITS.copy()
+    candidate[0] = -candidate[0]
+    result = _compare(candidate)
+    assert result.top1 == 7 / 8
+    assert 7 / 8 <= result.top5 < 1
+    assert result.kl > 0
+
+
+def test_kl_is_that_of_the_definition() -> None:
+    candidate = LOGITS + RNG.standard_normal(LOGITS.shape).astype(np.float32)
+    p, q = softmax(LOGITS), softmax(candidate)
+    assert _compare(candidate).kl == pytest.approx((p * np.log(p / q)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("shape", [(8, 19), (7, 20), (8, 20, 1)])
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="got logits of shape"):
+        _compare(np.zeros(shape, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (LOGITS[:1], "at least 2 different images"),
+        (np.repeat(LOGITS[:1], 8, axis=0), "do not vary over the 8 images"),
+        (np.zeros((4, 3)), "do not vary"),
+        (LOGITS[:1] + 1e-5 * LOGITS, "do not vary"),
+        (np.where(LOGITS > 2, np.nan, LOGITS), "NaN or infinite"),
+    ],
+)
+def test_a_reference_that_proves_nothing_is_refused(
+    logits: npt.NDArray[np.float64], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        Signal.of(logits)
+
+
+def test_softmax_does_not_overflow() -> None:
+    probabilities = softmax(np.array([[1e4, 0.0, -1e4]]))
+    assert probabilities.sum() == pytest.approx(1)
+    assert probabilities[0, 0] == pytest.approx(1)

@@ -1,0 +1,141 @@
+"""The float16 graph: types, values, and graphs that cannot be converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from rexdeploy import images
+from rexdeploy.bundle import Bundle
+from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.precision import precision_of, to_fp16
+from tests.helpers import edit_weights, nodes_of
+
+IR_VERSION = 10
+
+
+def _model(nodes: list[onnx.NodeProto], weights: Mapping[str, object], out: int = 1) -> ModelProto:
+    """A graph from `x` (float32 [2, 3, 8, 8]) to `y`."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", out, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=IR_VERSION
+    )
+
+
+def _run(model: ModelProto, x: images.Float32) -> images.Float32:
+    session = ort.InferenceSession(model.SerializeToString())
+    result: images.Float32 = session.run(None, {session.get_inputs()[0].name: x})[0]
+    return result
+
+
+X = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+KERNEL = np.random.default_rng(1).standard_normal((4, 3, 3, 3)).astype(np.float32)
+
+
+def test_our_graph_is_half_throughout_and_float32_outside(v1_original: Bundle) -> None:
+    graph = v1_original.manifest.find("onnx", "fp32")
+    assert graph is not None
+    model = onnx.load_from_string(v1_original.read(graph))
+    half = to_fp16(model)
+    assert (precision_of(model), precision_of(half)) == ("fp32", "fp16")
+    assert [
+        value.type.tensor_type.elem_type for value in (*half.graph.input, *half.graph.output)
+    ] == [TensorProto.FLOAT] * 2
+    assert len(nodes_of(half, "Cast")) == 2
+    assert not [t.name for t in half.graph.initializer if t.data_type == TensorProto.FLOAT]
+    assert half.metadata_props == model.metadata_props
+
+
+def test_a_converted_graph_rounds_and_no_more() -> None:
+    model = _model([helper.make_node("Conv", ["x", "w"], ["y"], name="conv")], {"w": KERNEL})
+    half, exact = _run(to_fp16(model), X), _run(model, X)
+    assert half.dtype == np.float32
+    assert 0 < np.abs(half - exact).max() < 2e-2
+
+
+def test_an_operator_without_a_half_form_stays_float32() -> None:
+    """Resize takes half data but only float32 scales; Multinomial-like ops take none at all."""
+    scales = np.array([1, 1, 2, 2], dtype=np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
+        helper.make_node("Resize", ["c", "", "scales"], ["y"], name="resize", mode="nearest"),
+    ]
+    model = _model(nodes, {"w": KERNEL, "scales": scales})
+    half = to_fp16(model)
+    by_name = {tensor.name: tensor for tensor in half.graph.initializer}
+    assert by_name["scales"].data_type == TensorProto.FLOAT
+    assert _run(half, X).shape == (2, 4, 12, 12)
+
+
+def test_a_tensor_needed_in_both_types_is_cast_once_for_each() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], name="a"),
+        helper.make_node("Sigmoid", ["x"], ["b"], name="b"),
+        helper.make_node("Add", ["a", "b"], ["y"], name="add"),
+    ]
+    half = to_fp16(_model(nodes, {}))
+    assert len(nodes_of(half, "Cast")) == 2
+    np.testing.assert_allclose(_run(half, X), _run(_model(nodes, {}), X), atol=1e-2)
+
+
+def test_casts_to_float32_inside_the_graph_are_kept() -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["i"], name="to_int", to=TensorProto.INT64),
+        helper.make_node("Cast", ["i"], ["f"], name="to_float", to=TensorProto.FLOAT),
+        helper.make_node("Add", ["f", "x"], ["y"], name="add"),
+    ]
+    model = _model(nodes, {})
+    np.testing.assert_allclose(_run(to_fp16(model), X), _run(model, X), atol=1e-2)
+
+
+def test_weights_beyond_half_are_an_error_not_an_infinity(v1_original: Bundle) -> None:
+    graph = v1_original.manifest.find("onnx", "fp32")
+    assert graph is not None
+    model = onnx.load_from_string(v1_original.read(graph))
+    weight = nodes_of(model, "Conv")[3].input[1]
+    broken = edit_weights(model, [weight], lambda values: values * 1e6)
+    with pytest.raises(VerificationFailed, match="beyond float16's 65504"):
+        to_fp16(broken)
+
+
+def test_an_open_bound_stays_open() -> None:
+    bounds: dict[str, object] = {"low": np.float32(0), "high": np.float32(np.inf)}
+    node = helper.make_node("Clip", ["x", "low", "high"], ["y"], name="clip")
+    np.testing.assert_allclose(
+        _run(to_fp16(_model([node], bounds)), X), np.maximum(X, 0), atol=1e-2
+    )
+
+
+def test_control_flow_is_refused() -> None:
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["z"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+    )
+    node = helper.make_node(
+        "If", ["condition"], ["y"], name="choice", then_branch=branch, else_branch=branch
+    )
+    with pytest.raises(UsageError, match=r"'choice' is control flow \(If\)"):
+        to_fp16(_model([node], {"condition": np.array(True)}))
+
+
+def test_mixed_precision_is_neither() -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
+        helper.make_node("Cast", ["c"], ["h"], name="cast", to=TensorProto.FLOAT16),
+        helper.make_node("Conv", ["h", "v"], ["y"], name="half"),
+    ]
+    weights = {"w": KERNEL, "v": np.ones((2, 4, 1, 1), dtype=np.float16)}
+    assert precision_of(_model(nodes, weights, out=TensorProto.FLOAT16)) is None

@@ -1,0 +1,224 @@
+"""The TensorRT adapter, against a real TensorRT-RTX: builds, proofs, headers, errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from rexdeploy import tensorrt_api
+from rexdeploy.bundle import Bundle
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.manifest import BatchRange, Precision
+from rexdeploy.precision import ARITHMETIC_OPS, to_fp16
+from rexdeploy.tensorrt_api import (
+    BuiltEngine,
+    EngineSettings,
+    parse_layers,
+    prove,
+    read_header,
+)
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+SETTINGS = EngineSettings("rtx", BatchRange(1, 2, 4), ("sm86", "sm89"))
+
+
+def _graph(bundle: Bundle, precision: Precision) -> bytes:
+    artifact = bundle.manifest.find("onnx", precision)
+    assert artifact is not None
+    return bundle.read(artifact)
+
+
+def _convolutions(model: bytes) -> set[str]:
+    graph = onnx.load_from_string(model).graph
+    return {node.name for node in graph.node if node.op_type in ARITHMETIC_OPS}
+
+
+@pytest.fixture(scope="module")
+def engines(v1_original: Bundle) -> dict[str, BuiltEngine]:
+    return {
+        precision: tensorrt_api.build(_graph(v1_original, precision), SETTINGS)
+        for precision in ("fp32", "fp16")
+    }
+
+
+def test_an_fp16_graph_gives_an_engine_that_is_provably_half(
+    engines: dict[str, BuiltEngine], v1_original: Bundle
+) -> None:
+    convolutions = _convolutions(_graph(v1_original, "fp16"))
+    proof = prove(engines["fp16"].layers, convolutions)
+    assert len(convolutions) == 76
+    assert proof.arithmetic_layers >= 70
+    assert proof.half_share == 1
+    assert proof.is_fp16
+
+
+def test_an_fp32_engine_is_not_taken_for_half(
+    engines: dict[str, BuiltEngine], v1_original: Bundle
+) -> None:
+    """The trap of the field: a build that "sets fp16" and gives float32."""
+    proof = prove(engines["fp32"].layers, _convolutions(_graph(v1_original, "fp32")))
+    assert proof.half_layers == 0
+    assert len(proof.float_arithmetic) >= 70
+    assert not proof.is_fp16
+
+
+def test_one_float_convolution_among_half_ones_is_named() -> None:
+    """A graph whose stem stays float32: mostly Half, but not an FP16 engine."""
+    rng = np.random.default_rng(0)
+    stem = rng.standard_normal((32, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "stem"], ["s"], name="slow"),
+        helper.make_node("Relu", ["s"], ["r"], name="relu"),
+        helper.make_node("Cast", ["r"], ["h0"], name="cast", to=TensorProto.FLOAT16),
+    ]
+    weights = {"stem": stem}
+    for index in range(12):
+        weights[f"w{index}"] = rng.standard_normal((32, 32, 3, 3)).astype(np.float16)
+        nodes += [
+            helper.make_node(
+                "Conv", [f"h{index}", f"w{index}"], [f"c{index}"], name=f"fast{index}"
+            ),
+            helper.make_node("Relu", [f"c{index}"], [f"h{index + 1}"], name=f"relu{index}"),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 64, 64])],
+        [helper.make_tensor_value_info("h12", TensorProto.FLOAT16, ["n", 32, 38, 38])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    built = tensorrt_api.build(model.SerializeToString(), SETTINGS)
+    proof = prove(built.layers, {node.name for node in nodes if node.op_type == "Conv"})
+    assert proof.half_share > 0.5
+    assert not proof.is_fp16
+    assert len(proof.float_arithmetic) == 1, built.layers
+
+
+def test_an_engine_with_no_known_convolution_is_not_proven() -> None:
+    layers = parse_layers(
+        "Name: a, LayerType: kgen, Inputs: [ { Name: x, Datatype: Half }], "
+        "Outputs: [ { Name: y, Datatype: Half }], TacticName: , Metadata: "
+    )
+    assert layers[0].precision == "Half"
+    assert not prove(layers, {"conv"}).is_fp16
+    assert not prove((), set()).is_fp16
+
+
+def test_the_report_of_full_tensorrt_is_read_too() -> None:
+    """Its inspector writes "Format/Datatype" and spells the types FP16 and FP32."""
+    half = "Format/Datatype: Channel major FP16 format where channel % 8 == 0 }"
+    full = "Format/Datatype: Row major linear FP32 }"
+    report = (
+        "Name: conv + silu, LayerType: CaskConvolution, "
+        f"Inputs: [ {{ Name: x, Location: Device, Dimensions: [8,3,224,224], {half}], "
+        f"Outputs: [ {{ Name: y, Location: Device, Dimensions: [8,32,112,112], {half}], "
+        "ParameterType: Convolution, Weights: {Type: Half, Count: 864}, Bias: {Type: Half, "
+        "Count: 32}, TacticName: t, Metadata: [ONNX Layer: node_Conv_1]\x1e[ONNX Layer: silu]\n"
+        f"Name: pool, LayerType: Reformat, Inputs: [ {{ Name: y, Dimensions: [8,32,1,1], {full}], "
+        f"Outputs: [ {{ Name: z, Location: Device, Dimensions: [8,32], {full}], "
+        "TacticName: t, Metadata: [ONNX Layer: node_Gemm_2]"
+    )
+    first, second = parse_layers(report)
+    assert (first.precision, first.onnx_nodes) == ("Half", ("node_Conv_1", "silu"))
+    assert (second.precision, second.onnx_nodes) == ("Float", ("node_Gemm_2",))
+    assert prove((first, second), {"node_Conv_1", "node_Gemm_2"}).float_arithmetic == ("pool",)
+
+
+def test_a_plans_header_tells_version_and_targets(engines: dict[str, BuiltEngine]) -> None:
+    header = read_header(engines["fp16"].plan)
+    assert header.flavor == "rtx"
+    assert header.version == trt.__version__
+    assert header.targets == ("sm86", "sm89")
+
+
+@pytest.mark.parametrize("keep", [5, 63, 64, 1000, -1])
+def test_a_truncated_plan_is_noticed_without_a_gpu(
+    engines: dict[str, BuiltEngine], keep: int
+) -> None:
+    """TensorRT itself notices neither this nor a flipped byte before its GPU step."""
+    with pytest.raises(UsageError, match="truncated TensorRT-RTX engine"):
+        read_header(engines["fp16"].plan[:keep])
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_have_a_header_or_are_refused(data: bytes) -> None:
+    for plan in (data, b"vtrt" + data):
+        try:
+            header = read_header(plan)
+        except UsageError:
+            continue
+        assert header.flavor in tensorrt_api.FLAVORS
+
+
+@pytest.mark.parametrize("model", [b"", b"garbage", b"\x08\x0a" * 50])
+def test_parser_errors_are_in_the_message(model: bytes) -> None:
+    with pytest.raises(RexdeployError, match="TensorRT-RTX cannot parse the ONNX graph: ") as error:
+        tensorrt_api.build(model, SETTINGS)
+    assert "\n" not in str(error.value)
+
+
+def test_every_unsupported_operator_is_named() -> None:
+    nodes = [
+        helper.make_node("Unknown1", ["x"], ["a"], name="first", domain="somebody"),
+        helper.make_node("Unknown2", ["a"], ["y"], name="second", domain="somebody"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3, 8, 8])],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("somebody", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    with pytest.raises(RexdeployError, match=r"node Unknown1 first.*node Unknown2 second"):
+        tensorrt_api.build(model.SerializeToString(), SETTINGS)
+
+
+def test_every_target_name_is_one_that_rtx_knows() -> None:
+    known = set(trt.ComputeCapability.__members__)
+    assert {name.upper() for name in tensorrt_api.target_names()} <= known
+
+
+def test_without_targets_the_engine_is_for_sm80_and_newer(v1_original: Bundle) -> None:
+    settings = EngineSettings("rtx", BatchRange(1, 1, 1), workspace_mib=512)
+    header = read_header(tensorrt_api.build(_graph(v1_original, "fp16"), settings).plan)
+    assert header.targets == ("sm80", "sm86", "sm89", "sm120", "sm121")
+
+
+def test_foreign_graphs_convert_and_build_too() -> None:
+    """A graph with a MatMul head and nameless nodes, as other exporters write it."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.standard_normal((16, 3, 3, 3)).astype(np.float32),
+        "m": rng.standard_normal((16, 10)).astype(np.float32),
+        "axes": np.array([2, 3]),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w"], ["c"], strides=[2, 2]),
+            helper.make_node("Relu", ["c"], ["r"]),
+            helper.make_node("ReduceMean", ["r", "axes"], ["p"], keepdims=0),
+            helper.make_node("MatMul", ["p", "m"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 32, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    built = tensorrt_api.build(to_fp16(model).SerializeToString(), SETTINGS)
+    proof = prove(built.layers, {"node_of_c", "node_of_y"})
+    assert proof.is_fp16, built.layers
+
+
+def test_a_flavor_that_is_not_installed_names_its_extra() -> None:
+    if tensorrt_api.importlib.util.find_spec("tensorrt"):  # type: ignore[attr-defined]
+        pytest.skip("full TensorRT is installed here")
+    with pytest.raises(BackendUnavailable, match=r"pip install 'rexdeploy\[tensorrt\]'"):
+        tensorrt_api.load("tensorrt")
