@@ -441,18 +441,18 @@ def _print_verification(result: Verification) -> None:
         f"; signal {result.signal:.3g}"
     )
     table = _table(
-        "edge", "error", "cosine", "KL", "top-1", "top-5", "nonfinite", "limit", "verdict"
+        "edge", "error", "limit", "cosine", "KL", "top-1", "top-5", "non-finite", "verdict"
     )
     for comparison in (*result.edges, *result.totals):
         table.add_row(
             f"{comparison.reference} -> {comparison.candidate}",
             f"{comparison.error:.2g}",
+            f"{comparison.limit:g}",
             f"{comparison.cosine:.6f}",
             f"{comparison.kl:.1e}",
             f"{comparison.top1:.1%}",
             f"{comparison.top5:.1%}",
             str(comparison.nonfinite),
-            f"{comparison.limit:g}",
             "FAILED" if comparison.failures else "ok",
         )
     for skip in result.skipped:
@@ -461,8 +461,8 @@ def _print_verification(result: Verification) -> None:
     for skip in result.skipped:
         typer.echo(f"skipped {skip.candidate}: {skip.reason}")
     if not result.failures:
-        unproven = f" ({len(result.skipped)} skipped)" if result.skipped else ""
-        typer.echo(f"verified: every edge that ran is within its limit{unproven}")
+        unproven = f"; NOT verified: {len(result.skipped)} skipped" if result.skipped else ""
+        typer.echo(f"passed: {len(result.edges)} edges are within their limits{unproven}")
 
 
 def _describe(bundle: Bundle, artifact: Artifact | None) -> str:
@@ -502,7 +502,7 @@ def _table(first: str, *others: str, wrap: bool = False) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, overflow="fold")
     for column in others:
         table.add_column(column, justify="left" if wrap else "right", no_wrap=not wrap)

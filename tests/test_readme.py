@@ -1,0 +1,113 @@
+"""README: every command in it runs, prints what README shows, and the scripts run them too."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sklearn.datasets
+
+from rexdeploy import gpu
+from tests.helpers import ROOT, run_cli
+
+pytestmark = pytest.mark.slow
+
+README = (ROOT / "README.md").read_text()
+PHOTO = Path(sklearn.datasets.__path__[0]) / "images" / "flower.jpg"
+
+
+def _sessions() -> list[tuple[str, list[str]]]:
+    """Every `$ rexdeploy ...` of README's console blocks, with the output shown below it."""
+    sessions: list[tuple[str, list[str]]] = []
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                sessions.append((line[2:], []))
+            elif line.strip():
+                sessions[-1][1].append(line)
+    return sessions
+
+
+def _stable(line: str) -> str:
+    """A line without what differs between machines: numbers, versions, paths, table rules."""
+    line = re.sub(r"3\.\S+ at \S+", "PYTHON", line)
+    line = re.sub(r"\d[\d.]*(e-?\d+)?", "#", line)
+    return " ".join(re.sub(r"─+", "─", line).split())
+
+
+@pytest.fixture(scope="module")
+def readme_dir(tmp_path_factory: pytest.TempPathFactory, v1_checkpoint: Path, photos: Path) -> Path:
+    """A folder with the files that README's commands speak of."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copy(PHOTO, folder)
+    shutil.copy(v1_checkpoint, folder / "rexnetv1_1.0.pth")
+    shutil.copytree(photos, folder / "photos")
+    return folder
+
+
+def test_readmes_commands_print_what_it_shows(readme_dir: Path) -> None:
+    """In README's order, in one folder, as a reader would type them."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    sessions = _sessions()
+    assert len(sessions) >= 8
+    for command, shown in sessions:
+        result = run_cli(*command.split()[1:], cwd=readme_dir)
+        assert result.code == 0, (command, result.err)
+        if not shown or (gpu.detect() is not None and "models" not in command):
+            continue
+        printed = [line for line in result.out.splitlines() if line.strip()]
+        if "predict" in command:  # which classes an untrained network names depends on rounding
+            assert len(printed) == len(shown)
+            printed, shown = printed[:2], shown[:2]
+        assert [_stable(line) for line in printed] == [_stable(line) for line in shown], command
+
+
+def test_readmes_python_runs(readme_dir: Path) -> None:
+    """After the commands above, which made the bundle it loads."""
+    if not (readme_dir / "artifacts" / "rexnet_1.5").exists():
+        pytest.skip("README's commands have not run before this")
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    printed = io.StringIO()
+    before = Path.cwd()
+    os.chdir(readme_dir)
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(code, {})
+    finally:
+        os.chdir(before)
+    assert len(printed.getvalue().splitlines()) == 6
+
+
+def test_the_quickstart_script_runs_readmes_three_commands(tmp_path: Path) -> None:
+    """In this very environment, as a new user's second run would find it."""
+    if sys.prefix == sys.base_prefix:
+        pytest.skip("not in a virtual environment; scripts/test.sh makes one")
+    stamp = Path(sys.prefix) / ".rexdeploy-installed"
+    if not stamp.exists():
+        pytest.skip("this environment was not made by scripts/test.sh")
+    answer = subprocess.run(
+        [ROOT / "scripts" / "quickstart.sh", tmp_path],
+        env={**os.environ, "VENV": sys.prefix},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    ran = re.findall(r"^\+ (rexdeploy .*)$", answer.stderr, re.MULTILINE)
+    documented = re.findall(r"^    (rexdeploy .*)$", README, re.MULTILINE)[:3]
+    assert ran[:3] == documented
+    assert "flower.jpg" in answer.stdout
+    assert (tmp_path / "artifacts" / "rexnet_1.5" / "verify.json").exists()
+
+
+def test_links_and_files_that_readme_names_exist() -> None:
+    for name in re.findall(r"\./(scripts/\S+)", README):
+        assert (ROOT / name).is_file(), name
+        assert os.access(ROOT / name, os.X_OK), name
