@@ -55,20 +55,18 @@ class Bundle:
         """
         if where is not None:
             return cls.open(where if where.exists() else _under(root, where))
-        bundles = []
-        damaged: UsageError | None = None
-        for folder in sorted(root.iterdir()) if root.is_dir() else []:
-            if not any((folder / name).exists() for name in (_MANIFEST, _JOURNAL)):
-                continue
-            try:
-                bundles.append(cls.open(folder))
-            except UsageError as error:
-                damaged = error
-        if bundles:
-            return max(bundles, key=lambda bundle: bundle.manifest.updated_at)
-        raise damaged or UsageError(
-            f"no bundle in {root}{os.sep}: run 'rexdeploy export' first, or name a bundle's folder"
-        )
+        # A damaged bundle is an error, not passed over: it may be the very one that is meant.
+        bundles = [
+            cls.open(folder)
+            for folder in (sorted(root.iterdir()) if root.is_dir() else [])
+            if any((folder / name).exists() for name in (_MANIFEST, _JOURNAL))
+        ]
+        if not bundles:
+            raise UsageError(
+                f"no bundle in {root}{os.sep}: run 'rexdeploy export' first, or name a bundle's "
+                "folder"
+            )
+        return max(bundles, key=lambda bundle: bundle.manifest.updated_at)
 
     def read(self, artifact: Artifact) -> bytes:
         """An artifact's bytes, checked against its hash; raises UsageError."""
@@ -170,7 +168,10 @@ def _under(root: Path, where: Path) -> Path:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds the bundle's lock; the kernel lets go of it when the process dies."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(f"the bundle {path} cannot be opened ({error.strerror})") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -194,6 +195,11 @@ def _finish_interrupted(path: Path) -> None:
         _remove_staged(path)
         return
     manifest = decode(journal.read_bytes(), str(journal))
+    if not os.access(path, os.W_OK):
+        raise UsageError(
+            f"{path} holds the unfinished work of a killed command and cannot be written here; "
+            "open it once with the right to write"
+        )
     for artifact in manifest.artifacts:
         staged = path / _STAGED.format(artifact.file)
         if staged.exists():

@@ -39,6 +39,7 @@ class Classifier:
     def __init__(
         self,
         bundle: Bundle,
+        labels: list[str],
         backend: Backend,
         batch: BatchRange | None,
         passed_over: tuple[str, ...],
@@ -50,8 +51,7 @@ class Classifier:
         self._model: Backend | None = backend
         self._batch = batch or BatchRange(1, _CHUNK, _CHUNK)
         self._lock = threading.Lock()
-        labels = bundle.manifest.find("labels")
-        self._labels = bundle.read(labels).decode().splitlines() if labels else None
+        self._labels = labels
 
     def logits(self, batch: Float32) -> Float32:
         """Logits `[N, classes]` (float32) of preprocessed images `[N, 3, H, W]` (float32)."""
@@ -113,7 +113,7 @@ class Classifier:
         return [
             Prediction(
                 int(index),
-                self._labels[index] if self._labels else f"class {index}",
+                self._labels[index],
                 float(probabilities[index]),
             )
             for index in order
@@ -129,6 +129,7 @@ def load(bundle: Bundle | Path | str, backend: str = "auto") -> Classifier:
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(Path(bundle))
+    labels = _labels(bundle)
     passed_over: list[str] = []
     for name, artifact in _choices(bundle, backend):
         try:
@@ -136,9 +137,24 @@ def load(bundle: Bundle | Path | str, backend: str = "auto") -> Classifier:
         except BackendUnavailable as error:
             passed_over.append(f"{artifact.file} on {name}: {error}")
             continue
-        return Classifier(bundle, model, artifact.batch, tuple(passed_over))
+        return Classifier(bundle, labels, model, artifact.batch, tuple(passed_over))
     reasons = "; ".join(passed_over) or f"{bundle.path} holds no file for backend {backend}"
     raise BackendUnavailable(f"nothing in the bundle can run here: {reasons}")
+
+
+def _labels(bundle: Bundle) -> list[str]:
+    """One label a class; "class 7" where the bundle has none."""
+    count = bundle.manifest.model.num_classes
+    artifact = bundle.manifest.find("labels")
+    if artifact is None:
+        return [f"class {index}" for index in range(count)]
+    labels = bundle.read(artifact).decode(errors="replace").splitlines()
+    if len(labels) != count:
+        raise UsageError(
+            f"{bundle.path / artifact.file}: got {len(labels)} labels, expected {count}; "
+            "export again with --labels"
+        )
+    return labels
 
 
 def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:

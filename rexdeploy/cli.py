@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from rexdeploy.manifest import Artifact
     from rexdeploy.verify import Verification
 
+EXTRA_OF = {
+    "torch": "cpu",
+    "onnx": "cpu",
+    "onnxscript": "cpu",
+    "onnxruntime": "cpu",
+    "safetensors": "cpu",
+}
+"""The extra that brings each package that a command imports when it starts."""
+
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 
 app = typer.Typer(
@@ -53,6 +62,11 @@ def main() -> NoReturn:
         code = app(standalone_mode=False, prog_name="rexdeploy")
     except RexdeployError as error:
         _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA_OF:
+            raise
+        _fail(f"{package} is not installed: pip install 'rexdeploy[{EXTRA_OF[package]}]'", 2)
     except BrokenPipeError:  # `rexdeploy models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

@@ -372,6 +372,7 @@ def _with_metadata(model: ModelProto, spec: ModelSpec) -> ModelProto:
     onnx.helper.set_model_props(
         model,
         {
+            "rexdeploy.name": spec.title,
             "rexdeploy.family": spec.family,
             "rexdeploy.width": f"{spec.width:g}",
             "rexdeploy.num_classes": str(spec.num_classes),

@@ -11,6 +11,7 @@ import msgspec
 from rexdeploy.errors import UsageError
 
 FORMAT = 1
+MAX_IMAGE_SIZE = 4096  # pixels a side; no ReXNet is used at a quarter of it
 
 Precision = Literal["fp32", "fp16"]
 Kind = Literal["weights", "onnx", "engine", "labels", "report"]
@@ -35,7 +36,8 @@ class Preprocess:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1 or not 0 < self.crop_pct <= 1 or min(self.std) <= 0:
+        sizes_fit = all(1 <= size <= MAX_IMAGE_SIZE for size in (self.height, self.width))
+        if not sizes_fit or not 0.1 <= self.crop_pct <= 1 or min(self.std) <= 0:
             raise ValueError(f"unusable preprocessing {self}")
 
 
@@ -59,6 +61,10 @@ class ModelSpec:
     output_name: str
     preprocess: Preprocess
     weights: WeightsOrigin
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1 or (self.width is None) != (self.family == "onnx"):
+            raise ValueError(f"impossible model: {self.family} {self.width}, {self.num_classes}")
 
     @property
     def title(self) -> str:

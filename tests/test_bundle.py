@@ -212,6 +212,14 @@ def test_the_latest_bundle_is_the_one_changed_last(tmp_path: Path) -> None:
     assert Bundle.find(Path("y"), tmp_path).path.name == "y"
 
 
+def test_a_damaged_bundle_is_not_passed_over_for_an_older_one(tmp_path: Path) -> None:
+    _make(tmp_path / "old", a=b"a")
+    _make(tmp_path / "new", a=b"a")
+    (tmp_path / "new" / "manifest.json").write_text("{")
+    with pytest.raises(UsageError, match="new/manifest.json is not a readable manifest"):
+        Bundle.find(None, tmp_path)
+
+
 def test_an_unwritable_folder_is_found_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="cannot write to the folder"):

@@ -14,11 +14,11 @@ from PIL import Image
 
 import rexdeploy
 from rexdeploy import images
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.classify import load
 from rexdeploy.compare import softmax
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.manifest import BatchRange
+from rexdeploy.manifest import Artifact, BatchRange
 from rexdeploy.models.checkpoints import load_checkpoint
 from tests.helpers import assert_refused, run_cli, run_python
 
@@ -106,6 +106,15 @@ def test_wrong_shapes_and_closed_classifiers_are_refused(v1_original: Bundle) ->
     with pytest.raises(RexdeployError, match="was closed"):
         classifier.logits(np.zeros((1, 3, 224, 224), dtype=np.float32))
     classifier.close()
+
+
+def test_labels_of_another_number_of_classes_are_refused(v1_bundle: Bundle) -> None:
+    data = b"one\ntwo\n"
+    bundle = v1_bundle.update(
+        Artifact("labels", "labels.txt", sha256(data)), files={"labels.txt": data}
+    )
+    with pytest.raises(UsageError, match="got 2 labels, expected 37"):
+        load(bundle)
 
 
 def test_serving_needs_no_torch(v1_original: Bundle, photos: Path) -> None:

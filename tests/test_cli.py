@@ -180,6 +180,44 @@ def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path)
     assert not list((tmp_path / "artifacts").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [
+        ("torch", ["export"], "cpu"),
+        ("onnx", ["export"], "cpu"),
+        ("onnxsim", ["export", "--width", "0.3", "--image-size", "32"], "cpu"),
+        ("onnx", ["build-trt"], "cpu"),
+        ("tensorrt_rtx", ["build-trt", "--flavor", "rtx"], "rtx"),
+        ("tensorrt_rtx", ["build-trt"], "rtx"),
+        ("torch", ["verify"], "cpu"),
+        ("onnxruntime", ["predict", "--backend", "onnxruntime"], "cpu"),
+        ("huggingface_hub", ["export", "--weights", "pretrained"], "cpu"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_a_missing_package_names_its_extra(
+    package: str, command: list[str], extra: str, lite_bundle: Bundle, photos: Path
+) -> None:
+    if command[0] == "predict":
+        command = [*command, str(photos / "china.png")]
+    code = (
+        "import os, sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] == {package!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "os.chdir(sys.argv.pop(1))\n"
+        "from rexdeploy.cli import main\n"
+        "main()\n"
+    )
+    answer = run_python(code, lite_bundle.path.parents[1], *command)
+    errors = [line for line in answer.stderr.splitlines() if not line.endswith(" ...")]
+    assert answer.returncode == 2, answer.stderr
+    assert f"pip install 'rexdeploy[{extra}]'" in errors[-1]
+    assert "Traceback" not in answer.stderr
+
+
 def test_a_closed_pipe_is_no_error() -> None:
     code = "from rexdeploy.cli import main; main()"
     shell = f"{sys.executable} -c '{code}' models | head -1"

@@ -101,6 +101,9 @@ def test_a_file_outside_the_folder_is_refused(name: str) -> None:
         ("artifacts.0.file", "fp32.onnx", "two artifacts have the same file name"),
         ("model.preprocess.std", [0, 1, 1], "unusable preprocessing"),
         ("model.preprocess.crop_pct", 0, "unusable preprocessing"),
+        ("model.preprocess.height", 10**9, "unusable preprocessing"),
+        ("model.num_classes", 0, "impossible model"),
+        ("model.width", None, "impossible model"),
         ("format", 99, "got manifest format 99, this rexdeploy reads 1"),
     ],
 )
