@@ -6,15 +6,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from rexdeploy.console import emit, fail, print_table, progress, say
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.progress import Report, silent
 
 if TYPE_CHECKING:
     from rexdeploy.bundle import Bundle
@@ -61,12 +59,12 @@ def main() -> NoReturn:
     try:
         code = app(standalone_mode=False, prog_name="rexdeploy")
     except RexdeployError as error:
-        _fail(str(error), error.exit_code)
+        fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA_OF:
             raise
-        _fail(f"{package} is not installed: pip install 'rexdeploy[{EXTRA_OF[package]}]'", 2)
+        fail(f"{package} is not installed: pip install 'rexdeploy[{EXTRA_OF[package]}]'", 2)
     except BrokenPipeError:  # `rexdeploy models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -77,7 +75,7 @@ def main() -> NoReturn:
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "rexdeploy"
-        _fail(f"{show().rstrip('.')}; see '{command} --help'", 2)
+        fail(f"{show().rstrip('.')}; see '{command} --help'", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -178,12 +176,12 @@ def export(
         out=out,
         command=_command(),
     )
-    with _progress(quiet) as report:
+    with progress(quiet) as report:
         result = run(options, report)
     graph = result.bundle.manifest.find("onnx", "fp32")
     last = result.comparisons[-1]
     worst = max(result.comparisons, key=lambda comparison: comparison.error)
-    _emit(
+    emit(
         json,
         lambda: {
             "bundle": str(result.bundle.path),
@@ -191,7 +189,7 @@ def export(
             "comparisons": result.comparisons,
         },
     )
-    _say(
+    say(
         quiet or json == Path("-"),
         result.bundle.manifest.model.title,
         f"  {_describe(result.bundle, graph)}, {result.nodes} nodes "
@@ -265,15 +263,15 @@ def build_trt(
         command=_command(),
     )
     opened = import_onnx(onnx, out, _command()) if onnx else Bundle.find(bundle, out)
-    with _progress(quiet) as report:
+    with progress(quiet) as report:
         result = run(opened, options, report)
     engine = result.engine
     built = engine.built_with
-    _emit(
+    emit(
         json,
         lambda: {"bundle": str(result.bundle.path), "engine": engine, "reused": result.reused},
     )
-    _say(
+    say(
         quiet or json == Path("-"),
         result.bundle.manifest.model.title,
         f"  {_describe(result.bundle, engine)}",
@@ -336,9 +334,9 @@ def verify(
         require=tuple(require or ()),
         command=_command(),
     )
-    with _progress(quiet) as report:
+    with progress(quiet) as report:
         result = run(opened, options, report)
-    _emit(json, lambda: result)
+    emit(json, lambda: result)
     if not quiet and json != Path("-"):
         _print_verification(result)
     if result.failures:
@@ -374,7 +372,7 @@ def predict(
     with load(Bundle.find(bundle), backend) as classifier:
         results = classifier.classify(image, top)
     rows = list(zip(image, results, strict=True))
-    _emit(
+    emit(
         json,
         lambda: {
             "model": classifier.title,
@@ -383,11 +381,11 @@ def predict(
             "images": [{"file": str(path), "predictions": best} for path, best in rows],
         },
     )
-    _say(quiet, *(f"passed over: {reason}" for reason in classifier.passed_over), to_stderr=True)
+    say(quiet, *(f"passed over: {reason}" for reason in classifier.passed_over), to_stderr=True)
     lines = [f"{classifier.title} on {classifier.backend}"]
     for path, best in rows:
         lines += [f"{path}", *(f"  {item.probability:7.2%}  {item.label}" for item in best)]
-    _say(quiet or json == Path("-"), *lines)
+    say(quiet or json == Path("-"), *lines)
 
 
 @app.command()
@@ -401,12 +399,12 @@ def models(json: Json = None) -> None:
     from rexdeploy.models import zoo
 
     rows = [(row, zoo.cost(row.family, row.width)) for row in zoo.published()]
-    _emit(json, lambda: [{"published": row, "computed": cost} for row, cost in rows])
+    emit(json, lambda: [{"published": row, "computed": cost} for row, cost in rows])
     if json == Path("-"):
         return
-    table = _table("network", "top-1", "top-5", "GMACs", "computed", "params M", "computed", "")
-    for row, cost in rows:
-        table.add_row(
+    columns = ("network", "top-1", "top-5", "GMACs", "computed", "params M", "computed", "")
+    lines = [
+        (
             f"{row.family} {row.width:.1f}",
             *(f"{value:.1f}" if value else "-" for value in (row.top1, row.top5)),
             f"{row.gmacs:.{row.decimals[0]}f}",
@@ -415,8 +413,10 @@ def models(json: Json = None) -> None:
             f"{cost.parameters / 1e6:.3f}",
             "agrees" if zoo.agrees(row, cost) else "DIFFERS",
         )
-    _console().print(table)
-    _say(
+        for row, cost in rows
+    ]
+    print_table(columns, lines)
+    say(
         False,
         "Published: ImageNet-1k, 224 x 224; their FLOPs are multiply-accumulates. 'agrees': to one "
         "unit of the last printed digit.",
@@ -437,16 +437,27 @@ def doctor(json: Json = None) -> None:
     from rexdeploy.doctor import examine
 
     findings = examine()
-    _emit(json, lambda: findings)
+    emit(json, lambda: findings)
     if json == Path("-"):
         return
-    table = _table("", "status", "found", "to get it", wrap=True)
-    for finding in findings:
-        table.add_row(finding.item, finding.status, finding.detail, finding.fix)
-    _console().print(table)
+    lines = [(finding.item, finding.status, finding.detail, finding.fix) for finding in findings]
+    print_table(("", "status", "found", "to get it"), lines, wrap=True)
     conflicts = [finding for finding in findings if finding.status == "conflict"]
     if conflicts:
         raise RexdeployError(f"{conflicts[0].item}: {conflicts[0].detail}; {conflicts[0].fix}")
+
+
+def _fixed_batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"batch: got '{text}', expected 'dynamic' or a number")
+    return int(text)
+
+
+def _command() -> str:
+    """The command line that is running, as a person would type it again."""
+    return shlex.join(["rexdeploy", *sys.argv[1:]])
 
 
 def _print_verification(result: Verification) -> None:
@@ -454,11 +465,11 @@ def _print_verification(result: Verification) -> None:
         f"{result.model}: {result.images}, batches {', '.join(map(str, result.batches)) or 'none'}"
         f"; signal {result.signal:.3g}"
     )
-    table = _table(
+    columns = (
         "edge", "error", "limit", "cosine", "KL", "top-1", "top-5", "non-finite", "verdict"
-    )
-    for comparison in (*result.edges, *result.totals):
-        table.add_row(
+    )  # fmt: skip
+    lines = [
+        (
             f"{comparison.reference} -> {comparison.candidate}",
             f"{comparison.error:.2g}",
             f"{comparison.limit:g}",
@@ -469,9 +480,12 @@ def _print_verification(result: Verification) -> None:
             str(comparison.nonfinite),
             "FAILED" if comparison.failures else "ok",
         )
-    for skip in result.skipped:
-        table.add_row(f"{skip.reference} -> {skip.candidate}", *"-------", "skipped")
-    _console().print(table)
+        for comparison in (*result.edges, *result.totals)
+    ]
+    lines += [
+        (f"{skip.reference} -> {skip.candidate}", *"-------", "skipped") for skip in result.skipped
+    ]
+    print_table(columns, lines)
     for skip in result.skipped:
         typer.echo(f"skipped {skip.candidate}: {skip.reason}")
     if not result.failures:
@@ -486,79 +500,3 @@ def _describe(bundle: Bundle, artifact: Artifact | None) -> str:
     file = bundle.path / artifact.file
     size = file.stat().st_size / 2**20
     return f"{file}, {size:.1f} MiB, batch {artifact.batch or 'dynamic'}"
-
-
-def _fixed_batch(text: str) -> int | None:
-    if text == "dynamic":
-        return None
-    if not text.isdecimal():
-        raise UsageError(f"batch: got '{text}', expected 'dynamic' or a number")
-    return int(text)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Report]:
-    """Yields a function that shows the step under way on stderr: a spinner, or a line each."""
-    if quiet:
-        yield silent
-    elif not sys.stderr.isatty():
-        yield lambda message: typer.echo(f"{message} ...", err=True)
-    else:
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        with console.status("starting") as status:
-            yield lambda message: status.update(f"{message} ...")
-
-
-def _table(first: str, *others: str, wrap: bool = False) -> Any:
-    """A table whose first column folds where the terminal is narrow; with `wrap`, all do."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for column in others:
-        table.add_column(column, justify="left" if wrap else "right", no_wrap=not wrap)
-    return table
-
-
-def _console() -> Any:
-    """A console as wide as its terminal; wide enough for every table where there is none."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
-
-
-def _say(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
-    if not quiet:
-        for line in lines:
-            if line is not None:
-                typer.echo(line, err=to_stderr)
-
-
-def _emit(file: Path | None, result: Callable[[], object]) -> None:
-    """Writes a command's result as JSON to `file`, if one was asked for."""
-    if file is None:
-        return
-    import msgspec
-
-    data = msgspec.json.format(msgspec.json.encode(result()), indent=2) + b"\n"
-    if file == Path("-"):
-        typer.echo(data.decode(), nl=False)
-        return
-    try:
-        file.write_bytes(data)
-    except OSError as error:
-        raise UsageError(f"cannot write {file} ({error.strerror})") from None
-
-
-def _command() -> str:
-    """The command line that is running, as a person would type it again."""
-    return shlex.join(["rexdeploy", *sys.argv[1:]])
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    """Prints one line on stderr and leaves."""
-    typer.echo("error: " + " ".join(message.split()), err=True)
-    sys.exit(code)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -22,7 +17,8 @@ from rexdeploy import images
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
 from rexdeploy.compare import Comparison, Signal, compare
-from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
+from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
 from rexdeploy.manifest import (
     FORMAT,
     Artifact,
@@ -41,7 +37,6 @@ from rexdeploy.progress import Report, silent
 Float32 = npt.NDArray[np.float32]
 
 INPUT, OUTPUT = "input", "logits"
-MIN_OPSET = 18  # torch 2.15's exporter writes 18 when asked for less
 SEED = 0
 
 _CHECK_BATCHES = (1, 2, 5)
@@ -96,13 +91,13 @@ def export(options: ExportOptions, report: Report = silent) -> ExportResult:
     labels = _labels(options, spec.num_classes)
 
     report(f"exporting {spec.title} to ONNX")
-    exported = _export_onnx(model, spec, options)
-    _check_signature(exported, spec, options)
+    exported = export_graph(model, spec, options.batch, options.opset)
+    check_graph(exported, spec, options.batch, options.opset)
     graphs = {"exported": exported}
     if options.simplify:
         report("simplifying")
-        graphs["simplified"] = _simplify(exported)
-        _check_signature(graphs["simplified"], spec, options)
+        graphs["simplified"] = simplify(exported)
+        check_graph(graphs["simplified"], spec, options.batch, options.opset)
     report("comparing logits")
     comparisons = _compare(model, graphs, spec, options.batch)
     for comparison in comparisons:
@@ -118,7 +113,7 @@ def export(options: ExportOptions, report: Report = silent) -> ExportResult:
         spec = replace(spec, weights=replace(spec.weights, sha256=sha256(weights)))
     files = {
         "weights.safetensors": weights,
-        "fp32.onnx": _with_metadata(final, spec).SerializeToString(deterministic=True),
+        "fp32.onnx": add_metadata(final, spec).SerializeToString(deterministic=True),
     }
     if labels is not None:
         files["labels.txt"] = ("\n".join(labels) + "\n").encode()
@@ -250,92 +245,6 @@ def _labels(options: ExportOptions, num_classes: int) -> list[str] | None:
     return labels
 
 
-def _export_onnx(model: RexNet, spec: ModelSpec, options: ExportOptions) -> ModelProto:
-    # A sample batch of 2: torch.export specialises on a batch of 1.
-    sample = torch.zeros(options.batch or 2, 3, spec.preprocess.height, spec.preprocess.width)
-    dynamic = None if options.batch else ({0: torch.export.Dim("batch")},)
-    with _quiet_exporter():
-        program = torch.onnx.export(
-            model,
-            (sample,),
-            dynamo=True,
-            dynamic_shapes=dynamic,
-            input_names=[spec.input_name],
-            output_names=[spec.output_name],
-            opset_version=options.opset,
-            verbose=False,
-        )
-    if program is None:
-        raise RexdeployError("torch.onnx.export gave no program; please report this")
-    exported: ModelProto = program.model_proto
-    _strip(exported)
-    return exported
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Keeps the exporter's deprecation warnings and its rewrite log off the terminal."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _simplify(model: ModelProto) -> ModelProto:
-    try:
-        import onnxsim
-    except ImportError:
-        raise BackendUnavailable(
-            "simplifying needs onnxsim: pip install 'rexdeploy[cpu]', or give --no-simplify"
-        ) from None
-    # onnxsim's own check draws random input; ours, on images, follows.
-    simplified: ModelProto = onnxsim.simplify(model, check_n=0)[0]
-    _strip(simplified)
-    return simplified
-
-
-def _strip(model: ModelProto) -> None:
-    """Removes what exporters note down: stack traces with this machine's paths, tools' settings."""
-    del model.metadata_props[:]
-    model.doc_string = model.graph.doc_string = ""
-    del model.graph.metadata_props[:]
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
-        del value.metadata_props[:]
-
-
-def _check_signature(model: ModelProto, spec: ModelSpec, options: ExportOptions) -> None:
-    """Raises VerificationFailed unless the graph is valid and maps images to logits by name."""
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise VerificationFailed(f"the ONNX graph is invalid: {reason}") from None
-    batch = options.batch or "batch"
-    size = (spec.preprocess.height, spec.preprocess.width)
-    expected = [
-        (spec.input_name, onnx.TensorProto.FLOAT, [batch, 3, *size]),
-        (spec.output_name, onnx.TensorProto.FLOAT, [batch, spec.num_classes]),
-    ]
-    got = []
-    for value in [*model.graph.input, *model.graph.output]:
-        tensor = value.type.tensor_type
-        shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
-        got.append((value.name, tensor.elem_type, shape))
-    opset = {entry.domain: entry.version for entry in model.opset_import}.get("")
-    if got != expected or opset != options.opset:
-        raise VerificationFailed(
-            f"the ONNX graph has {got} at opset {opset}, expected {expected} at {options.opset}"
-        )
-
-
 def _compare(
     model: RexNet, graphs: dict[str, ModelProto], spec: ModelSpec, batch: int | None
 ) -> list[Comparison]:
@@ -366,22 +275,6 @@ def _compare(
         ]
         before = (name, rows.logits)
     return comparisons
-
-
-def _with_metadata(model: ModelProto, spec: ModelSpec) -> ModelProto:
-    onnx.helper.set_model_props(
-        model,
-        {
-            "rexdeploy.name": spec.title,
-            "rexdeploy.family": spec.family,
-            "rexdeploy.width": f"{spec.width:g}",
-            "rexdeploy.num_classes": str(spec.num_classes),
-            "rexdeploy.preprocess": json.dumps(asdict(spec.preprocess)),
-            "rexdeploy.weights": spec.weights.source,
-            "rexdeploy.weights_sha256": spec.weights.sha256,
-        },
-    )
-    return model
 
 
 def _write(

@@ -17,7 +17,7 @@ LEVELS = [
     {"errors", "progress", "gpu"},
     {"manifest"},
     {"bundle", "images", "compare", "precision", "tensorrt_api"},
-    {"models"},
+    {"models", "graph", "console"},
     {"backends"},
     {"parity"},
     {"export", "build", "verify", "classify", "doctor"},
@@ -26,8 +26,8 @@ LEVELS = [
 ]
 # Importing one of these at module level is for the modules named.
 HEAVY = {
-    "torch": {"export", "models"},
-    "onnx": {"export", "build", "verify", "precision"},
+    "torch": {"export", "graph", "models"},
+    "onnx": {"export", "graph", "build", "verify", "precision"},
     "safetensors": {"export", "models"},
     "onnxruntime": set[str](),
     "onnxsim": set[str](),

@@ -1,0 +1,77 @@
+"""What a command shows: progress on stderr, results and tables on stdout, JSON, one-line errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from rexdeploy.errors import UsageError
+from rexdeploy.progress import Report, silent
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Report]:
+    """Yields a function that shows the step under way on stderr: a spinner, or a line each."""
+    if quiet:
+        yield silent
+    elif not sys.stderr.isatty():
+        yield lambda message: typer.echo(f"{message} ...", err=True)
+    else:
+        from rich.console import Console
+
+        with Console(stderr=True).status("starting") as status:
+            yield lambda message: status.update(f"{message} ...")
+
+
+def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]], wrap: bool = False) -> None:
+    """Prints a table; its first column folds where the terminal is narrow; with `wrap`, all do."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        if index == 0:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="left" if wrap else "right", no_wrap=not wrap)
+    for line in lines:
+        table.add_row(*line)
+    # Without a terminal, wide enough for every table.
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+def say(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
+    """Prints lines, but for those that are None."""
+    if not quiet:
+        for line in lines:
+            if line is not None:
+                typer.echo(line, err=to_stderr)
+
+
+def emit(file: Path | None, result: Callable[[], object]) -> None:
+    """Writes a command's result as JSON to `file`, if one was asked for."""
+    if file is None:
+        return
+    import msgspec
+
+    data = msgspec.json.format(msgspec.json.encode(result()), indent=2) + b"\n"
+    if file == Path("-"):
+        typer.echo(data.decode(), nl=False)
+        return
+    try:
+        file.write_bytes(data)
+    except OSError as error:
+        raise UsageError(f"cannot write {file} ({error.strerror})") from None
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Prints one line on stderr and leaves."""
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(code)

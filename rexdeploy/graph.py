@@ -1,0 +1,124 @@
+"""The ONNX graph of a network: exported, simplified, checked, and labelled with what it is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import onnx
+import torch
+from onnx import ModelProto
+from torch import nn
+
+from rexdeploy.errors import BackendUnavailable, RexdeployError, VerificationFailed
+from rexdeploy.manifest import ModelSpec
+
+MIN_OPSET = 18  # torch 2.15's exporter writes 18 when asked for less
+
+
+def export_graph(model: nn.Module, spec: ModelSpec, batch: int | None, opset: int) -> ModelProto:
+    """The network as torch exports it; `batch` None leaves the batch size open."""
+    # A sample batch of 2: torch.export specialises on a batch of 1.
+    sample = torch.zeros(batch or 2, 3, spec.preprocess.height, spec.preprocess.width)
+    dynamic = None if batch else ({0: torch.export.Dim("batch")},)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            model,
+            (sample,),
+            dynamo=True,
+            dynamic_shapes=dynamic,
+            input_names=[spec.input_name],
+            output_names=[spec.output_name],
+            opset_version=opset,
+            verbose=False,
+        )
+    if program is None:
+        raise RexdeployError("torch.onnx.export gave no program; please report this")
+    exported: ModelProto = program.model_proto
+    _strip(exported)
+    return exported
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keeps the exporter's deprecation warnings and its rewrite log off the terminal."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def simplify(model: ModelProto) -> ModelProto:
+    """The graph as onnxsim leaves it; compare logits, since simplifiers can be silently wrong."""
+    try:
+        import onnxsim
+    except ImportError:
+        raise BackendUnavailable(
+            "simplifying needs onnxsim: pip install 'rexdeploy[cpu]', or give --no-simplify"
+        ) from None
+    # onnxsim's own check draws random input; ours, on images, follows.
+    simplified: ModelProto = onnxsim.simplify(model, check_n=0)[0]
+    _strip(simplified)
+    return simplified
+
+
+def _strip(model: ModelProto) -> None:
+    """Removes what exporters note down: stack traces with this machine's paths, tools' settings."""
+    del model.metadata_props[:]
+    model.doc_string = model.graph.doc_string = ""
+    del model.graph.metadata_props[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
+        del value.metadata_props[:]
+
+
+def check_graph(model: ModelProto, spec: ModelSpec, batch: int | None, opset: int) -> None:
+    """Raises VerificationFailed unless the graph is valid and maps images to logits by name."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise VerificationFailed(f"the ONNX graph is invalid: {reason}") from None
+    size = (spec.preprocess.height, spec.preprocess.width)
+    expected = [
+        (spec.input_name, onnx.TensorProto.FLOAT, [batch or "batch", 3, *size]),
+        (spec.output_name, onnx.TensorProto.FLOAT, [batch or "batch", spec.num_classes]),
+    ]
+    got = []
+    for value in [*model.graph.input, *model.graph.output]:
+        tensor = value.type.tensor_type
+        shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+        got.append((value.name, tensor.elem_type, shape))
+    found = {entry.domain: entry.version for entry in model.opset_import}.get("")
+    if got != expected or found != opset:
+        raise VerificationFailed(
+            f"the ONNX graph has {got} at opset {found}, expected {expected} at {opset}"
+        )
+
+
+def add_metadata(model: ModelProto, spec: ModelSpec) -> ModelProto:
+    """Writes into the model what it is and how its images are prepared; returns it."""
+    onnx.helper.set_model_props(
+        model,
+        {
+            "rexdeploy.name": spec.title,
+            "rexdeploy.family": spec.family,
+            "rexdeploy.width": f"{spec.width:g}",
+            "rexdeploy.num_classes": str(spec.num_classes),
+            "rexdeploy.preprocess": json.dumps(asdict(spec.preprocess)),
+            "rexdeploy.weights": spec.weights.source,
+            "rexdeploy.weights_sha256": spec.weights.sha256,
+        },
+    )
+    return model
