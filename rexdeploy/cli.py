@@ -58,6 +58,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, _interrupted)
     try:
         code = app(standalone_mode=False, prog_name="rexdeploy")
+        sys.stdout.flush()
     except RexdeployError as error:
         fail(str(error), error.exit_code)
     except ModuleNotFoundError as error:
@@ -65,9 +66,12 @@ def main() -> NoReturn:
         if package not in EXTRA_OF:
             raise
         fail(f"{package} is not installed: pip install 'rexdeploy[{EXTRA_OF[package]}]'", 2)
-    except BrokenPipeError:  # `rexdeploy models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):  # `rexdeploy models | head`; typer turns some into exits
+        _silence_stdout()
         code = 0
+    except OSError as error:  # stdout is a full disk, the working folder is gone
+        _silence_stdout()
+        fail(f"{error.filename or 'output'}: {error.strerror}", 2)
     except Exception as error:
         # click's usage errors, without its three-line "Usage:" preface. Anything else is our bug.
         show = getattr(error, "format_message", None)
@@ -77,6 +81,11 @@ def main() -> NoReturn:
         command = context.command_path if context else "rexdeploy"
         fail(f"{show().rstrip('.')}; see '{command} --help'", 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _silence_stdout() -> None:
+    """Points stdout at nothing, so that the flush at exit does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupted(signal_number: int, frame: object) -> NoReturn:

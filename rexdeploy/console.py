@@ -44,7 +44,11 @@ def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]], wrap: bo
         table.add_row(*line)
     # Without a terminal, wide enough for every table.
     width = None if sys.stdout.isatty() else 160
-    Console(width=width, highlight=False, markup=False).print(table)
+    console = Console(width=width, highlight=False, markup=False)
+    # Through typer, since rich exits with 1 by itself where the pipe is closed.
+    with console.capture() as captured:
+        console.print(table)
+    typer.echo(captured.get(), nl=False)
 
 
 def say(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:

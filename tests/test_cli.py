@@ -218,6 +218,18 @@ def test_a_missing_package_names_its_extra(
     assert "Traceback" not in answer.stderr
 
 
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        answer = subprocess.run(
+            [sys.executable, "-c", "from rexdeploy.cli import main; main()", "models"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (answer.returncode, answer.stderr) == (2, "error: output: No space left on device\n")
+
+
 def test_a_closed_pipe_is_no_error() -> None:
     code = "from rexdeploy.cli import main; main()"
     shell = f"{sys.executable} -c '{code}' models | head -1"
