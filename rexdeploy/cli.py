@@ -15,6 +15,7 @@ from rexdeploy.console import emit, fail, print_table, progress, say
 from rexdeploy.errors import RexdeployError, UsageError
 
 if TYPE_CHECKING:
+    from rexdeploy.bench import Benchmark
     from rexdeploy.bundle import Bundle
     from rexdeploy.manifest import Artifact
     from rexdeploy.verify import Verification
@@ -143,6 +144,12 @@ def export(
     batch: Annotated[str, typer.Option(help="'dynamic', or one fixed batch size.")] = "dynamic",
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
     no_simplify: Annotated[bool, typer.Option("--no-simplify", help="Do not run onnxsim.")] = False,
+    align: Annotated[
+        str,
+        typer.Option(
+            help="Zero-pad channels to a multiple, for speed and equal logits: auto, off, 8 or 16."
+        ),
+    ] = "auto",
     labels: Annotated[
         Path | None,
         typer.Option(help="Text file, one class name a line [default: ImageNet's for 1000]."),
@@ -180,6 +187,7 @@ def export(
         batch=_fixed_batch(batch),
         opset=opset,
         simplify=not no_simplify,
+        align=align,
         labels=labels,
         name=name,
         out=out,
@@ -398,6 +406,55 @@ def predict(
 
 
 @app.command()
+def bench(
+    bundles: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[BUNDLE]...",
+            help="Bundles' folders or names [default: the latest one].",
+            show_default=False,
+        ),
+    ] = None,
+    backend: Annotated[
+        list[str],
+        typer.Option(
+            help="pytorch, onnxruntime, onnxruntime-cuda, tensorrt or tensorrt-rtx; repeatable."
+        ),
+    ] = ["onnxruntime"],  # noqa: B006 - typer's form of a repeatable option
+    batch: Annotated[str, typer.Option(metavar="N[,N]", help="Batch sizes.")] = "1",
+    threads: Annotated[str, typer.Option(metavar="N[,N]", help="Threads on a CPU.")] = "1",
+    rounds: Annotated[int, typer.Option(help="Timed runs of each competitor.")] = 30,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Time bundles side by side on this machine.
+
+    All competitors take turns in every round, so that a drifting machine hits them alike. The
+    ratio is the first row's median over a row's own, at equal batch size and threads.
+
+    \b
+    Example:
+    rexdeploy bench plain aligned --batch 1,16 --threads 1,2
+    """
+    from rexdeploy.bench import BenchOptions
+    from rexdeploy.bench import bench as run
+    from rexdeploy.bundle import Bundle
+
+    opened = [Bundle.find(path) for path in bundles] if bundles else [Bundle.find(None)]
+    options = BenchOptions(
+        tuple(backend), _numbers("batch", batch), _numbers("threads", threads), rounds
+    )
+    # Here Ctrl-C ends the rounds, and what was measured is printed.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with progress(quiet) as report:
+        result = run(opened, options, report)
+    signal.signal(signal.SIGINT, _interrupted)
+    emit(json, lambda: result)
+    if not quiet and json != Path("-"):
+        _print_benchmark(result)
+
+
+@app.command()
 def models(json: Json = None) -> None:
     """Print the published networks and what they cost.
 
@@ -454,6 +511,40 @@ def doctor(json: Json = None) -> None:
     conflicts = [finding for finding in findings if finding.status == "conflict"]
     if conflicts:
         raise RexdeployError(f"{conflicts[0].item}: {conflicts[0].detail}; {conflicts[0].fix}")
+
+
+def _print_benchmark(result: Benchmark) -> None:
+    typer.echo(f"{result.machine['processor']}, {result.machine['cores']} cores")
+    firsts = {(row.batch, row.threads): row for row in reversed(result.latencies)}
+    columns = (
+        "bundle", "align", "backend", "batch", "threads", "p50 ms", "p90", "p99", "images/s",
+        "ratio",
+    )  # fmt: skip
+    lines = [
+        (
+            f"{row.bundle} ({row.file})",
+            row.align,
+            row.backend,
+            str(row.batch),
+            str(row.threads),
+            *(f"{row.percentile_ms(percent):.2f}" for percent in (50, 90, 99)),
+            f"{row.images_per_s:.0f}",
+            f"{firsts[row.batch, row.threads].percentile_ms(50) / row.percentile_ms(50):.2f}",
+        )
+        for row in result.latencies
+    ]
+    print_table(columns, lines)
+    for reason in result.skipped:
+        typer.echo(f"skipped {reason}")
+    if result.interrupted:
+        typer.echo(f"interrupted after {result.rounds} rounds")
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    """Reads `1,16`."""
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise UsageError(f"{name}: got '{text}', expected numbers such as 1 or 1,16")
+    return tuple(int(part) for part in text.split(","))
 
 
 def _fixed_batch(text: str) -> int | None:

@@ -28,6 +28,7 @@ from rexdeploy.manifest import (
     Preprocess,
     WeightsOrigin,
 )
+from rexdeploy.models.align import align
 from rexdeploy.models.checkpoints import Checkpoint, load_checkpoint
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, recalibrate_batch_norms
 from rexdeploy.models.zoo import fetch_pretrained
@@ -35,6 +36,9 @@ from rexdeploy.parity import LIMITS, run_batches
 from rexdeploy.progress import Report, silent
 
 Float32 = npt.NDArray[np.float32]
+
+ALIGNMENTS = {"auto": 16, "off": 0, "8": 8, "16": 16}
+"""Multiples to pad channels to. ONNX Runtime blocks them by 16 (AVX-512) or 8, TensorRT by 8."""
 
 INPUT, OUTPUT = "input", "logits"
 SEED = 0
@@ -58,6 +62,7 @@ class ExportOptions:
     batch: int | None = None  # None: dynamic
     opset: int = MIN_OPSET
     simplify: bool = True
+    align: str = "auto"  # "off", or the multiple that channels are padded to
     labels: Path | None = None
     name: str | None = None
     out: Path = DEFAULT_ROOT
@@ -91,7 +96,9 @@ def export(options: ExportOptions, report: Report = silent) -> ExportResult:
     labels = _labels(options, spec.num_classes)
 
     report(f"exporting {spec.title} to ONNX")
-    exported = export_graph(model, spec, options.batch, options.opset)
+    multiple = ALIGNMENTS[options.align]
+    shaped = align(model, multiple) if multiple else model
+    exported = export_graph(shaped, spec, options.batch, options.opset)
     check_graph(exported, spec, options.batch, options.opset)
     graphs = {"exported": exported}
     if options.simplify:
@@ -113,7 +120,9 @@ def export(options: ExportOptions, report: Report = silent) -> ExportResult:
         spec = replace(spec, weights=replace(spec.weights, sha256=sha256(weights)))
     files = {
         "weights.safetensors": weights,
-        "fp32.onnx": add_metadata(final, spec).SerializeToString(deterministic=True),
+        "fp32.onnx": add_metadata(final, spec, align=str(multiple or "off")).SerializeToString(
+            deterministic=True
+        ),
     }
     if labels is not None:
         files["labels.txt"] = ("\n".join(labels) + "\n").encode()
@@ -123,6 +132,8 @@ def export(options: ExportOptions, report: Report = silent) -> ExportResult:
 
 
 def _check_options(options: ExportOptions) -> None:
+    if options.align not in ALIGNMENTS:
+        raise UsageError(f"align: got '{options.align}', expected {', '.join(ALIGNMENTS)}")
     if not _MIN_IMAGE_SIZE <= options.image_size <= _MAX_IMAGE_SIZE:
         raise UsageError(
             f"image size: got {options.image_size}, expected {_MIN_IMAGE_SIZE} to "
@@ -296,7 +307,8 @@ def _write(
             parent_sha256=weights_hash,
             precision="fp32",
             batch=batch,
-            built_with=versions | {"opset": str(options.opset)},
+            built_with=versions
+            | {"opset": str(options.opset), "align": str(ALIGNMENTS[options.align] or "off")},
             command=options.command,
         ),
     ]

@@ -107,7 +107,7 @@ def check_graph(model: ModelProto, spec: ModelSpec, batch: int | None, opset: in
         )
 
 
-def add_metadata(model: ModelProto, spec: ModelSpec) -> ModelProto:
+def add_metadata(model: ModelProto, spec: ModelSpec, align: str) -> ModelProto:
     """Writes into the model what it is and how its images are prepared; returns it."""
     onnx.helper.set_model_props(
         model,
@@ -116,6 +116,7 @@ def add_metadata(model: ModelProto, spec: ModelSpec) -> ModelProto:
             "rexdeploy.family": spec.family,
             "rexdeploy.width": f"{spec.width:g}",
             "rexdeploy.num_classes": str(spec.num_classes),
+            "rexdeploy.align": align,  # the multiple its channels are padded to, or "off"
             "rexdeploy.preprocess": json.dumps(asdict(spec.preprocess)),
             "rexdeploy.weights": spec.weights.source,
             "rexdeploy.weights_sha256": spec.weights.sha256,

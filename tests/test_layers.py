@@ -20,7 +20,7 @@ LEVELS = [
     {"models", "graph", "console"},
     {"backends"},
     {"parity"},
-    {"export", "build", "verify", "classify", "doctor"},
+    {"export", "build", "verify", "bench", "classify", "doctor"},
     {"__init__"},
     {"cli"},
 ]

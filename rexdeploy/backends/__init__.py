@@ -28,19 +28,20 @@ class Backend(Protocol):
         """Frees the model; calling it twice does no harm."""
 
 
-def open_backend(name: str, model: bytes, spec: ModelSpec) -> Backend:
+def open_backend(name: str, model: bytes, spec: ModelSpec, threads: int | None = None) -> Backend:
     """Loads a serialised model: weights for "pytorch", ONNX or an engine for the others.
 
-    Raises BackendUnavailable where this machine cannot run it, UsageError for an unusable model.
+    `threads` is how many a CPU backend may use; None leaves it to the library. Raises
+    BackendUnavailable where this machine cannot run it, UsageError for an unusable model.
     """
     if name == "pytorch":
         from rexdeploy.backends.pytorch import PyTorchBackend
 
-        return PyTorchBackend(model, spec)
+        return PyTorchBackend(model, spec, threads)
     if name in ONNX_BACKENDS:
         from rexdeploy.backends.onnxrt import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(model, spec, cuda=name == "onnxruntime-cuda")
+        return OnnxRuntimeBackend(model, spec, name == "onnxruntime-cuda", threads)
     if name in ENGINE_BACKENDS:
         from rexdeploy.backends.trt import TensorRTBackend
 

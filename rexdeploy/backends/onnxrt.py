@@ -19,7 +19,9 @@ _CUDA = "CUDAExecutionProvider"
 class OnnxRuntimeBackend:
     """Runs an ONNX model with one image input and one logits output."""
 
-    def __init__(self, model: bytes, spec: ModelSpec, cuda: bool = False) -> None:
+    def __init__(
+        self, model: bytes, spec: ModelSpec, cuda: bool = False, threads: int | None = None
+    ) -> None:
         self.name = "onnxruntime-cuda" if cuda else "onnxruntime"
         try:
             import onnxruntime as ort
@@ -35,6 +37,10 @@ class OnnxRuntimeBackend:
             )
         options = ort.SessionOptions()
         options.log_severity_level = 3  # its warnings are about its own optimisations
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            # Idle threads of one session would otherwise spin while another one is timed.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             # TF32 is on by default and rounds float32 products to 10 bits: not parity.
             provider = (_CUDA, {"use_tf32": "0"}) if cuda else "CPUExecutionProvider"

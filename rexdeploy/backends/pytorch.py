@@ -20,7 +20,7 @@ class PyTorchBackend:
 
     name = "pytorch"
 
-    def __init__(self, weights: bytes, spec: ModelSpec) -> None:
+    def __init__(self, weights: bytes, spec: ModelSpec, threads: int | None = None) -> None:
         try:
             import safetensors.torch
             import torch
@@ -33,6 +33,7 @@ class PyTorchBackend:
         if spec.family == "onnx" or spec.width is None:
             raise UsageError("this bundle holds somebody's own ONNX graph: it has no PyTorch code")
         self._torch = torch
+        self._threads = threads
         model = RexNet(CONFIGS[spec.family](spec.width, spec.num_classes))
         try:
             model.load_state_dict(safetensors.torch.load(weights))
@@ -45,6 +46,8 @@ class PyTorchBackend:
 
     def run(self, images: Float32) -> Float32:
         torch = self._torch
+        if self._threads is not None:  # of the whole process, so it is set for each run
+            torch.set_num_threads(self._threads)
         with torch.inference_mode():
             chunks = [
                 self._model(torch.from_numpy(images[start : start + _CHUNK])).numpy()
