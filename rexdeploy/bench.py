@@ -141,7 +141,7 @@ def _artifact(bundle: Bundle, backend: str) -> Artifact | None:
     if backend == "pytorch":
         return manifest.find("weights")
     if backend in ONNX_BACKENDS:
-        return manifest.find("onnx", "fp32") or manifest.find("onnx")
+        return manifest.find("onnx")
     flavor = "rtx" if backend == "tensorrt-rtx" else "tensorrt"
     engines = [
         artifact

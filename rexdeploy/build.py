@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 from onnx import ModelProto
 
 from rexdeploy import gpu, tensorrt_api
-from rexdeploy.bundle import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
+from rexdeploy.bundle import Bundle, check_writable, commit, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
@@ -22,11 +22,11 @@ from rexdeploy.manifest import (
     Preprocess,
     WeightsOrigin,
 )
-from rexdeploy.precision import ARITHMETIC_OPS, precision_of, to_fp16
+from rexdeploy.precision import ARITHMETIC_OPS, parse, precision_of, to_fp16
 from rexdeploy.progress import Report, silent
 from rexdeploy.tensorrt_api import FLAVORS, EngineSettings, Flavor, PrecisionProof
 
-MAX_BATCH = 4096
+MAX_WORKSPACE_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,40 +51,58 @@ class BuildResult:
     reused: bool  # answered from the bundle, nothing was built
 
 
-def build(bundle: Bundle, options: BuildOptions, report: Report = silent) -> BuildResult:
-    """Builds an engine into the bundle, or finds the one that these settings would give.
+@dataclass(frozen=True)
+class Source:
+    """What an engine is built from: a bundle, and files that are not in it yet."""
+
+    bundle: Bundle
+    new_files: dict[str, bytes] = field(default_factory=dict)
+    is_new: bool = False  # the bundle is yet to be written
+
+    def read(self, artifact: Artifact) -> bytes:
+        """An artifact's bytes, wherever they are; raises UsageError."""
+        return self.new_files.get(artifact.file) or self.bundle.read(artifact)
+
+
+def build(source: Source | Bundle, options: BuildOptions, report: Report = silent) -> BuildResult:
+    """Builds an engine into a bundle, or finds the one that these settings would give.
 
     With `fp16` it first makes the typed float16 graph. Raises VerificationFailed, and writes
     nothing, if the built engine does not compute in the precision that was asked for.
     """
+    if isinstance(source, Bundle):
+        source = Source(source)
+    bundle = source.bundle
     flavor = _choose_flavor(options)
     trt = tensorrt_api.load(flavor)
-    fp32 = bundle.manifest.find("onnx", "fp32") or bundle.manifest.find("onnx")
-    if fp32 is None:
+    root_graph = bundle.manifest.find("onnx")
+    if root_graph is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
-    graph_artifact, graph, files = _graph(bundle, fp32, options.fp16, report)
+    graph_artifact, data, is_made = _graph(source, root_graph, options, report)
+    graph = parse(data, graph_artifact.file)
     settings = EngineSettings(
-        flavor, _batch(options.batch, graph_artifact.batch), options.targets, options.workspace_mib
+        flavor,
+        _batch(options.batch, graph_artifact.batch),
+        tuple(sorted(set(options.targets), key=tensorrt_api.target_names().index)),
+        options.workspace_mib,
     )
-    found_gpu = gpu.detect()
-    built_with = _built_with(settings, trt.__version__, found_gpu)
-    target = _target_label(settings, found_gpu)
-    file = f"{graph_artifact.precision or 'mixed'}.{flavor}-{target}.engine"
-    engine = _same_engine(bundle, graph_artifact, settings, built_with)
+    built_with = _built_with(settings, trt.__version__)
+    engine = _same_engine(source, graph_artifact, settings, built_with)
     if engine is not None and not options.force:
-        bundle.read(engine)  # an answer from the bundle must be a whole one
+        if is_made:  # the engine was whole, its graph was not
+            bundle = bundle.update(graph_artifact, files={graph_artifact.file: data})
         return BuildResult(bundle, engine, reused=True)
 
     report(f"building a {graph_artifact.precision} engine with {trt.__name__} {trt.__version__}")
-    onnx_bytes = files.get(graph_artifact.file) or bundle.read(graph_artifact)
-    built = tensorrt_api.build(onnx_bytes, settings)
+    built = tensorrt_api.build(data, settings)
     report("proving its precision")
     proof = tensorrt_api.prove(built.layers, _arithmetic_nodes(graph))
     _check_precision(proof, graph_artifact.precision)
 
+    target = built_with["targets"].replace(" and newer", "plus").replace(" ", "-")
     engine = Artifact(
         "engine",
-        file,
+        f"{graph_artifact.precision or 'mixed'}.{flavor}-{target}.engine",
         sha256(built.plan),
         parent_sha256=graph_artifact.sha256,
         precision=graph_artifact.precision,
@@ -93,81 +111,108 @@ def build(bundle: Bundle, options: BuildOptions, report: Report = silent) -> Bui
         | {
             "layers": str(proof.layers),
             "half_layers": str(proof.half_layers),
-            "half_share": f"{proof.half_share:.4f}",
+            "half_share": f"{proof.half_share:.0%}",
         },
         command=options.command,
     )
-    added = [graph_artifact, engine] if graph_artifact.file in files else [engine]
-    report(f"writing {bundle.path / file}")
-    updated = bundle.update(*added, files={**files, file: built.plan})
-    return BuildResult(updated, engine, reused=False)
+    report(f"writing {bundle.path / engine.file}")
+    files = {**source.new_files, graph_artifact.file: data, engine.file: built.plan}
+    if source.is_new:
+        manifest = bundle.manifest.with_artifacts(graph_artifact, engine)
+        return BuildResult(commit(bundle.path, lambda _: manifest, files), engine, reused=False)
+    return BuildResult(bundle.update(graph_artifact, engine, files=files), engine, reused=False)
 
 
-def import_onnx(path: Path, root: Path = DEFAULT_ROOT, command: str = "") -> Bundle:
-    """A bundle around somebody's own ONNX classifier; its graph becomes the reference.
+def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
+    """Somebody's own ONNX classifier, to be built into a bundle of its own; writes nothing.
 
-    The preprocessing is taken to be ImageNet's at the graph's image size. Raises UsageError unless
-    the graph has one float32 image input `[N, 3, H, W]` and one output `[N, classes]`.
+    The graph becomes the bundle's reference. Its preprocessing is taken to be ImageNet's at the
+    graph's image size. Raises UsageError unless the graph has one float32 image input
+    `[N, 3, H, W]` and one output of logits `[N, classes]`, or where another model has its name.
     """
     check_writable(root)
-    try:
-        data = path.read_bytes()
-        model = onnx.load_from_string(data)
-        onnx.checker.check_model(model)
-        model = onnx.shape_inference.infer_shapes(model)
-    except OSError as error:
-        raise UsageError(f"ONNX graph {path} cannot be read ({error.strerror})") from None
-    except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, and more
-        reason = (str(error).strip().splitlines() or ["not a protobuf"])[0]
-        raise UsageError(f"{path} is not a valid ONNX model ({reason})") from None
+    if not path.is_file():
+        raise UsageError(f"ONNX graph {path}: no file there")
+    if path.stem.startswith("."):
+        raise UsageError(f"ONNX graph {path}: give the file a name, which its bundle will have")
+    data = _read_with_external_data(path)
+    model = onnx.shape_inference.infer_shapes(parse(data, str(path)))
+    shapes = _check_classifier(model, path)
+    artifact = Artifact(
+        "onnx",
+        "model.onnx",
+        sha256(data),
+        precision=precision_of(model),
+        batch=BatchRange(shapes[0][0], shapes[0][0], shapes[0][0]) if shapes[0][0] else None,
+        command=options.command,
+    )
+    folder = root / path.stem
+    if (folder / "manifest.json").exists():
+        existing = Bundle.open(folder)
+        if existing.manifest.find("onnx", sha256=artifact.sha256):
+            return Source(existing)
+        if existing.manifest.model.family != "onnx" or not options.force:
+            raise UsageError(
+                f"{folder} holds another model ({existing.manifest.model.title}); rename the ONNX "
+                "file, choose another folder with --out, or (for ONNX bundles) replace it with "
+                "--force"
+            )
     weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    shapes = [_shape(value) for value in [*inputs, *model.graph.output]]
-    if (
-        len(inputs) != 1
-        or len(shapes) != 2
-        or inputs[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT
-        or [len(shape) for shape in shapes] != [4, 2]
-        or shapes[0][1] != 3
-        or not all(shapes[0][2:] + shapes[1][1:])
-    ):
-        raise UsageError(
-            f"{path} has inputs and outputs {shapes} (0 is dynamic), expected one float32 input "
-            "[N, 3, height, width] and one output [N, classes]"
-        )
-    digest = sha256(data)
     spec = ModelSpec(
         family="onnx",
         width=None,
         num_classes=shapes[1][1],
-        input_name=inputs[0].name,
+        input_name=next(value.name for value in model.graph.input if value.name not in weights),
         output_name=model.graph.output[0].name,
         preprocess=Preprocess(height=shapes[0][2], width=shapes[0][3]),
-        weights=WeightsOrigin(path.name, digest, trained=True),
+        weights=WeightsOrigin(path.name, artifact.sha256, trained=True),
     )
-    fixed = shapes[0][0]
-    artifact = Artifact(
-        "onnx",
-        "model.onnx",
-        digest,
-        precision=precision_of(model),
-        batch=BatchRange(fixed, fixed, fixed) if fixed else None,
-        command=command,
-    )
+    manifest = Manifest(FORMAT, path.stem, spec, (artifact,))
+    return Source(Bundle(folder, manifest), {artifact.file: data}, is_new=True)
 
-    def merge(current: Manifest | None) -> Manifest:
-        if current and current.model.family != "onnx":
-            raise UsageError(
-                f"{root / path.stem} holds another model ({current.model.title}); "
-                "rename the ONNX file, or choose another folder with --out"
-            )
-        derived = [item for item in current.artifacts if item.parent_sha256] if current else []
-        return Manifest(FORMAT, path.stem, spec, tuple(derived)).with_artifacts(artifact)
 
-    return commit(root / path.stem, merge, {"model.onnx": data})
+def _read_with_external_data(path: Path) -> bytes:
+    """The model in one piece; weights that lie in a file beside it are taken in."""
+    data = path.read_bytes()
+    try:
+        model = onnx.load(path)
+        external = onnx.load_from_string(data) != model
+    except Exception:  # not a model, or its data is missing: parse() says which
+        return data
+    return model.SerializeToString() if external else data
+
+
+def _check_classifier(model: ModelProto, path: Path) -> list[list[int]]:
+    """Shapes of the input and the output (0 is dynamic); raises UsageError if they do not fit."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    values = [value for value in model.graph.input if value.name not in weights]
+    inputs = len(values)
+    values += model.graph.output
+    shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values]
+    types = [value.type.tensor_type.elem_type for value in values]
+    if (
+        inputs != 1
+        or [len(shape) for shape in shapes] != [4, 2]
+        or types[0] != onnx.TensorProto.FLOAT
+        or shapes[0][1] != 3
+        or not all(shapes[0][2:] + shapes[1][1:])
+    ):
+        names = [onnx.TensorProto.DataType.Name(kind).lower() for kind in types]
+        got = ", ".join(f"{kind} {shape}" for kind, shape in zip(names, shapes, strict=True))
+        raise UsageError(
+            f"{path} has inputs and outputs {got} (0 is dynamic), expected one float input "
+            "[N, 3, height, width] and one output [N, classes]"
+        )
+    last = next((n for n in model.graph.node if model.graph.output[0].name in n.output), None)
+    if last is not None and last.op_type in ("Softmax", "LogSoftmax"):
+        raise UsageError(f"{path} ends in {last.op_type}; expected logits: export it without")
+    return shapes
 
 
 def _choose_flavor(options: BuildOptions) -> Flavor:
+    workspace = options.workspace_mib
+    if workspace is not None and not 1 <= workspace <= MAX_WORKSPACE_MIB:
+        raise UsageError(f"workspace: got {workspace}, expected 1 to {MAX_WORKSPACE_MIB} MiB")
     if options.targets and options.flavor == "tensorrt":
         raise UsageError(
             "--target is for --flavor rtx: full TensorRT builds for the GPU it runs on"
@@ -202,28 +247,30 @@ def _can_load(flavor: Flavor) -> bool:
 
 
 def _graph(
-    bundle: Bundle, fp32: Artifact, fp16: bool, report: Report
-) -> tuple[Artifact, ModelProto, dict[str, bytes]]:
-    """The graph to build from, and its bytes by file name if it is new to the bundle."""
-    if not fp16 or fp32.precision == "fp16":
-        return fp32, onnx.load_from_string(bundle.read(fp32)), {}
-    existing = bundle.manifest.find("onnx", "fp16")
-    if existing is not None and existing.parent_sha256 == fp32.sha256:
-        return existing, onnx.load_from_string(bundle.read(existing)), {}
+    source: Source, root: Artifact, options: BuildOptions, report: Report
+) -> tuple[Artifact, bytes, bool]:
+    """The graph to build from (as it is, or its float16 form), and whether it had to be made."""
+    if not options.fp16 or root.precision == "fp16":
+        return root, source.read(root), False
+    existing = source.bundle.manifest.find("onnx", "fp16")
+    if existing is not None and existing.parent_sha256 == root.sha256:
+        try:
+            return existing, source.read(existing), False
+        except UsageError as error:
+            report(f"making it again, since {error}")
     report("making the float16 graph")
-    model = to_fp16(onnx.load_from_string(bundle.read(fp32)))
-    data = model.SerializeToString(deterministic=True)
+    data = to_fp16(parse(source.read(root), root.file)).SerializeToString(deterministic=True)
     artifact = Artifact(
         "onnx",
         "fp16.onnx",
         sha256(data),
-        parent_sha256=fp32.sha256,
+        parent_sha256=root.sha256,
         precision="fp16",
-        batch=fp32.batch,
+        batch=root.batch,
         built_with={"onnx": onnx.__version__},
-        command="rexdeploy build-trt --fp16",
+        command=options.command,
     )
-    return artifact, model, {artifact.file: data}
+    return artifact, data, True
 
 
 def _batch(asked: BatchRange | None, fixed: BatchRange | None) -> BatchRange:
@@ -237,14 +284,10 @@ def _batch(asked: BatchRange | None, fixed: BatchRange | None) -> BatchRange:
             f"batch range: got {asked}, but the ONNX graph has a fixed batch of {fixed.opt}; "
             "export it with --batch dynamic"
         )
-    if batch.max > MAX_BATCH:
-        raise UsageError(f"batch range: got {batch}, expected at most {MAX_BATCH}")
     return batch
 
 
-def _built_with(
-    settings: EngineSettings, version: str, found_gpu: gpu.Gpu | None
-) -> dict[str, str]:
+def _built_with(settings: EngineSettings, version: str) -> dict[str, str]:
     """Everything that decides an engine, beside its graph and batch range."""
     described = {
         "flavor": settings.flavor,
@@ -253,29 +296,31 @@ def _built_with(
         "workspace_mib": str(settings.workspace_mib or "default"),
     }
     if settings.flavor == "tensorrt":  # such an engine runs only on the kind of GPU that built it
-        described["targets"] = found_gpu.target if found_gpu else "unknown"
-        described["gpu"] = found_gpu.name if found_gpu else "unknown"
-        described["driver"] = found_gpu.driver if found_gpu else "unknown"
+        found = gpu.detect()
+        if found is None:
+            raise BackendUnavailable(
+                "no NVIDIA GPU found, and full TensorRT builds for the GPU it runs on; "
+                "use --flavor rtx"
+            )
+        described |= {"targets": found.target, "gpu": found.name, "driver": found.driver}
     return described
 
 
-def _target_label(settings: EngineSettings, found_gpu: gpu.Gpu | None) -> str:
-    if settings.flavor == "tensorrt":
-        return found_gpu.target if found_gpu else "unknown"
-    return "-".join(settings.targets) or "sm80plus"
-
-
 def _same_engine(
-    bundle: Bundle, graph: Artifact, settings: EngineSettings, built_with: dict[str, str]
+    source: Source, graph: Artifact, settings: EngineSettings, built_with: dict[str, str]
 ) -> Artifact | None:
-    """The bundle's engine of this very graph, range, flavour, version and target, if any."""
-    for artifact in bundle.manifest.artifacts:
+    """The bundle's engine of this very graph, range, flavour, version and target, if whole."""
+    for artifact in source.bundle.manifest.artifacts:
         if (
             artifact.kind == "engine"
             and artifact.parent_sha256 == graph.sha256
             and artifact.batch == settings.batch
             and built_with.items() <= artifact.built_with.items()
         ):
+            try:
+                source.read(artifact)
+            except UsageError:  # damaged: build it again
+                return None
             return artifact
     return None
 
@@ -291,17 +336,11 @@ def _arithmetic_nodes(graph: ModelProto) -> set[str]:
 
 def _check_precision(proof: PrecisionProof, precision: Precision | None) -> None:
     """Raises VerificationFailed unless the engine computes in the graph's precision."""
-    share = f"{proof.half_layers} of {proof.layers} layers in Half"
+    share = f"{proof.half_layers} of {proof.layers} layers in Half ({proof.half_share:.0%})"
     if precision == "fp16" and not proof.is_fp16:
-        slow = ", ".join(proof.float_arithmetic[:3]) or "none named"
-        raise VerificationFailed(
-            f"the engine is not FP16: {share} ({proof.half_share:.0%}), convolutions in Float: "
-            f"{slow}; nothing was written"
-        )
+        slow = f"convolutions in another type: {', '.join(proof.not_half[:3]) or 'none'}"
+        if proof.not_found:
+            slow += f"; not found in the engine: {', '.join(proof.not_found[:3])}"
+        raise VerificationFailed(f"the engine is not FP16: {share}, {slow}; nothing was written")
     if precision == "fp32" and proof.half_layers:
         raise VerificationFailed(f"the engine is not float32: {share}; nothing was written")
-
-
-def _shape(value: onnx.ValueInfoProto) -> list[int]:
-    """Dimensions, 0 for a dynamic one."""
-    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]

@@ -38,7 +38,7 @@ class Bundle:
     @classmethod
     def open(cls, path: Path) -> Bundle:
         """Opens the bundle at `path`; raises UsageError if there is none or it is damaged."""
-        if not path.is_dir() or not any((path / name).exists() for name in (_MANIFEST, _JOURNAL)):
+        if not _is_bundle(path):
             raise UsageError(
                 f"{path} is not a bundle: expected a folder with a manifest.json; "
                 "'rexdeploy export' makes one"
@@ -54,12 +54,13 @@ class Bundle:
         The latest is the one a command changed last, by the time in its manifest.
         """
         if where is not None:
-            return cls.open(where if where.exists() else _under(root, where))
+            named = root / where
+            return cls.open(named if _is_bundle(named) and not _is_bundle(where) else where)
         # A damaged bundle is an error, not passed over: it may be the very one that is meant.
         bundles = [
             cls.open(folder)
             for folder in (sorted(root.iterdir()) if root.is_dir() else [])
-            if any((folder / name).exists() for name in (_MANIFEST, _JOURNAL))
+            if _is_bundle(folder)
         ]
         if not bundles:
             raise UsageError(
@@ -126,6 +127,7 @@ def commit(
                 merge(current),
                 updated_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
             )
+            _check_targets(path, manifest, is_new=current is None)
             try:
                 for name, data in files.items():
                     _write(path / _STAGED.format(name), data)
@@ -138,7 +140,7 @@ def commit(
     except OSError as error:
         raise RexdeployError(
             f"cannot write the bundle {path} ({error.strerror}); nothing was changed: "
-            "free some space or choose another folder with --out"
+            "free some space, or use another folder"
         ) from None
     return Bundle(path, manifest)
 
@@ -160,9 +162,19 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _under(root: Path, where: Path) -> Path:
-    named = root / where
-    return named if named.exists() else where
+def _is_bundle(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in (_MANIFEST, _JOURNAL))
+
+
+def _check_targets(path: Path, manifest: Manifest, is_new: bool) -> None:
+    """Raises UsageError where the bundle's files would meet somebody else's."""
+    if is_new and any(path.iterdir()):
+        raise UsageError(
+            f"{path} is a folder with other files in it, not a bundle; choose another name"
+        )
+    for name in (_MANIFEST, _JOURNAL, *(artifact.file for artifact in manifest.artifacts)):
+        if (path / name).is_dir():
+            raise UsageError(f"{path / name} is a folder where the bundle needs a file; remove it")
 
 
 @contextlib.contextmanager
@@ -200,13 +212,19 @@ def _finish_interrupted(path: Path) -> None:
             f"{path} holds the unfinished work of a killed command and cannot be written here; "
             "open it once with the right to write"
         )
-    for artifact in manifest.artifacts:
-        staged = path / _STAGED.format(artifact.file)
-        if staged.exists():
-            os.replace(staged, path / artifact.file)
-    _remove_dropped(path, manifest)
-    os.replace(journal, path / _MANIFEST)
-    _sync_folder(path)
+    try:
+        for artifact in manifest.artifacts:
+            staged = path / _STAGED.format(artifact.file)
+            if staged.exists():
+                os.replace(staged, path / artifact.file)
+        _remove_dropped(path, manifest)
+        os.replace(journal, path / _MANIFEST)
+        _sync_folder(path)
+    except OSError as error:
+        raise UsageError(
+            f"{path} holds the unfinished work of a killed command, which cannot be finished "
+            f"({error}); make room for its files and try again"
+        ) from None
 
 
 def _remove_dropped(path: Path, manifest: Manifest) -> None:

@@ -13,7 +13,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from rexdeploy import images
-from rexdeploy.backends import ENGINE_BACKENDS, ONNX_BACKENDS, Backend, open_backend
+from rexdeploy.backends import (
+    ENGINE_BACKENDS,
+    ONNX_BACKENDS,
+    Backend,
+    has_onnxruntime_cuda,
+    open_backend,
+)
 from rexdeploy.bundle import Bundle
 from rexdeploy.compare import softmax
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
@@ -57,8 +63,16 @@ class Classifier:
         """Logits `[N, classes]` (float32) of preprocessed images `[N, 3, H, W]` (float32)."""
         preprocess = self._spec.preprocess
         wanted = (3, preprocess.height, preprocess.width)
-        if batch.ndim != 4 or batch.shape[1:] != wanted or len(batch) == 0:
-            raise UsageError(f"images: got shape {batch.shape}, expected (N, *{wanted}), N > 0")
+        if (
+            batch.dtype != np.float32
+            or batch.ndim != 4
+            or batch.shape[1:] != wanted
+            or len(batch) == 0
+        ):
+            raise UsageError(
+                f"images: got {batch.dtype} of shape {batch.shape}, expected float32 of shape "
+                f"(N, {', '.join(map(str, wanted))}), N > 0"
+            )
         with self._lock:
             if self._model is None:
                 raise RexdeployError("this classifier was closed; load the bundle again")
@@ -72,10 +86,12 @@ class Classifier:
         self, inputs: Sequence[Path | str | Image.Image], top: int = 5
     ) -> list[list[Prediction]]:
         """The `top` most probable classes of every image, most probable first."""
+        if not inputs or top < 1:
+            raise UsageError(f"got {len(inputs)} images and top {top}, expected 1 or more of each")
         batch = np.stack(
             [
                 images.preprocess(
-                    item.convert("RGB")
+                    images.to_rgb(item)
                     if isinstance(item, Image.Image)
                     else images.load(Path(item)),
                     self._spec.preprocess,
@@ -83,7 +99,12 @@ class Classifier:
                 for item in inputs
             ]
         )
-        return [self._best(row, top) for row in softmax(self.logits(batch))]
+        logits = self.logits(batch)
+        if not np.isfinite(logits).all():
+            raise RexdeployError(
+                f"{self.backend} gave logits that are NaN or infinite; see 'rexdeploy verify'"
+            )
+        return [self._best(row, top) for row in softmax(logits)]
 
     def close(self) -> None:
         """Frees the model; later calls raise RexdeployError."""
@@ -137,6 +158,8 @@ def load(bundle: Bundle | Path | str, backend: str = "auto") -> Classifier:
         except BackendUnavailable as error:
             passed_over.append(f"{artifact.file} on {name}: {error}")
             continue
+        except UsageError as error:
+            raise UsageError(f"{bundle.path / artifact.file}: {error}") from None
         return Classifier(bundle, labels, model, artifact.batch, tuple(passed_over))
     reasons = "; ".join(passed_over) or f"{bundle.path} holds no file for backend {backend}"
     raise BackendUnavailable(f"nothing in the bundle can run here: {reasons}")
@@ -169,10 +192,13 @@ def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
         ("tensorrt-rtx" if engine.built_with.get("flavor") == "rtx" else "tensorrt", engine)
         for engine in engines
     ]
-    graph = manifest.find("onnx", "fp32") or manifest.find("onnx")
+    graph = manifest.find("onnx")
     weights = manifest.find("weights")
     if graph is not None:
-        choices += [("onnxruntime-cuda", graph), ("onnxruntime", graph)]
+        # On a machine without it, a line about CUDA at every prediction would say nothing.
+        if backend == "onnxruntime-cuda" or has_onnxruntime_cuda():
+            choices.append(("onnxruntime-cuda", graph))
+        choices.append(("onnxruntime", graph))
     if weights is not None:
         choices.append(("pytorch", weights))
     return [choice for choice in choices if backend in ("auto", choice[0])]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from rexdeploy.console import emit, fail, print_table, progress, say
+from rexdeploy.console import check_json, emit, fail, lost_output, print_table, progress, say
 from rexdeploy.errors import RexdeployError, UsageError
 
 if TYPE_CHECKING:
@@ -59,20 +59,17 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, _interrupted)
     try:
         code = app(standalone_mode=False, prog_name="rexdeploy")
-        sys.stdout.flush()
     except RexdeployError as error:
         fail(str(error), error.exit_code)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA_OF:
             raise
-        fail(f"{package} is not installed: pip install 'rexdeploy[{EXTRA_OF[package]}]'", 2)
-    except (BrokenPipeError, SystemExit):  # `rexdeploy models | head`; typer turns some into exits
-        _silence_stdout()
-        code = 0
-    except OSError as error:  # stdout is a full disk, the working folder is gone
-        _silence_stdout()
-        fail(f"{error.filename or 'output'}: {error.strerror}", 2)
+        missing = isinstance(error, ModuleNotFoundError)
+        what = "is not installed" if missing else f"cannot be loaded ({error})"
+        fail(f"{package} {what}: pip install 'rexdeploy[{EXTRA_OF[package]}]'", 2)
+    except OSError as error:  # a folder that cannot be read, a name too long, no working folder
+        fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except Exception as error:
         # click's usage errors, without its three-line "Usage:" preface. Anything else is our bug.
         show = getattr(error, "format_message", None)
@@ -81,12 +78,9 @@ def main() -> NoReturn:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "rexdeploy"
         fail(f"{show().rstrip('.')}; see '{command} --help'", 2)
+    if lost_output:
+        fail(lost_output[0], 2)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _silence_stdout() -> None:
-    """Points stdout at nothing, so that the flush at exit does not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupted(signal_number: int, frame: object) -> NoReturn:
@@ -97,7 +91,7 @@ def _interrupted(signal_number: int, frame: object) -> NoReturn:
     """
     del signal_number, frame
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the spinner had hidden it
-    sys.stderr.write(f"{show_cursor}error: interrupted; the bundle is as it was\n")
+    sys.stderr.write(f"{show_cursor}error: interrupted; no bundle is left half written\n")
     sys.stderr.flush()
     os._exit(EXIT_INTERRUPTED)
 
@@ -117,9 +111,9 @@ def rexdeploy(
     if version:
         from rexdeploy import __version__
 
-        typer.echo(f"rexdeploy {__version__}")
+        say(f"rexdeploy {__version__}")
     elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        say(context.get_help())
 
 
 @app.command()
@@ -171,6 +165,7 @@ def export(
     rexdeploy export --weights rexnetv1_1.5.pth
     rexdeploy export --weights pretrained --width 2.0
     """
+    check_json(json)
     from rexdeploy.models.rexnet import check_width
 
     if width is not None:
@@ -206,7 +201,7 @@ def export(
             "comparisons": result.comparisons,
         },
     )
-    say(
+    _tell(
         quiet or json == Path("-"),
         result.bundle.manifest.model.title,
         f"  {_describe(result.bundle, graph)}, {result.nodes} nodes "
@@ -240,11 +235,13 @@ def build_trt(
         ),
     ] = None,
     workspace: Annotated[
-        int | None, typer.Option(metavar="MIB", help="Scratch memory limit.", min=1)
+        int | None, typer.Option(metavar="MIB", help="Scratch memory limit.")
     ] = None,
     onnx: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Build somebody's own ONNX classifier instead."),
+        typer.Option(
+            metavar="FILE", help="Build somebody's own ONNX classifier (ImageNet preprocessing)."
+        ),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of bundles, for --onnx and to find the latest in.")
@@ -263,6 +260,7 @@ def build_trt(
     rexdeploy build-trt --fp16 --batch 1:8:32
     rexdeploy build-trt artifacts/rexnet_1.5 --fp16 --target sm86 --target sm89
     """
+    check_json(json)
     from rexdeploy.build import BuildOptions, import_onnx
     from rexdeploy.build import build as run
     from rexdeploy.bundle import Bundle
@@ -279,22 +277,25 @@ def build_trt(
         force=force,
         command=_command(),
     )
-    opened = import_onnx(onnx, out, _command()) if onnx else Bundle.find(bundle, out)
+    source = import_onnx(onnx, out, options) if onnx else Bundle.find(bundle, out)
     with progress(quiet) as report:
-        result = run(opened, options, report)
+        result = run(source, options, report)
     engine = result.engine
     built = engine.built_with
     emit(
         json,
         lambda: {"bundle": str(result.bundle.path), "engine": engine, "reused": result.reused},
     )
-    say(
+    _tell(
         quiet or json == Path("-"),
         result.bundle.manifest.model.title,
         f"  {_describe(result.bundle, engine)}",
-        f"  {built['flavor']} {built['version']}, for {built['targets']}",
-        f"  precision: {built['half_layers']} of {built['layers']} layers in Half "
-        f"({float(built['half_share']):.0%})",
+        f"  {built.get('flavor')} {built.get('version')}, for {built.get('targets')}",
+        f"  precision: {built.get('half_layers')} of {built.get('layers')} layers in Half "
+        f"({built.get('half_share')})",
+        "  preprocessing is taken to be ImageNet's (mean, std, 87.5 % centre crop)"
+        if onnx
+        else None,
         "  unchanged: answered from the bundle (--force rebuilds)" if result.reused else None,
         "next: rexdeploy verify",
     )
@@ -337,6 +338,7 @@ def verify(
     rexdeploy verify --images photos/ --require tensorrt
     rexdeploy verify --candidate other.onnx
     """
+    check_json(json)
     from rexdeploy.bundle import Bundle
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.verify import VerifyOptions
@@ -349,15 +351,19 @@ def verify(
         candidate=candidate,
         backends=tuple(backend or ()),
         require=tuple(require or ()),
-        command=_command(),
     )
     with progress(quiet) as report:
         result = run(opened, options, report)
-    emit(json, lambda: result)
-    if not quiet and json != Path("-"):
-        _print_verification(result)
-    if result.failures:
-        raise VerificationFailed("; ".join(result.failures))
+    try:
+        emit(json, lambda: result)
+        if not quiet and json != Path("-"):
+            say(f"{opened.path}")
+            _print_verification(result)
+        if candidate is None:
+            _store(opened, result)
+    finally:  # whatever becomes of the output, the exit code is the verdict's
+        if result.failures:
+            raise VerificationFailed("; ".join(result.failures))
 
 
 @app.command()
@@ -383,6 +389,7 @@ def predict(
     Example:
     rexdeploy predict cat.jpg --bundle rexnet_1.5
     """
+    check_json(json)
     from rexdeploy.bundle import Bundle
     from rexdeploy.classify import load
 
@@ -398,11 +405,11 @@ def predict(
             "images": [{"file": str(path), "predictions": best} for path, best in rows],
         },
     )
-    say(quiet, *(f"passed over: {reason}" for reason in classifier.passed_over), to_stderr=True)
+    _tell(quiet, *(f"passed over: {reason}" for reason in classifier.passed_over), to_stderr=True)
     lines = [f"{classifier.title} on {classifier.backend}"]
     for path, best in rows:
         lines += [f"{path}", *(f"  {item.probability:7.2%}  {item.label}" for item in best)]
-    say(quiet or json == Path("-"), *lines)
+    _tell(quiet or json == Path("-"), *lines)
 
 
 @app.command()
@@ -436,6 +443,7 @@ def bench(
     Example:
     rexdeploy bench plain aligned --batch 1,16 --threads 1,2
     """
+    check_json(json)
     from rexdeploy.bench import BenchOptions
     from rexdeploy.bench import bench as run
     from rexdeploy.bundle import Bundle
@@ -462,6 +470,7 @@ def models(json: Json = None) -> None:
     Example:
     rexdeploy models
     """
+    check_json(json)
     from rexdeploy.models import zoo
 
     rows = [(row, zoo.cost(row.family, row.width)) for row in zoo.published()]
@@ -483,7 +492,6 @@ def models(json: Json = None) -> None:
     ]
     print_table(columns, lines)
     say(
-        False,
         "Published: ImageNet-1k, 224 x 224; their FLOPs are multiply-accumulates. 'agrees': to one "
         "unit of the last printed digit.",
         "One published slip: the comparison table gives ReXNet 2.0 as 1.8B / 19M, which is width "
@@ -500,6 +508,7 @@ def doctor(json: Json = None) -> None:
     Example:
     rexdeploy doctor
     """
+    check_json(json)
     from rexdeploy.doctor import examine
 
     findings = examine()
@@ -514,7 +523,7 @@ def doctor(json: Json = None) -> None:
 
 
 def _print_benchmark(result: Benchmark) -> None:
-    typer.echo(f"{result.machine['processor']}, {result.machine['cores']} cores")
+    say(f"{result.machine['processor']}, {result.machine['cores']} cores")
     firsts = {(row.batch, row.threads): row for row in reversed(result.latencies)}
     columns = (
         "bundle", "align", "backend", "batch", "threads", "p50 ms", "p90", "p99", "images/s",
@@ -535,9 +544,9 @@ def _print_benchmark(result: Benchmark) -> None:
     ]
     print_table(columns, lines)
     for reason in result.skipped:
-        typer.echo(f"skipped {reason}")
+        say(f"skipped {reason}")
     if result.interrupted:
-        typer.echo(f"interrupted after {result.rounds} rounds")
+        say(f"interrupted after {result.rounds} rounds")
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
@@ -560,8 +569,13 @@ def _command() -> str:
     return shlex.join(["rexdeploy", *sys.argv[1:]])
 
 
+def _tell(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
+    if not quiet:
+        say(*lines, to_stderr=to_stderr)
+
+
 def _print_verification(result: Verification) -> None:
-    typer.echo(
+    say(
         f"{result.model}: {result.images}, batches {', '.join(map(str, result.batches)) or 'none'}"
         f"; signal {result.signal:.3g}"
     )
@@ -587,10 +601,20 @@ def _print_verification(result: Verification) -> None:
     ]
     print_table(columns, lines)
     for skip in result.skipped:
-        typer.echo(f"skipped {skip.candidate}: {skip.reason}")
+        say(f"skipped {skip.candidate}: {skip.reason}")
     if not result.failures:
         unproven = f"; NOT verified: {len(result.skipped)} skipped" if result.skipped else ""
-        typer.echo(f"passed: {len(result.edges)} edges are within their limits{unproven}")
+        say(f"passed: {len(result.edges)} edges are within their limits{unproven}")
+
+
+def _store(bundle: Bundle, result: Verification) -> None:
+    """Keeps the result in the bundle, where it can be written: on a serving machine it may not."""
+    from rexdeploy.verify import store
+
+    try:
+        store(bundle, result, _command())
+    except RexdeployError as error:
+        say(f"warning: verify.json is not stored: {error}", to_stderr=True)
 
 
 def _describe(bundle: Bundle, artifact: Artifact | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,19 +46,39 @@ def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]], wrap: bo
         table.add_row(*line)
     # Without a terminal, wide enough for every table.
     width = None if sys.stdout.isatty() else 160
-    console = Console(width=width, highlight=False, markup=False)
-    # Through typer, since rich exits with 1 by itself where the pipe is closed.
-    with console.capture() as captured:
-        console.print(table)
-    typer.echo(captured.get(), nl=False)
+    console = Console(width=width, highlight=False, markup=False, file=io.StringIO())
+    console.print(table)
+    say(console.file.getvalue().rstrip("\n"))  # type: ignore[attr-defined]
 
 
-def say(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
-    """Prints lines, but for those that are None."""
-    if not quiet:
-        for line in lines:
-            if line is not None:
-                typer.echo(line, err=to_stderr)
+def say(*lines: str | None, to_stderr: bool = False) -> None:
+    """Prints lines, but for those that are None.
+
+    Output that cannot be written (a closed pipe, a full disk) does not stop a command, whose exit
+    code may have something to say: `lost_output` keeps the reason.
+    """
+    for line in lines:
+        if line is None:
+            continue
+        try:
+            typer.echo(line, err=to_stderr)
+        except OSError as error:
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), (sys.stderr if to_stderr else sys.stdout).fileno()
+            )
+            if not isinstance(error, BrokenPipeError):  # `rexdeploy models | head` is no mistake
+                lost_output.append(f"output: {error.strerror}")
+
+
+lost_output: list[str] = []
+
+
+def check_json(file: Path | None) -> None:
+    """Raises UsageError if --json names a file that cannot be written; call it before the work."""
+    if file is None or file == Path("-"):
+        return
+    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UsageError(f"cannot write {file}: expected a file in a folder that can be written")
 
 
 def emit(file: Path | None, result: Callable[[], object]) -> None:
@@ -67,7 +89,7 @@ def emit(file: Path | None, result: Callable[[], object]) -> None:
 
     data = msgspec.json.format(msgspec.json.encode(result()), indent=2) + b"\n"
     if file == Path("-"):
-        typer.echo(data.decode(), nl=False)
+        say(data.decode().rstrip("\n"))
         return
     try:
         file.write_bytes(data)

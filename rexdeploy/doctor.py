@@ -96,10 +96,7 @@ def _gpu() -> Finding:
             "for running engines; they can be built without one (build-trt --flavor rtx)",
             "",
         )
-    detail = (
-        f"{found.name}, compute capability {found.compute_capability}, "
-        f"{found.memory_mib} MiB, driver {found.driver}"
-    )
+    detail = f"{found.name}, compute capability {found.compute_capability}, driver {found.driver}"
     return Finding("NVIDIA GPU", "ok", detail, "")
 
 

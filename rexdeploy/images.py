@@ -20,6 +20,7 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
+_MAX_ASPECT = 100  # resized so that its short side fits, a longer one would take gigabytes
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -30,15 +31,31 @@ def load(path: Path) -> Image.Image:
             # Pillow warns above 89 megapixels and refuses above twice that; refuse at once.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return to_rgb(image)
     except FileNotFoundError:
         raise UsageError(f"no image at {path}") from None
     except UnidentifiedImageError:
         raise UsageError(f"{path} is not an image that Pillow can read; give JPEG or PNG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UsageError(f"{path} is too large to decode safely ({error})") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on broken files
         raise UsageError(f"{path} cannot be decoded as an image ({error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB, upright by its EXIF orientation.
+
+    16-bit grey is scaled to 8 bits (Pillow's own conversion clips it to white). Raises UsageError
+    for pixels without a known range.
+    """
+    if image.mode in ("I", "F"):
+        raise UsageError(f"pixels of type {image.mode} have no known range; save it with 8 bits")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def preprocess(image: Image.Image, spec: Preprocess) -> Float32:
@@ -47,6 +64,11 @@ def preprocess(image: Image.Image, spec: Preprocess) -> Float32:
     The same arithmetic as timm's evaluation transform: resize so that the crop covers
     `crop_pct`, crop the centre, scale to [0, 1], normalise.
     """
+    if max(image.size) > _MAX_ASPECT * min(image.size):
+        raise UsageError(
+            f"an image of {image.width} x {image.height} pixels is too thin: expected sides at "
+            f"most {_MAX_ASPECT} times as long as each other"
+        )
     covered_w = math.floor(spec.width / spec.crop_pct)
     covered_h = math.floor(spec.height / spec.crop_pct)
     if covered_w * image.height >= covered_h * image.width:
@@ -69,7 +91,11 @@ def find(folder: Path) -> list[Path]:
     """The image files in `folder` and below, by name; raises UsageError if there are none."""
     if not folder.is_dir():
         raise UsageError(f"images: got {folder}, expected a folder of images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _EXTENSIONS)
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _EXTENSIONS and path.is_file() and not path.name.startswith(".")
+    )
     if not paths:
         raise UsageError(f"no images in {folder}: expected files such as .jpg or .png")
     return paths

@@ -11,6 +11,8 @@ import msgspec
 from rexdeploy.errors import UsageError
 
 FORMAT = 1
+MAX_CLASSES = 1_000_000
+MAX_BATCH = 4096
 MAX_IMAGE_SIZE = 4096  # pixels a side; no ReXNet is used at a quarter of it
 
 Precision = Literal["fp32", "fp16"]
@@ -37,7 +39,8 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         sizes_fit = all(1 <= size <= MAX_IMAGE_SIZE for size in (self.height, self.width))
-        if not sizes_fit or not 0.1 <= self.crop_pct <= 1 or min(self.std) <= 0:
+        values_fit = min(self.std) >= 1e-3 and max(map(abs, (*self.mean, *self.std))) <= 1e3
+        if not sizes_fit or not 0.1 <= self.crop_pct <= 1 or not values_fit:
             raise ValueError(f"unusable preprocessing {self}")
 
 
@@ -63,13 +66,15 @@ class ModelSpec:
     weights: WeightsOrigin
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1 or (self.width is None) != (self.family == "onnx"):
+        if not 1 <= self.num_classes <= MAX_CLASSES or (self.width is None) != (
+            self.family == "onnx"
+        ):
             raise ValueError(f"impossible model: {self.family} {self.width}, {self.num_classes}")
 
     @property
     def title(self) -> str:
         """`rexnet 1.5`, with `(untrained weights)` where a person must see it."""
-        name = self.family if self.width is None else f"{self.family} {self.width:g}"
+        name = self.weights.source if self.width is None else f"{self.family} {self.width:g}"
         return name if self.weights.trained else f"{name} (untrained weights)"
 
 
@@ -82,8 +87,8 @@ class BatchRange:
     max: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"batch range {self} is not 1 <= min <= opt <= max")
+        if not 1 <= self.min <= self.opt <= self.max <= MAX_BATCH:
+            raise ValueError(f"batch range {self} is not 1 <= min <= opt <= max <= {MAX_BATCH}")
 
     def __str__(self) -> str:
         return f"{self.min}:{self.opt}:{self.max}"
@@ -93,14 +98,14 @@ class BatchRange:
         """Reads `1:8:64` (min:opt:max) or `8` (exactly 8); raises UsageError."""
         parts = text.split(":")
         try:
-            numbers = [int(part) for part in parts]
+            numbers = [int(part[:10]) for part in parts]
             if len(numbers) == 1:
                 numbers *= 3
             return cls(*numbers)
         except (TypeError, ValueError):
             raise UsageError(
-                f"batch range: got '{text}', expected min:opt:max with 1 <= min <= opt <= max, "
-                "such as 1:8:64, or one number"
+                f"batch range: got '{text}', expected min:opt:max with 1 <= min <= opt <= max "
+                f"<= {MAX_BATCH}, such as 1:8:64, or one number"
             ) from None
 
     def samples(self) -> list[int]:
@@ -146,6 +151,10 @@ class Manifest:
         names = [artifact.file for artifact in self.artifacts]
         if len(set(names)) != len(names):
             raise ValueError("two artifacts have the same file name")
+        hashes = {artifact.sha256 for artifact in self.artifacts} | {None}
+        for artifact in self.artifacts:
+            if artifact.parent_sha256 not in hashes:
+                raise ValueError(f"what {artifact.file} was made from is not in the bundle")
 
     def find(
         self, kind: Kind, precision: Precision | None = None, sha256: str | None = None
@@ -168,7 +177,7 @@ class Manifest:
         """
         new_names = {artifact.file for artifact in added}
         kept = [artifact for artifact in self.artifacts if artifact.file not in new_names]
-        return replace(self, artifacts=_with_living_parents([*kept, *added]))
+        return replace(self, artifacts=_parents_first([*kept, *added]))
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -180,10 +189,10 @@ def decode(data: bytes, where: str) -> Manifest:
     """Reads a manifest strictly; raises UsageError that names the first wrong field."""
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(
             f"{where} is not a readable manifest ({error}); "
-            "run 'rexdeploy export' again to write the bundle anew"
+            "remove the folder and make it anew with 'rexdeploy export'"
         ) from None
     if manifest.format != FORMAT:
         raise UsageError(
@@ -193,10 +202,17 @@ def decode(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def _with_living_parents(artifacts: list[Artifact]) -> tuple[Artifact, ...]:
+def _parents_first(artifacts: list[Artifact]) -> tuple[Artifact, ...]:
+    """The artifacts whose chain of parents is whole, every parent before its children."""
+    ordered: list[Artifact] = []
+    hashes: set[str | None] = {None}
     while True:
-        hashes = {artifact.sha256 for artifact in artifacts} | {None}
-        living = [artifact for artifact in artifacts if artifact.parent_sha256 in hashes]
-        if len(living) == len(artifacts):
-            return tuple(living)
-        artifacts = living
+        ready = [
+            artifact
+            for artifact in artifacts
+            if artifact.parent_sha256 in hashes and artifact not in ordered
+        ]
+        if not ready:
+            return tuple(ordered)
+        ordered += ready
+        hashes |= {artifact.sha256 for artifact in ready}

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.backends import Backend
+from rexdeploy.errors import RexdeployError
 from rexdeploy.manifest import Precision
 
 Float32 = npt.NDArray[np.float32]
@@ -40,7 +41,8 @@ class Rows:
 def run_batches(backend: Backend, images: Float32, sizes: Sequence[int]) -> Rows:
     """Runs all of `images` in batches of each size, so that every row's neighbours differ.
 
-    The images are repeated cyclically to fill the last batch.
+    The images are repeated cyclically to fill the last batch. Raises RexdeployError where the
+    backend fails, or gives anything but one row an image.
     """
     indices, batches, logits = [], [], []
     for size in sizes:
@@ -48,5 +50,10 @@ def run_batches(backend: Backend, images: Float32, sizes: Sequence[int]) -> Rows
             index = np.arange(start, start + size) % len(images)
             indices.append(index)
             batches.append(np.full(size, size))
-            logits.append(backend.run(images[index]))
+            answer = backend.run(images[index])
+            if answer.ndim != 2 or len(answer) != size:
+                raise RexdeployError(
+                    f"gave logits of shape {list(answer.shape)} for a batch of {size}"
+                )
+            logits.append(answer)
     return Rows(np.concatenate(indices), np.concatenate(batches), np.concatenate(logits))

@@ -36,6 +36,17 @@ def to_fp16(model: ModelProto) -> ModelProto:
     return converted
 
 
+def parse(data: bytes, name: str) -> ModelProto:
+    """Reads and checks an ONNX model; raises UsageError that names the file."""
+    try:
+        model = onnx.load_from_string(data)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, and more
+        reason = (str(error).strip().splitlines() or ["not a protobuf"])[0]
+        raise UsageError(f"{name} is not a valid ONNX model ({reason})") from None
+    return model
+
+
 def precision_of(model: ModelProto) -> Precision | None:
     """The type of the model's convolutions and matrix products; None if it is mixed or other."""
     types = set(_arithmetic_types(model))
@@ -120,7 +131,7 @@ class _Conversion:
         if self.types[name] == wanted:
             return name
         if (name, wanted) not in self.cast_names:
-            new_name = f"{name}_{'fp16' if wanted == _HALF else 'fp32'}"
+            new_name = self._unused(f"{name}_{'fp16' if wanted == _HALF else 'fp32'}")
             self.cast_names[name, wanted] = new_name
             self.types[new_name] = wanted
             if name in self.weights and wanted == _HALF:
@@ -129,9 +140,16 @@ class _Conversion:
                 self.nodes.append(_cast(name, new_name, wanted))
         return self.cast_names[name, wanted]
 
+    def _unused(self, name: str) -> str:
+        """The name, or a longer one if a tensor of the graph has it already."""
+        taken = self.types.keys() | {used for node in self.graph.node for used in node.output}
+        while name in taken:
+            name += "_"
+        return name
+
     def _restore_output(self, name: str) -> None:
         """Renames the float16 tensor behind the graph output `name`, and casts it back."""
-        inner = f"{name}_fp16"
+        inner = self._unused(f"{name}_fp16")
         for node in self.nodes:
             for names in (node.input, node.output):
                 for index, used in enumerate(names):

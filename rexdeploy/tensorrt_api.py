@@ -72,8 +72,8 @@ class PrecisionProof:
 
     layers: int  # that compute on floating-point data
     half_layers: int
-    arithmetic_layers: int  # that carry a convolution or matrix product
-    float_arithmetic: tuple[str, ...]  # of those, the ones wholly in Float
+    not_half: tuple[str, ...]  # layers that carry a convolution or product in another type
+    not_found: tuple[str, ...]  # convolutions and products of the graph that no layer names
 
     @property
     def half_share(self) -> float:
@@ -82,11 +82,7 @@ class PrecisionProof:
     @property
     def is_fp16(self) -> bool:
         """Whether every convolution and product is known to run in Half."""
-        return (
-            self.arithmetic_layers > 0
-            and not self.float_arithmetic
-            and self.half_share >= MIN_HALF_SHARE
-        )
+        return not self.not_half and not self.not_found and self.half_share >= MIN_HALF_SHARE
 
 
 @dataclass(frozen=True)
@@ -210,17 +206,17 @@ def build(onnx_model: bytes, settings: EngineSettings) -> BuiltEngine:
 
 
 def prove(layers: Sequence[Layer], arithmetic_nodes: set[str]) -> PrecisionProof:
-    """Counts Half layers, and names those that compute `arithmetic_nodes` wholly in Float.
+    """Counts Half layers, and names those that compute `arithmetic_nodes` in another type.
 
     `arithmetic_nodes` are the names of the ONNX graph's convolutions and matrix products.
     """
     floating = [layer for layer in layers if layer.precision in _FLOATING]
-    arithmetic = [layer for layer in floating if arithmetic_nodes & set(layer.onnx_nodes)]
+    arithmetic = [layer for layer in layers if arithmetic_nodes & set(layer.onnx_nodes)]
     return PrecisionProof(
         layers=len(floating),
         half_layers=sum(layer.precision == "Half" for layer in floating),
-        arithmetic_layers=len(arithmetic),
-        float_arithmetic=tuple(layer.name for layer in arithmetic if layer.precision == "Float"),
+        not_half=tuple(layer.name for layer in arithmetic if layer.precision != "Half"),
+        not_found=tuple(sorted(arithmetic_nodes.difference(*(x.onnx_nodes for x in layers)))),
     )
 
 

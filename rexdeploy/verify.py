@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from rexdeploy import images
-from rexdeploy.backends import ENGINE_BACKENDS, ONNX_BACKENDS, open_backend
+from rexdeploy.backends import ENGINE_BACKENDS, ONNX_BACKENDS, has_onnxruntime_cuda, open_backend
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.compare import Comparison, Signal, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
@@ -22,9 +22,10 @@ from rexdeploy.manifest import (
     BatchRange,
     ModelSpec,
     Precision,
+    Preprocess,
 )
 from rexdeploy.parity import LIMITS, Rows, run_batches
-from rexdeploy.precision import precision_of
+from rexdeploy.precision import parse, precision_of
 from rexdeploy.progress import Report, silent
 from rexdeploy.tensorrt_api import RTX_MAGIC
 
@@ -32,6 +33,7 @@ Float32 = npt.NDArray[np.float32]
 
 REFERENCE = "torch"
 MIN_SAMPLES, MAX_SAMPLES = 2, 4096
+MAX_GRAPH_BATCH = 64  # of ONNX graphs, which run on the CPU; engines run at all their sizes
 
 _ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
 
@@ -45,7 +47,6 @@ class VerifyOptions:
     candidate: Path | None = None  # judge this file instead of the bundle's own
     backends: tuple[str, ...] = ()  # empty: every one that a file's kind allows
     require: tuple[str, ...] = ()  # backends whose absence is a failure
-    command: str = "rexdeploy verify"
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,12 @@ class _Candidate:
 def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> Verification:
     """Compares every file of the bundle with its parent and with the reference.
 
-    The result is also written to the bundle's verify.json, unless a candidate from elsewhere was
-    judged. Raises UsageError where nothing can be judged: unusable files, or a reference whose
-    logits do not vary over the images.
+    Raises UsageError where nothing can be judged: unusable files, or a reference whose logits do
+    not vary over the images.
     """
     _check_options(options)
     spec = bundle.manifest.model
+    _check_preprocess(bundle)
     pool, described = _images(options, spec)
     report("running the reference")
     reference_name, reference = _reference(bundle, pool)
@@ -113,7 +114,7 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         for backend in candidate.backends:
             report(f"running {candidate.file} ({backend})")
             judge.run(candidate, backend)
-    verification = Verification(
+    return Verification(
         model=spec.title,
         files={candidate.file: sha256(candidate.model) for candidate in candidates},
         images=described,
@@ -124,10 +125,23 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         skipped=tuple(judge.skipped),
         failures=tuple(judge.failures(options.require)),
     )
-    if options.candidate is None:
-        report("writing verify.json")
-        _write(bundle, verification, options)
-    return verification
+
+
+def store(bundle: Bundle, verification: Verification, command: str = "rexdeploy verify") -> None:
+    """Writes a verification of the bundle's own files to its verify.json.
+
+    Raises RexdeployError where the bundle cannot be written, or was changed meanwhile.
+    """
+    data = to_json(verification)
+    graph = bundle.manifest.find("onnx")
+    artifact = Artifact(
+        "report",
+        "verify.json",
+        sha256(data),
+        parent_sha256=graph.sha256 if graph else None,
+        command=command,
+    )
+    bundle.update(artifact, files={artifact.file: data})
 
 
 class _Judge:
@@ -150,11 +164,15 @@ class _Judge:
         self._reference_name, self._default_range = reference_name, default_range
         self._logits = {reference_name: reference}  # by file, one row an image
         self._backends: set[str] = set()  # that ran something
+        self._crashed: list[str] = []  # broken edges without a comparison
 
     def run(self, candidate: _Candidate, name: str) -> None:
         """Compares a candidate's logits with its parent's and with the reference's."""
         label = f"{candidate.file} ({name})"
         sizes = (candidate.batch or self._default_range).samples()
+        if candidate.kind == "onnx" and candidate.batch is None:
+            # On a CPU: what an engine takes at once may not fit this machine's memory.
+            sizes = [size for size in sizes if size <= MAX_GRAPH_BATCH] or [MAX_GRAPH_BATCH]
         try:
             backend = open_backend(name, candidate.model, self._spec)
         except BackendUnavailable as error:
@@ -164,6 +182,9 @@ class _Judge:
             raise UsageError(f"{candidate.file}: {error}") from None
         try:
             rows = run_batches(backend, self._pool, sizes)
+        except RexdeployError as error:
+            self._crashed.append(f"broken edge {candidate.parent} -> {label}: {error}")
+            return
         finally:
             backend.close()
         self.batches.update(sizes)
@@ -182,12 +203,12 @@ class _Judge:
         broken = [comparison for comparison in self.edges if comparison.failures]
         # Small errors along sound edges can add up to a broken total.
         broken = broken or [comparison for comparison in self.totals if comparison.failures]
-        failures = [
+        failures = self._crashed + [
             f"broken edge {comparison.reference} -> {comparison.candidate}: "
             f"{comparison.failures[0]}"
             for comparison in broken
         ]
-        if not self.edges:
+        if not self.edges and not self._crashed:
             reasons = "; ".join(f"{skip.candidate}: {skip.reason}" for skip in self.skipped)
             failures.append(
                 f"nothing was compared: fewer than two backends ran ({reasons or 'no file fits'})"
@@ -235,17 +256,22 @@ def _images(options: VerifyOptions, spec: ModelSpec) -> tuple[Float32, str]:
             images.synthetic(options.samples, spec.preprocess, seed=1),
             f"{options.samples} synthetic images",
         )
-    paths = images.find(options.images)[: options.samples]
+    found = images.find(options.images)
+    step = max(1, math.ceil(len(found) / options.samples))  # spread over all subfolders
+    paths = found[::step]
     return images.load_batch(paths, spec.preprocess), f"{len(paths)} images of {options.images}"
 
 
 def _reference(bundle: Bundle, pool: Float32) -> tuple[str, Float32]:
     """The reference's name and its logits: our network, or somebody's own graph as it came."""
     weights = bundle.manifest.find("weights")
-    artifact = weights or bundle.manifest.find("onnx")
-    if artifact is None:
-        raise UsageError(f"{bundle.path} holds neither weights nor a graph; export it again")
     spec = bundle.manifest.model
+    artifact = bundle.manifest.find("onnx") if spec.family == "onnx" else weights
+    if artifact is None:
+        raise UsageError(
+            f"{bundle.path} holds no reference for {spec.title}; remove the folder and make it "
+            "anew with 'rexdeploy export'"
+        )
     backend = open_backend("pytorch" if weights else "onnxruntime", bundle.read(artifact), spec)
     try:
         if artifact.batch is None:
@@ -255,6 +281,21 @@ def _reference(bundle: Bundle, pool: Float32) -> tuple[str, Float32]:
     finally:
         backend.close()
     return (REFERENCE if weights else artifact.file), logits
+
+
+def _check_preprocess(bundle: Bundle) -> None:
+    """Raises UsageError if the manifest's preprocessing is not the one that the graph was given."""
+    graph = bundle.manifest.find("onnx")
+    if graph is None:
+        return
+    told = {e.key: e.value for e in parse(bundle.read(graph), graph.file).metadata_props}
+    preprocess = bundle.manifest.model.preprocess
+    written = told.get("rexdeploy.preprocess")
+    if written is not None and msgspec.json.decode(written, type=Preprocess) != preprocess:
+        raise UsageError(
+            f"{bundle.path}: the manifest's preprocessing is not that of {graph.file}; "
+            f"make it again: {graph.command or 'rexdeploy export'}"
+        )
 
 
 def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[_Candidate]:
@@ -268,12 +309,17 @@ def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[_C
             parent = files.get(artifact.parent_sha256 or "", reference_name)
             backends = _backends_of(artifact, options)
             if backends:
+                model = bundle.read(artifact)
+                # A graph's types decide its limit, not what the manifest says of them.
+                is_graph = kind == "onnx"
                 candidates.append(
                     _Candidate(
                         artifact.file,
-                        bundle.read(artifact),
+                        model,
                         kind,
-                        artifact.precision,
+                        precision_of(parse(model, artifact.file))
+                        if is_graph
+                        else artifact.precision,
                         artifact.batch,
                         reference_name if parent.endswith(".safetensors") else parent,
                         backends,
@@ -294,13 +340,9 @@ def _foreign(
         backend = "tensorrt-rtx" if data[:4] == RTX_MAGIC else "tensorrt"
         return _Candidate(path.name, data, "engine", None, None, reference_name, (backend,))
     try:
-        model = onnx.load_from_string(data)
-        onnx.checker.check_model(model)
-    except Exception as error:  # protobuf's DecodeError, onnx's ValidationError
-        reason = (str(error).strip().splitlines() or ["not a protobuf"])[0]
-        raise UsageError(
-            f"candidate {path} is neither an ONNX model ({reason}) nor a TensorRT engine"
-        ) from None
+        model = parse(data, f"candidate {path}")
+    except UsageError as error:
+        raise UsageError(f"{error}, and no TensorRT engine either") from None
     told = {entry.key: entry.value for entry in model.metadata_props}
     family, width = told.get("rexdeploy.family"), told.get("rexdeploy.width")
     if family and spec.width is not None and (family, width) != (spec.family, f"{spec.width:g}"):
@@ -333,7 +375,7 @@ def _backends_of(artifact: Artifact, options: VerifyOptions) -> tuple[str, ...]:
     else:
         possible = ONNX_BACKENDS
         asked = "onnxruntime-cuda" in options.require
-        wanted = possible if asked or _has_onnxruntime_cuda() else ("onnxruntime",)
+        wanted = possible if asked or has_onnxruntime_cuda() else ("onnxruntime",)
     if options.backends:
         return tuple(
             name for name in possible if any(_is_meant(asked, name) for asked in options.backends)
@@ -346,30 +388,7 @@ def _is_meant(asked: str, backend: str) -> bool:
     return backend == asked or (asked == "tensorrt" and backend in ENGINE_BACKENDS)
 
 
-def _has_onnxruntime_cuda() -> bool:
-    try:
-        import onnxruntime
-    except ImportError:
-        return False
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-
-
 def _range_of(candidates: Sequence[_Candidate]) -> BatchRange:
     """The range to run graphs of any batch size at: that of the engines made from them."""
     ranges = [candidate.batch for candidate in candidates if candidate.batch]
     return ranges[0] if ranges else DEFAULT_BATCH
-
-
-def _write(bundle: Bundle, verification: Verification, options: VerifyOptions) -> None:
-    graph = bundle.manifest.find("onnx")
-    if graph is None:
-        raise RexdeployError(f"{bundle.path} holds no ONNX graph")
-    data = to_json(verification)
-    artifact = Artifact(
-        "report",
-        "verify.json",
-        sha256(data),
-        parent_sha256=graph.sha256,
-        command=options.command,
-    )
-    bundle.update(artifact, files={artifact.file: data})

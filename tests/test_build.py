@@ -43,7 +43,7 @@ def test_the_chain_of_hashes_leads_from_the_engine_to_the_weights(v1_original: B
     for artifact in v1_original.manifest.artifacts:
         assert sha256(v1_original.read(artifact)) == artifact.sha256
     assert engine.file == "fp16.rtx-sm89.engine"
-    assert engine.built_with["half_share"] == "1.0000"
+    assert engine.built_with["half_share"] == "100%"
     assert engine.batch == BatchRange(1, 2, 8)
 
 
@@ -117,9 +117,12 @@ def test_a_damaged_graph_is_refused(v1_bundle: Bundle) -> None:
 def test_a_damaged_engine_is_not_an_answer(v1_bundle: Bundle) -> None:
     engine = _artifact(v1_bundle, "engine", "fp16")
     (v1_bundle.path / engine.file).write_bytes(b"vtrt" + b"\0" * 100)
-    with pytest.raises(UsageError, match="not the file the manifest describes"):
-        build(v1_bundle, OPTIONS)
-    assert not build(v1_bundle, replace(OPTIONS, force=True)).reused
+    assert not build(v1_bundle, OPTIONS).reused
+    assert build(Bundle.open(v1_bundle.path), OPTIONS).reused
+    half = v1_bundle.path / "fp16.onnx"
+    half.write_bytes(half.read_bytes()[:-1])  # made again from the float32 graph
+    assert build(Bundle.open(v1_bundle.path), OPTIONS).reused is True
+    assert verify(Bundle.open(v1_bundle.path), VerifyOptions(samples=2)).passed
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,7 @@ def test_a_damaged_engine_is_not_an_answer(v1_bundle: Bundle) -> None:
         (replace(OPTIONS, targets=("sm90",)), "target: got 'sm90', expected sm75, sm80"),
         (replace(OPTIONS, flavor="tensorrt"), "--target is for --flavor rtx"),
         (replace(OPTIONS, flavor="trt"), "flavor: got 'trt', expected auto, tensorrt, rtx"),
-        (replace(OPTIONS, batch=BatchRange(1, 1, 10**6)), "expected at most 4096"),
+        (replace(OPTIONS, workspace_mib=1 << 44), "workspace: got 17592186044416, expected 1 to"),
     ],
 )
 def test_unusable_options_are_refused(
@@ -178,16 +181,20 @@ def own_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_somebodys_own_graph_gets_a_bundle_an_engine_and_a_verification(
     own_graph: Path, tmp_path: Path
 ) -> None:
-    bundle = import_onnx(own_graph, tmp_path)
+    source = import_onnx(own_graph, tmp_path, OPTIONS)
+    assert list(tmp_path.iterdir()) == []  # nothing is written before the engine is proven
+    bundle = source.bundle
     assert (bundle.manifest.model.family, bundle.manifest.model.num_classes) == ("onnx", 7)
     assert bundle.path == tmp_path / "mine"
-    result = build(bundle, OPTIONS)
+    result = build(source, OPTIONS)
     assert result.engine.built_with["half_layers"] == "4"
     verification = verify(result.bundle, VerifyOptions(samples=6))
     assert verification.passed
     assert [edge.reference for edge in verification.edges] == ["model.onnx"]
     # Imported again unchanged, the engine is still there.
-    assert build(import_onnx(own_graph, tmp_path), OPTIONS).reused
+    assert build(import_onnx(own_graph, tmp_path, OPTIONS), OPTIONS).reused
+    again = verify(Bundle.open(bundle.path), VerifyOptions(samples=6))
+    assert [edge.reference for edge in again.edges] == ["model.onnx"]
 
 
 def test_an_imported_graph_does_not_take_the_place_of_another_model(
@@ -197,8 +204,53 @@ def test_an_imported_graph_does_not_take_the_place_of_another_model(
     taken.write_bytes(own_graph.read_bytes())
     before = folder_state(v1_bundle.path)
     with pytest.raises(UsageError, match=r"holds another model \(rexnet 1\)"):
-        import_onnx(taken, v1_bundle.path.parent)
+        import_onnx(taken, v1_bundle.path.parent, OPTIONS)
     assert folder_state(v1_bundle.path) == before
+
+
+def test_a_failing_import_leaves_an_existing_bundle_as_it_was(
+    own_graph: Path, tmp_path: Path
+) -> None:
+    bundle = build(import_onnx(own_graph, tmp_path, OPTIONS), OPTIONS).bundle
+    before = folder_state(bundle.path)
+    other = tmp_path / "elsewhere" / "mine.onnx"
+    other.parent.mkdir()
+    model = onnx.load(own_graph)
+    model.graph.name = "another"
+    other.write_bytes(model.SerializeToString())
+    wrong = replace(OPTIONS, flavor="nonsense", force=True)
+    with pytest.raises(UsageError, match="holds another model .*mine.onnx.*--force"):
+        import_onnx(other, tmp_path, OPTIONS)
+    with pytest.raises(UsageError, match="flavor: got 'nonsense'"):
+        build(import_onnx(other, tmp_path, wrong), wrong)
+    assert folder_state(bundle.path) == before
+    forced = replace(OPTIONS, force=True)
+    assert build(import_onnx(other, tmp_path, forced), forced).bundle.path == bundle.path
+
+
+def test_a_graph_that_ends_in_softmax_is_refused(own_graph: Path, tmp_path: Path) -> None:
+    model = onnx.load(own_graph)
+    output = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = ["logits" if name == output else name for name in node.output]
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], [output]))
+    path = tmp_path / "soft.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UsageError, match="ends in Softmax; expected logits"):
+        import_onnx(path, tmp_path / "out", OPTIONS)
+
+
+def test_weights_beside_the_graph_are_taken_in(own_graph: Path, tmp_path: Path) -> None:
+    onnx.save(
+        onnx.load(own_graph),
+        tmp_path / "split.onnx",
+        save_as_external_data=True,
+        location="split.data",
+        size_threshold=0,
+    )
+    bundle = build(import_onnx(tmp_path / "split.onnx", tmp_path / "out", OPTIONS), OPTIONS).bundle
+    (tmp_path / "split.data").unlink()
+    assert verify(bundle, VerifyOptions(samples=4)).passed
 
 
 def test_files_that_are_no_classifier_are_refused(own_graph: Path, tmp_path: Path) -> None:
@@ -214,5 +266,5 @@ def test_files_that_are_no_classifier_are_refused(own_graph: Path, tmp_path: Pat
     empty.write_bytes(b"")
     for path in (four_channels, garbage, truncated, empty, tmp_path / "missing.onnx"):
         with pytest.raises(UsageError, match=path.name):
-            import_onnx(path, tmp_path / "out")
+            import_onnx(path, tmp_path / "out", OPTIONS)
     assert list((tmp_path / "out").iterdir()) == []

@@ -249,3 +249,30 @@ def test_reading_needs_no_right_to_write() -> None:
         answer = run_python(code, path)
         path.chmod(0o755)
     assert answer.stdout == "b'a'\n", answer.stderr
+
+
+def test_a_folder_where_a_file_belongs_stops_the_commit_before_it_happens(tmp_path: Path) -> None:
+    _make(tmp_path / "b", a=b"a")
+    (tmp_path / "b" / "c").mkdir()
+    before = folder_state(tmp_path / "b")
+    with pytest.raises(UsageError, match="c is a folder where the bundle needs a file"):
+        _make(tmp_path / "b", a=b"a", c=b"c")
+    assert folder_state(tmp_path / "b") == before
+    Bundle.open(tmp_path / "b")
+
+
+def test_somebody_elses_folder_is_not_made_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a").write_text("precious")
+    with pytest.raises(UsageError, match="a folder with other files in it, not a bundle"):
+        _make(tmp_path / "mine", a=b"new")
+    assert (tmp_path / "mine" / "a").read_text() == "precious"
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _make(tmp_path / "artifacts" / "net", a=b"a")
+    (tmp_path / "net").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Bundle.find(Path("net")).path == Path("artifacts/net")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 from collections.abc import Callable
@@ -37,6 +38,8 @@ def _empty_state(family: Family, width: float, classes: int = 5) -> dict[str, to
         lambda state: {"state_dict_ema": state, "state_dict": {"wrong": torch.zeros(1)}},
         lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
         lambda state: {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+        lambda state: {"state_dict": {f"_orig_mod.module.{k}": v for k, v in state.items()}},
+        lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()}},
     ],
 )
 def test_a_state_dict_is_found_where_training_scripts_put_it(
@@ -209,3 +212,56 @@ def test_no_file_is_said_to_be_none(make: Callable[[Path], None], tmp_path: Path
     make(tmp_path / "weights.pth")
     with pytest.raises(UsageError, match=r"expected a \.pth, \.pt or \.safetensors file"):
         load_checkpoint(tmp_path / "weights.pth")
+
+
+def test_a_timm_training_checkpoint_loads_with_its_arguments(tmp_path: Path) -> None:
+    state = timm.create_model("rexnet_100", num_classes=4).state_dict()
+    content = {"state_dict": state, "args": argparse.Namespace(lr=0.1, model="rexnet_100")}
+    torch.save(content, tmp_path / "model_best.pth.tar")
+    assert load_checkpoint(tmp_path / "model_best.pth.tar").num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.to(torch.int8), "has type torch.int8.*quantised weights are another"),
+        (lambda value: value.to(torch.complex64), "has type torch.complex64"),
+        (lambda value: value.to_sparse(), "torch.sparse_coo"),
+        (lambda value: value * float("nan"), "has NaN or infinite values"),
+        (lambda value: value / 0, "has NaN or infinite values"),
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    state = dict(ReXNetV1(classes=3).state_dict())
+    state["features.5.out.0.weight"] = change(state["features.5.out.0.weight"])
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(UsageError, match=message):
+        load_checkpoint(tmp_path / "odd.pth")
+
+
+def test_a_missing_or_misshapen_classifier_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "headless.pth"
+    state = dict(ReXNetV1(classes=3).state_dict())
+    torch.save({k: v for k, v in state.items() if not k.startswith("output")}, path)
+    with pytest.raises(UsageError, match="a ReXNet without its classifier"):
+        load_checkpoint(path)
+    for shape in ((), (0, 1280, 1, 1), (3, 1280)):
+        torch.save(state | {"output.1.weight": torch.zeros(shape)}, path)
+        with pytest.raises(UsageError, match=r"output.1.weight has shape .*expected \[classes"):
+            load_checkpoint(path)
+
+
+def test_a_dictionary_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    endless: dict[str, Any] = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "endless.pth")
+    with pytest.raises(UsageError, match="without a state dict"):
+        load_checkpoint(tmp_path / "endless.pth")
+
+
+def test_twentieths_are_preferred_to_hundredths(tmp_path: Path) -> None:
+    """Lite 0.71 to 0.75 are one network; a person means 0.75."""
+    torch.save(_empty_state("rexnet_lite", 0.75), tmp_path / "lite.pth")
+    assert load_checkpoint(tmp_path / "lite.pth").width == 0.75

@@ -65,7 +65,6 @@ def test_no_arguments_print_the_help(tmp_path: Path) -> None:
         (["build-trt", "nowhere"], ["nowhere is not a bundle"]),
         (["build-trt", "--batch", "8:1:4"], ["batch range: got '8:1:4', expected min:opt:max"]),
         (["build-trt", "x", "--onnx", "y"], ["got a bundle and --onnx, expected one of them"]),
-        (["build-trt", "--workspace", "0"], ["--workspace"]),
         (["verify"], ["no bundle in artifacts/"]),
         (["predict"], ["Missing argument 'IMAGE...'"]),
         (["predict", "a.jpg"], ["no bundle in artifacts/"]),

@@ -47,7 +47,7 @@ def test_photographs_become_what_timm_makes_of_them(photos: Path, spec: Preproce
 
 
 @given(
-    st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    st.tuples(st.integers(4, 400), st.integers(4, 400)),
     st.tuples(st.integers(32, 200), st.integers(32, 200)),
     st.sampled_from([0.8, 0.875, 0.95, 1.0]),
 )
@@ -75,6 +75,29 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # shown turned by 90 degrees
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
     assert images.load(tmp_path / "turned.jpg").size == (10, 20)
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray((ramp / 257).round().astype(np.uint8)).save(tmp_path / "shallow.png")
+    deep, shallow = (images.load(tmp_path / f"{name}.png") for name in ("deep", "shallow"))
+    assert np.abs(np.asarray(deep).astype(int) - np.asarray(shallow)).max() <= 1
+
+
+def test_pixels_without_a_known_range_and_threads_of_pixels_are_refused(tmp_path: Path) -> None:
+    Image.new("F", (20, 10)).save(tmp_path / "float.tif")
+    with pytest.raises(UsageError, match="float.tif: pixels of type F have no known range"):
+        images.load(tmp_path / "float.tif")
+    with pytest.raises(UsageError, match="too thin"):
+        images.preprocess(Image.new("RGB", (1, 2000)), Preprocess())
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "real.png")
+    (tmp_path / "._real.png").write_bytes(b"resource fork")
+    (tmp_path / "folder.jpg").mkdir()
+    assert images.find(tmp_path) == [tmp_path / "real.png"]
 
 
 def _bomb(path: Path) -> None:

@@ -139,3 +139,14 @@ def test_mixed_precision_is_neither() -> None:
     ]
     weights = {"w": KERNEL, "v": np.ones((2, 4, 1, 1), dtype=np.float16)}
     assert precision_of(_model(nodes, weights, out=TensorProto.FLOAT16)) is None
+
+
+@pytest.mark.parametrize("taken", ["x_fp16", "w_fp16", "y_fp16", "c_fp16"])
+def test_names_that_the_graph_has_already_are_not_taken_again(taken: str) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
+        helper.make_node("Add", ["c", taken], ["y"], name="add"),
+    ]
+    offset = np.full((1, 4, 1, 1), 7, dtype=np.float32)
+    model = _model(nodes, {"w": KERNEL, taken: offset})
+    np.testing.assert_allclose(_run(to_fp16(model), X), _run(model, X), atol=5e-2)

@@ -52,7 +52,7 @@ def test_an_fp16_graph_gives_an_engine_that_is_provably_half(
     convolutions = _convolutions(_graph(v1_original, "fp16"))
     proof = prove(engines["fp16"].layers, convolutions)
     assert len(convolutions) == 76
-    assert proof.arithmetic_layers >= 70
+    assert (proof.not_half, proof.not_found) == ((), ())
     assert proof.half_share == 1
     assert proof.is_fp16
 
@@ -63,7 +63,7 @@ def test_an_fp32_engine_is_not_taken_for_half(
     """The trap of the field: a build that "sets fp16" and gives float32."""
     proof = prove(engines["fp32"].layers, _convolutions(_graph(v1_original, "fp32")))
     assert proof.half_layers == 0
-    assert len(proof.float_arithmetic) >= 70
+    assert len(proof.not_half) >= 70
     assert not proof.is_fp16
 
 
@@ -97,7 +97,7 @@ def test_one_float_convolution_among_half_ones_is_named() -> None:
     proof = prove(built.layers, {node.name for node in nodes if node.op_type == "Conv"})
     assert proof.half_share > 0.5
     assert not proof.is_fp16
-    assert len(proof.float_arithmetic) == 1, built.layers
+    assert len(proof.not_half) == 1, built.layers
 
 
 def test_an_engine_with_no_known_convolution_is_not_proven() -> None:
@@ -127,7 +127,7 @@ def test_the_report_of_full_tensorrt_is_read_too() -> None:
     first, second = parse_layers(report)
     assert (first.precision, first.onnx_nodes) == ("Half", ("node_Conv_1", "silu"))
     assert (second.precision, second.onnx_nodes) == ("Float", ("node_Gemm_2",))
-    assert prove((first, second), {"node_Conv_1", "node_Gemm_2"}).float_arithmetic == ("pool",)
+    assert prove((first, second), {"node_Conv_1", "node_Gemm_2"}).not_half == ("pool",)
 
 
 def test_a_plans_header_tells_version_and_targets(engines: dict[str, BuiltEngine]) -> None:
@@ -213,7 +213,7 @@ def test_foreign_graphs_convert_and_build_too() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     built = tensorrt_api.build(to_fp16(model).SerializeToString(), SETTINGS)
-    proof = prove(built.layers, {"node_of_c", "node_of_y"})
+    proof = prove(built.layers, {"node_of_c", "node_of_y_fp16"})
     assert proof.is_fp16, built.layers
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +18,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import UsageError
-from rexdeploy.manifest import Precision
+from rexdeploy.manifest import Precision, encode
 from rexdeploy.models.rexnet import ReXNetV1_lite
-from rexdeploy.verify import Verification, VerifyOptions, verify
+from rexdeploy.verify import Verification, VerifyOptions, store, verify
 from tests.helpers import assert_refused, edit_weights, folder_state, nodes_of, run_cli
 
 FAST = VerifyOptions(samples=6)
@@ -170,8 +172,7 @@ def test_a_sound_bundle_passes_and_the_engine_is_skipped_in_sight(v1_bundle: Bun
     engine = "fp16.rtx-sm89.engine (tensorrt-rtx)"
     assert (engine in ran) != (engine in skipped)
     assert all(skipped.values())
-    report = v1_bundle.manifest.find("report")
-    assert report is None
+    store(v1_bundle, result)
     written = Bundle.open(v1_bundle.path).manifest.find("report")
     assert written is not None
     assert written.file == "verify.json"
@@ -222,6 +223,104 @@ def test_infinite_logits_fail_and_are_counted(v1_bundle: Bundle) -> None:
     broken = [edge for edge in result.edges if edge.nonfinite]
     assert len(broken) == 1
     assert "logits are NaN or infinite" in result.failures[0]
+
+
+def _fixed_reshape(model: ModelProto, rows: int) -> ModelProto:
+    """A batch size left in the graph: works at that size, fails or lies at others."""
+    classes = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    output = model.graph.output[0].name
+    edited = _insert_before_output(
+        model, helper.make_node("Reshape", ["inner", "fixed"], [output], name="fixed")
+    )
+    shape = np.array([rows, classes if rows > 0 else -1])
+    edited.graph.initializer.append(numpy_helper.from_array(shape, "fixed"))
+    del edited.graph.value_info[:]
+    return edited
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_graph_that_fails_at_some_batch_size_is_a_broken_edge(
+    v1_bundle: Bundle, tmp_path: Path, rows: int
+) -> None:
+    path = tmp_path / "fixed.onnx"
+    path.write_bytes(_fixed_reshape(_graph(v1_bundle, "fp32"), rows).SerializeToString())
+    result = verify(v1_bundle, replace(FAST, candidate=path))
+    assert result.failures[0].startswith("broken edge torch -> fixed.onnx (onnxruntime): ")
+    assert "failed on a batch of" in result.failures[0]
+
+
+def test_a_broken_bundle_exits_3_whatever_becomes_of_the_output(v1_bundle: Bundle) -> None:
+    _plant(v1_bundle, "fp32", _swapped_channels)
+    command = f"{sys.executable} -c 'from rexdeploy.cli import main; main()' verify --samples 2"
+    for shell in (
+        f"{command} | true; exit ${{PIPESTATUS[0]}}",
+        f"{command} >/dev/full",
+        f"{command} --quiet",
+    ):
+        answer = subprocess.run(
+            ["bash", "-c", shell],
+            cwd=v1_bundle.path.parents[1],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert answer.returncode == 3, answer
+        assert "broken edge torch -> fp32.onnx" in answer.stderr
+        assert "Traceback" not in answer.stderr
+
+
+def test_a_result_that_cannot_be_stored_is_still_told(v1_bundle: Bundle, tmp_path: Path) -> None:
+    (v1_bundle.path / "verify.json").mkdir()
+    before = folder_state(v1_bundle.path)
+    result = run_cli("verify", "--samples", "2", cwd=tmp_path)
+    assert result.code == 0
+    assert "passed: " in result.out
+    assert "warning: verify.json is not stored: " in result.err
+    assert "verify.json is a folder where the bundle needs a file" in result.err
+    assert folder_state(v1_bundle.path) == before
+    assert run_cli("verify", "--samples", "2", "--quiet", cwd=tmp_path).code == 0
+
+
+@pytest.mark.parametrize("precision", [None, "fp16"])
+def test_a_graphs_own_types_decide_its_limit(
+    v1_bundle: Bundle, precision: Precision | None
+) -> None:
+    """A manifest that calls float32 something else does not loosen the limit."""
+    bundle = _plant(v1_bundle, "fp32", _weight_off_by_one_percent)
+    graph = bundle.manifest.find("onnx", "fp32")
+    assert graph is not None
+    edited = replace(
+        bundle.manifest,
+        artifacts=tuple(
+            replace(item, precision=precision) if item == graph else item
+            for item in bundle.manifest.artifacts
+        ),
+    )
+    (bundle.path / "manifest.json").write_bytes(encode(edited))
+    result = verify(Bundle.open(bundle.path), FAST)
+    assert result.edges[0].limit == 0.001
+    assert not result.passed
+
+
+def test_preprocessing_that_was_edited_in_the_manifest_is_noticed(v1_bundle: Bundle) -> None:
+    spec = v1_bundle.manifest.model
+    edited = replace(spec, preprocess=replace(spec.preprocess, mean=(0.5, 0.5, 0.5)))
+    data = encode(replace(v1_bundle.manifest, model=edited))
+    (v1_bundle.path / "manifest.json").write_bytes(data)
+    with pytest.raises(UsageError, match="preprocessing is not that of fp32.onnx"):
+        verify(Bundle.open(v1_bundle.path), FAST)
+
+
+def test_images_are_taken_from_all_over_a_folder(
+    lite_bundle: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    """The first two by name are one picture, which would be refused."""
+    for name, photo in (("a/1.png", "china"), ("a/2.png", "china"), ("b/3.png", "flower")):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / f"{photo}.png", tmp_path / "tree" / name)
+    result = verify(lite_bundle, VerifyOptions(images=tmp_path / "tree", samples=2))
+    assert result.passed
+    assert result.images.startswith("2 images of ")
 
 
 def test_the_command_exits_3_and_names_the_edge(v1_bundle: Bundle, tmp_path: Path) -> None:
@@ -326,7 +425,7 @@ def test_unusable_candidates_are_refused(
         (other_classes, r"expected one tensor\(float\) input \[N, 3, 224, 224\] and one output"),
         (wrong_size, "size.onnx"),
         (double, "double.onnx"),
-        (garbage, "neither an ONNX model .* nor a TensorRT engine"),
+        (garbage, "is not a valid ONNX model .*, and no TensorRT engine either"),
         (tmp_path / "missing.onnx", "cannot be read"),
         (tmp_path, "cannot be read"),
     ):

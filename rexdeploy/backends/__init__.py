@@ -16,6 +16,15 @@ ONNX_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
 
 
+def has_onnxruntime_cuda() -> bool:
+    """Whether the installed onnxruntime is one that can use an NVIDIA GPU."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
 class Backend(Protocol):
     """A loaded model. Not thread-safe; `close` frees it, and nothing may run after that."""
 

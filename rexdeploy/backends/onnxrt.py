@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.manifest import ModelSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -62,9 +62,13 @@ class OnnxRuntimeBackend:
                 f"the model takes batches of exactly {self._batch}, got {len(images)}; "
                 "export with --batch dynamic"
             )
-        logits: Float32 = np.asarray(
-            self._session.run(None, {self._input: images})[0], dtype=np.float32
-        )
+        try:
+            outputs = self._session.run(None, {self._input: images})
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise RexdeployError(
+                f"{self.name} failed on a batch of {len(images)} ({_first_line(error)})"
+            ) from None
+        logits: Float32 = np.asarray(outputs[0], dtype=np.float32)
         return logits
 
     def close(self) -> None:

@@ -88,13 +88,18 @@ class TensorRTBackend:
             or shapes[0][1:] != size
             or shapes[1][1:] != (spec.num_classes,)
             or engine.get_tensor_dtype(inputs[0]) != trt.float32
+            or engine.get_tensor_dtype(outputs[0]) not in (trt.float32, trt.float16)
         ):
             raise UsageError(
                 f"the engine maps {shapes[:1]} to {shapes[1:]}; expected one float32 input "
                 f"[N, {size[0]}, {size[1]}, {size[2]}] and one output [N, {spec.num_classes}]"
             )
-        low, opt, high = engine.get_tensor_profile_shape(inputs[0], 0)
-        self.batch = BatchRange(low[0], opt[0], high[0])
+        fixed = shapes[0][0]
+        if fixed > 0:
+            self.batch = BatchRange(fixed, fixed, fixed)
+        else:
+            low, opt, high = engine.get_tensor_profile_shape(inputs[0], 0)
+            self.batch = BatchRange(low[0], opt[0], high[0])
         self._input, self._classes = inputs[0], spec.num_classes
         self._output_type = np.dtype(trt.nptype(engine.get_tensor_dtype(outputs[0])))
         self._device_input = gpu.allocate(4 * self.batch.max * math.prod(size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import re
@@ -17,12 +18,21 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rexdeploy.errors import UsageError
-from rexdeploy.models.rexnet import CONFIGS, MAX_WIDTH, Family, RexNet, RexNetConfig
+from rexdeploy.models.rexnet import (
+    CONFIGS,
+    MAX_WIDTH,
+    MIN_WIDTH,
+    Family,
+    RexNet,
+    RexNetConfig,
+)
 
 StateDict = dict[str, Tensor]
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first
-_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_NESTING = 8
 _COUNTER = "num_batches_tracked"  # unused in evaluation, and missing in some files
 
 
@@ -88,7 +98,9 @@ def _read_pickle(path: Path) -> object:
         # An open file, since torch.load goes by the extension of a path.
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript archives; refused below
-            return torch.load(file, map_location="cpu", weights_only=True)
+            # timm's train.py saves its arguments beside the weights; a Namespace runs no code.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         match = re.search(r"(?:GLOBAL|class|call) (\S+\.\S+)", str(error))
         if match:
@@ -111,11 +123,11 @@ def _not_a_checkpoint(path: Path, error: Exception) -> UsageError:
     )
 
 
-def _unwrap(loaded: object, path: Path) -> Mapping[Any, Any]:
+def _unwrap(loaded: object, path: Path, depth: int = 0) -> Mapping[Any, Any]:
     if isinstance(loaded, Mapping):
         for key in _WRAPPERS:
-            if isinstance(loaded.get(key), Mapping):
-                return _unwrap(loaded[key], path)
+            if isinstance(loaded.get(key), Mapping) and depth < _MAX_NESTING:
+                return _unwrap(loaded[key], path, depth + 1)
         if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
             return loaded
     raise UsageError(
@@ -126,9 +138,8 @@ def _unwrap(loaded: object, path: Path) -> Mapping[Any, Any]:
 
 def _strip_prefixes(state_dict: Mapping[Any, Any]) -> StateDict:
     stripped = {str(name): tensor for name, tensor in state_dict.items()}
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in stripped):
-            stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in stripped)), None):
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
     return stripped
 
 
@@ -139,6 +150,11 @@ def _family_of(state_dict: StateDict, path: Path) -> Family:
             return "rexnet_lite"
         if "output.1.weight" in state_dict:
             return "rexnet"
+    if stem is not None and "features.3.out.0.weight" in state_dict:
+        raise UsageError(
+            f"weights {path}: a ReXNet without its classifier; expected output.1 (V1), output.4 "
+            "(lite) or head.fc (timm)"
+        )
     example = ", ".join(sorted(state_dict)[:3])
     raise UsageError(
         f"weights {path}: not a ReXNet checkpoint; got {len(state_dict)} tensors such as "
@@ -154,14 +170,18 @@ def _width_of(family: Family, state_dict: StateDict, path: Path) -> tuple[float,
     do not hide what the rest says.
     """
     last = "output.4.weight" if family == "rexnet_lite" else "output.1.weight"
-    num_classes = state_dict[last].shape[0]
+    classifier = state_dict[last]
+    num_classes = classifier.shape[0] if classifier.ndim == 4 else 0
+    if num_classes < 1:
+        raise UsageError(
+            f"weights {path}: {last} has shape {list(classifier.shape)}, expected "
+            "[classes, channels, 1, 1]"
+        )
     seen = _channels(state_dict)
     best: tuple[int, float, RexNetConfig] | None = None
-    for decimals in (1, 2, 3):
-        for step in range(1, int(MAX_WIDTH * 10**decimals) + 1):
-            width = step / 10**decimals
-            if width < 0.1:
-                continue
+    for steps in (10, 20, 100, 1000):  # in steps of 0.1, of 0.05, of 0.01, of 0.001
+        for step in range(round(MIN_WIDTH * steps), int(MAX_WIDTH * steps) + 1):
+            width = step / steps
             config = CONFIGS[family](width, num_classes)
             expected = _config_channels(config)
             wrong = sum(expected.get(name) != channels for name, channels in seen.items())
@@ -226,10 +246,20 @@ def _complete(state_dict: StateDict, config: RexNetConfig, path: Path) -> StateD
             f"weights {path}: {len(wrong)} tensors have the wrong shape (first: {wrong[0]}, got "
             f"{list(state_dict[wrong[0]].shape)}, expected {list(expected[wrong[0]].shape)})"
         )
-    return {
-        name: state_dict.get(name, torch.zeros(tensor.shape)).to(tensor.dtype).contiguous()
-        for name, tensor in expected.items()
-    }
+    complete = {}
+    for name, tensor in expected.items():
+        found = state_dict.get(name, torch.zeros(tensor.shape))
+        if name.endswith(_COUNTER):
+            found = torch.zeros((), dtype=tensor.dtype)
+        elif found.dtype not in _FLOATS or found.layout != torch.strided:
+            raise UsageError(
+                f"weights {path}: {name} has type {found.dtype}, {found.layout}; expected dense "
+                "float32 (or float16, bfloat16, float64): quantised weights are another network"
+            )
+        elif not found.isfinite().all():
+            raise UsageError(f"weights {path}: {name} has NaN or infinite values")
+        complete[name] = found.to(tensor.dtype).contiguous()
+    return complete
 
 
 def _from_timm(state_dict: StateDict, path: Path) -> StateDict:
