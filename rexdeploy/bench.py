@@ -179,7 +179,8 @@ def _time(
     samples: list[list[float]] = [[] for _ in tasks]
     try:
         for number in range(WARMUP_ROUNDS + rounds):
-            report(f"round {number - WARMUP_ROUNDS + 1} of {rounds}")
+            if number in (0, WARMUP_ROUNDS):
+                report(f"timing {rounds} rounds" if number else "warming up")
             times = []
             for task in tasks:
                 started = time.perf_counter()

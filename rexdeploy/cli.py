@@ -15,7 +15,7 @@ from rexdeploy.console import check_json, emit, fail, lost_output, print_table, 
 from rexdeploy.errors import RexdeployError, UsageError
 
 if TYPE_CHECKING:
-    from rexdeploy.bench import Benchmark
+    from rexdeploy.bench import Benchmark, Latency
     from rexdeploy.bundle import Bundle
     from rexdeploy.manifest import Artifact
     from rexdeploy.verify import Verification
@@ -191,6 +191,7 @@ def export(
     with progress(quiet) as report:
         result = run(options, report)
     graph = result.bundle.manifest.find("onnx", "fp32")
+    padded = graph.built_with["align"] if graph else "off"
     last = result.comparisons[-1]
     worst = max(result.comparisons, key=lambda comparison: comparison.error)
     emit(
@@ -206,6 +207,7 @@ def export(
         result.bundle.manifest.model.title,
         f"  {_describe(result.bundle, graph)}, {result.nodes} nodes "
         f"({result.nodes_before} before simplification)",
+        f"  channels padded to a multiple of {padded}" if padded != "off" else None,
         f"  torch -> {last.candidate}: error {worst.error:.1e} of the signal "
         f"(limit {worst.limit:g}), top-1 agreement {last.top1:.0%}",
         "next: rexdeploy build-trt --fp16",
@@ -357,8 +359,7 @@ def verify(
     try:
         emit(json, lambda: result)
         if not quiet and json != Path("-"):
-            say(f"{opened.path}")
-            _print_verification(result)
+            _print_verification(opened, result)
         if candidate is None:
             _store(opened, result)
     finally:  # whatever becomes of the output, the exit code is the verdict's
@@ -437,7 +438,8 @@ def bench(
     """Time bundles side by side on this machine.
 
     All competitors take turns in every round, so that a drifting machine hits them alike. The
-    ratio is the first row's median over a row's own, at equal batch size and threads.
+    ratio is the median of the same model's first row over a row's own, at equal batch size and
+    threads.
 
     \b
     Example:
@@ -524,7 +526,7 @@ def doctor(json: Json = None) -> None:
 
 def _print_benchmark(result: Benchmark) -> None:
     say(f"{result.machine['processor']}, {result.machine['cores']} cores")
-    firsts = {(row.batch, row.threads): row for row in reversed(result.latencies)}
+    firsts = {(row.model, row.batch, row.threads): row for row in reversed(result.latencies)}
     columns = (
         "bundle", "align", "backend", "batch", "threads", "p50 ms", "p90", "p99", "images/s",
         "ratio",
@@ -538,7 +540,7 @@ def _print_benchmark(result: Benchmark) -> None:
             str(row.threads),
             *(f"{row.percentile_ms(percent):.2f}" for percent in (50, 90, 99)),
             f"{row.images_per_s:.0f}",
-            f"{firsts[row.batch, row.threads].percentile_ms(50) / row.percentile_ms(50):.2f}",
+            f"{_ratio(firsts[row.model, row.batch, row.threads], row):.2f}",
         )
         for row in result.latencies
     ]
@@ -547,6 +549,10 @@ def _print_benchmark(result: Benchmark) -> None:
         say(f"skipped {reason}")
     if result.interrupted:
         say(f"interrupted after {result.rounds} rounds")
+
+
+def _ratio(first: Latency, row: Latency) -> float:
+    return first.percentile_ms(50) / row.percentile_ms(50)
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
@@ -574,10 +580,11 @@ def _tell(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
         say(*lines, to_stderr=to_stderr)
 
 
-def _print_verification(result: Verification) -> None:
+def _print_verification(bundle: Bundle, result: Verification) -> None:
+    batches = ", ".join(map(str, result.batches)) or "none"
     say(
-        f"{result.model}: {result.images}, batches {', '.join(map(str, result.batches)) or 'none'}"
-        f"; signal {result.signal:.3g}"
+        f"{bundle.path}, {result.model}: {result.images}, batches {batches}; "
+        f"signal {result.signal:.3g}"
     )
     columns = (
         "edge", "error", "limit", "cosine", "KL", "top-1", "top-5", "non-finite", "verdict"
