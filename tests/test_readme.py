@@ -112,16 +112,21 @@ def test_the_quickstart_script_runs_readmes_three_commands(tmp_path: Path) -> No
 def test_readmes_speeds_are_those_of_the_committed_measurement() -> None:
     file = ROOT / "artifacts" / "benchmarks" / "alignment-cpu.json"
     medians = {
-        (row["model"].removesuffix(" (untrained weights)"), row["batch"], row["threads"])
-        + (row["align"],): statistics.median(row["samples_ms"])
+        (
+            row["model"].removesuffix(" (untrained weights)"),
+            row["batch"],
+            row["threads"],
+            row["align"],
+        ): statistics.median(row["samples_ms"])
         for row in json.loads(file.read_text())["latencies"]
     }
     shown = re.findall(r"^\| (rexnet\S* \S+) \|" + r" ([\d.]+) \|" * 6 + "$", README, re.MULTILINE)
     assert len(shown) == 12
     ratios = []
     for network, batch, threads, *figures in shown:
-        key = (network, int(batch), int(threads))
-        plain, eight, sixteen = (medians[*key, align] for align in ("off", "8", "16"))
+        plain, eight, sixteen = (
+            medians[network, int(batch), int(threads), align] for align in ("off", "8", "16")
+        )
         expected = [f"{plain:.1f}", f"{eight:.1f}", f"{sixteen:.1f}", f"{plain / sixteen:.2f}"]
         assert figures == expected, network
         ratios += [plain / sixteen] if "lite" not in network else []
