@@ -456,8 +456,11 @@ def bench(
     )
     # Here Ctrl-C ends the rounds, and what was measured is printed.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with progress(quiet) as report:
-        result = run(opened, options, report)
+    try:
+        with progress(quiet) as report:
+            result = run(opened, options, report)
+    except KeyboardInterrupt:
+        fail("interrupted before the first round was complete", EXIT_INTERRUPTED)
     signal.signal(signal.SIGINT, _interrupted)
     emit(json, lambda: result)
     if not quiet and json != Path("-"):

@@ -264,15 +264,15 @@ def _images(options: VerifyOptions, spec: ModelSpec) -> tuple[Float32, str]:
 
 def _reference(bundle: Bundle, pool: Float32) -> tuple[str, Float32]:
     """The reference's name and its logits: our network, or somebody's own graph as it came."""
-    weights = bundle.manifest.find("weights")
     spec = bundle.manifest.model
-    artifact = bundle.manifest.find("onnx") if spec.family == "onnx" else weights
+    is_ours = spec.family != "onnx"
+    artifact = bundle.manifest.find("weights" if is_ours else "onnx")
     if artifact is None:
         raise UsageError(
             f"{bundle.path} holds no reference for {spec.title}; remove the folder and make it "
             "anew with 'rexdeploy export'"
         )
-    backend = open_backend("pytorch" if weights else "onnxruntime", bundle.read(artifact), spec)
+    backend = open_backend("pytorch" if is_ours else "onnxruntime", bundle.read(artifact), spec)
     try:
         if artifact.batch is None:
             logits = backend.run(pool)
@@ -280,7 +280,7 @@ def _reference(bundle: Bundle, pool: Float32) -> tuple[str, Float32]:
             logits = run_batches(backend, pool, [artifact.batch.opt]).by_image()
     finally:
         backend.close()
-    return (REFERENCE if weights else artifact.file), logits
+    return (REFERENCE if is_ours else artifact.file), logits
 
 
 def _check_preprocess(bundle: Bundle) -> None:

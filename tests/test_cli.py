@@ -41,6 +41,16 @@ def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) ->
     assert f"Example:\n  rexdeploy {command}" in result.out
 
 
+def test_it_runs_as_a_module() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "rexdeploy", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.stdout.startswith("rexdeploy "), answer.stderr
+
+
 def test_no_arguments_print_the_help(tmp_path: Path) -> None:
     result = run_cli(cwd=tmp_path)
     assert result.code == 0
@@ -174,7 +184,7 @@ def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path)
     os.kill(process.pid, signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait() == 130
-    assert rest.splitlines()[-1] == "error: interrupted; the bundle is as it was"
+    assert rest.splitlines()[-1] == "error: interrupted; no bundle is left half written"
     assert "Traceback" not in rest
     assert not list((tmp_path / "artifacts").iterdir())
 
@@ -237,3 +247,24 @@ def test_a_closed_pipe_is_no_error() -> None:
     )
     assert "Traceback" not in answer.stderr
     assert answer.returncode == 0
+
+
+def test_ctrl_c_during_a_benchmark_prints_what_it_has(v1_bundle: Bundle, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rexdeploy", "bench", "--rounds", "100000"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stdout is not None
+    for line in process.stderr:
+        if line.startswith("timing"):
+            break
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    printed = process.stdout.read()
+    assert process.wait() == 0, process.stderr.read()
+    assert "v1 (fp32.onnx)" in printed
+    assert "interrupted after " in printed

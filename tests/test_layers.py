@@ -23,6 +23,7 @@ LEVELS = [
     {"export", "build", "verify", "bench", "classify", "doctor"},
     {"__init__"},
     {"cli"},
+    {"__main__"},
 ]
 # Importing one of these at module level is for the modules named.
 HEAVY = {

@@ -1,0 +1,5 @@
+"""`python -m rexdeploy`."""
+
+from rexdeploy.cli import main
+
+main()
