@@ -13,11 +13,16 @@ import typer
 
 from rexdeploy.console import check_json, emit, fail, lost_output, print_table, progress, say
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.show import (
+    show_benchmark,
+    show_build,
+    show_export,
+    show_models,
+    show_verification,
+)
 
 if TYPE_CHECKING:
-    from rexdeploy.bench import Benchmark, Latency
     from rexdeploy.bundle import Bundle
-    from rexdeploy.manifest import Artifact
     from rexdeploy.verify import Verification
 
 EXTRA_OF = {
@@ -190,10 +195,6 @@ def export(
     )
     with progress(quiet) as report:
         result = run(options, report)
-    graph = result.bundle.manifest.find("onnx", "fp32")
-    padded = graph.built_with["align"] if graph else "off"
-    last = result.comparisons[-1]
-    worst = max(result.comparisons, key=lambda comparison: comparison.error)
     emit(
         json,
         lambda: {
@@ -202,16 +203,8 @@ def export(
             "comparisons": result.comparisons,
         },
     )
-    _tell(
-        quiet or json == Path("-"),
-        result.bundle.manifest.model.title,
-        f"  {_describe(result.bundle, graph)}, {result.nodes} nodes "
-        f"({result.nodes_before} before simplification)",
-        f"  channels padded to a multiple of {padded}" if padded != "off" else None,
-        f"  torch -> {last.candidate}: error {worst.error:.1e} of the signal "
-        f"(limit {worst.limit:g}), top-1 agreement {last.top1:.0%}",
-        "next: rexdeploy build-trt --fp16",
-    )
+    if not quiet and json != Path("-"):
+        show_export(result)
 
 
 @app.command("build-trt")
@@ -282,25 +275,16 @@ def build_trt(
     source = import_onnx(onnx, out, options) if onnx else Bundle.find(bundle, out)
     with progress(quiet) as report:
         result = run(source, options, report)
-    engine = result.engine
-    built = engine.built_with
     emit(
         json,
-        lambda: {"bundle": str(result.bundle.path), "engine": engine, "reused": result.reused},
+        lambda: {
+            "bundle": str(result.bundle.path),
+            "engine": result.engine,
+            "reused": result.reused,
+        },
     )
-    _tell(
-        quiet or json == Path("-"),
-        result.bundle.manifest.model.title,
-        f"  {_describe(result.bundle, engine)}",
-        f"  {built.get('flavor')} {built.get('version')}, for {built.get('targets')}",
-        f"  precision: {built.get('half_layers')} of {built.get('layers')} layers in Half "
-        f"({built.get('half_share')})",
-        "  preprocessing is taken to be ImageNet's (mean, std, 87.5 % centre crop)"
-        if onnx
-        else None,
-        "  unchanged: answered from the bundle (--force rebuilds)" if result.reused else None,
-        "next: rexdeploy verify",
-    )
+    if not quiet and json != Path("-"):
+        show_build(result)
 
 
 @app.command()
@@ -359,7 +343,7 @@ def verify(
     try:
         emit(json, lambda: result)
         if not quiet and json != Path("-"):
-            _print_verification(opened, result)
+            show_verification(opened, result)
         if candidate is None:
             _store(opened, result)
     finally:  # whatever becomes of the output, the exit code is the verdict's
@@ -464,7 +448,7 @@ def bench(
     signal.signal(signal.SIGINT, _interrupted)
     emit(json, lambda: result)
     if not quiet and json != Path("-"):
-        _print_benchmark(result)
+        show_benchmark(result)
 
 
 @app.command()
@@ -482,27 +466,7 @@ def models(json: Json = None) -> None:
     emit(json, lambda: [{"published": row, "computed": cost} for row, cost in rows])
     if json == Path("-"):
         return
-    columns = ("network", "top-1", "top-5", "GMACs", "computed", "params M", "computed", "")
-    lines = [
-        (
-            f"{row.family} {row.width:.1f}",
-            *(f"{value:.1f}" if value else "-" for value in (row.top1, row.top5)),
-            f"{row.gmacs:.{row.decimals[0]}f}",
-            f"{cost.macs / 1e9:.3f}",
-            f"{row.params_m:.{row.decimals[1]}f}",
-            f"{cost.parameters / 1e6:.3f}",
-            "agrees" if zoo.agrees(row, cost) else "DIFFERS",
-        )
-        for row, cost in rows
-    ]
-    print_table(columns, lines)
-    say(
-        "Published: ImageNet-1k, 224 x 224; their FLOPs are multiply-accumulates. 'agrees': to one "
-        "unit of the last printed digit.",
-        "One published slip: the comparison table gives ReXNet 2.0 as 1.8B / 19M, which is width "
-        "2.2; the model",
-        "table's 1.5B / 16M is right. No accuracy is published for 2.2.",
-    )
+    show_models([(row, cost, zoo.agrees(row, cost)) for row, cost in rows])
 
 
 @app.command()
@@ -527,40 +491,9 @@ def doctor(json: Json = None) -> None:
         raise RexdeployError(f"{conflicts[0].item}: {conflicts[0].detail}; {conflicts[0].fix}")
 
 
-def _print_benchmark(result: Benchmark) -> None:
-    say(f"{result.machine['processor']}, {result.machine['cores']} cores")
-    firsts = {(row.model, row.batch, row.threads): row for row in reversed(result.latencies)}
-    columns = (
-        "bundle", "align", "backend", "batch", "threads", "p50 ms", "p90", "p99", "images/s",
-        "ratio",
-    )  # fmt: skip
-    lines = [
-        (
-            f"{row.bundle} ({row.file})",
-            row.align,
-            row.backend,
-            str(row.batch),
-            str(row.threads),
-            *(f"{row.percentile_ms(percent):.2f}" for percent in (50, 90, 99)),
-            f"{row.images_per_s:.0f}",
-            f"{_ratio(firsts[row.model, row.batch, row.threads], row):.2f}",
-        )
-        for row in result.latencies
-    ]
-    print_table(columns, lines)
-    for reason in result.skipped:
-        say(f"skipped {reason}")
-    if result.interrupted:
-        say(f"interrupted after {result.rounds} rounds")
-
-
-def _ratio(first: Latency, row: Latency) -> float:
-    return first.percentile_ms(50) / row.percentile_ms(50)
-
-
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     """Reads `1,16`."""
-    if not all(part.isdecimal() for part in text.split(",")):
+    if not all(part.isdecimal() and len(part) < 10 for part in text.split(",")):
         raise UsageError(f"{name}: got '{text}', expected numbers such as 1 or 1,16")
     return tuple(int(part) for part in text.split(","))
 
@@ -568,7 +501,7 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 def _fixed_batch(text: str) -> int | None:
     if text == "dynamic":
         return None
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 9:
         raise UsageError(f"batch: got '{text}', expected 'dynamic' or a number")
     return int(text)
 
@@ -583,40 +516,6 @@ def _tell(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
         say(*lines, to_stderr=to_stderr)
 
 
-def _print_verification(bundle: Bundle, result: Verification) -> None:
-    batches = ", ".join(map(str, result.batches)) or "none"
-    say(
-        f"{bundle.path}, {result.model}: {result.images}, batches {batches}; "
-        f"signal {result.signal:.3g}"
-    )
-    columns = (
-        "edge", "error", "limit", "cosine", "KL", "top-1", "top-5", "non-finite", "verdict"
-    )  # fmt: skip
-    lines = [
-        (
-            f"{comparison.reference} -> {comparison.candidate}",
-            f"{comparison.error:.2g}",
-            f"{comparison.limit:g}",
-            f"{comparison.cosine:.6f}",
-            f"{comparison.kl:.1e}",
-            f"{comparison.top1:.1%}",
-            f"{comparison.top5:.1%}",
-            str(comparison.nonfinite),
-            "FAILED" if comparison.failures else "ok",
-        )
-        for comparison in (*result.edges, *result.totals)
-    ]
-    lines += [
-        (f"{skip.reference} -> {skip.candidate}", *"-------", "skipped") for skip in result.skipped
-    ]
-    print_table(columns, lines)
-    for skip in result.skipped:
-        say(f"skipped {skip.candidate}: {skip.reason}")
-    if not result.failures:
-        unproven = f"; NOT verified: {len(result.skipped)} skipped" if result.skipped else ""
-        say(f"passed: {len(result.edges)} edges are within their limits{unproven}")
-
-
 def _store(bundle: Bundle, result: Verification) -> None:
     """Keeps the result in the bundle, where it can be written: on a serving machine it may not."""
     from rexdeploy.verify import store
@@ -625,12 +524,3 @@ def _store(bundle: Bundle, result: Verification) -> None:
         store(bundle, result, _command())
     except RexdeployError as error:
         say(f"warning: verify.json is not stored: {error}", to_stderr=True)
-
-
-def _describe(bundle: Bundle, artifact: Artifact | None) -> str:
-    """`artifacts/rexnet_1.5/fp32.onnx, 37.0 MiB, batch dynamic`."""
-    if artifact is None:
-        return str(bundle.path)
-    file = bundle.path / artifact.file
-    size = file.stat().st_size / 2**20
-    return f"{file}, {size:.1f} MiB, batch {artifact.batch or 'dynamic'}"

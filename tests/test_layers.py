@@ -21,7 +21,7 @@ LEVELS = [
     {"backends"},
     {"parity"},
     {"export", "build", "verify", "bench", "classify", "doctor"},
-    {"__init__"},
+    {"__init__", "show"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,152 @@
+"""What each command's result looks like in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rexdeploy.console import print_table, say
+
+if TYPE_CHECKING:
+    from rexdeploy.bench import Benchmark, Latency
+    from rexdeploy.build import BuildResult
+    from rexdeploy.bundle import Bundle
+    from rexdeploy.export import ExportResult
+    from rexdeploy.manifest import Artifact
+    from rexdeploy.models.zoo import Cost, Published
+    from rexdeploy.verify import Verification
+
+
+def show_export(result: ExportResult) -> None:
+    """The new bundle's graph, and how far it is from the network."""
+    graph = result.bundle.manifest.find("onnx", "fp32")
+    padded = graph.built_with["align"] if graph else "off"
+    last = result.comparisons[-1]
+    worst = max(result.comparisons, key=lambda comparison: comparison.error)
+    say(
+        result.bundle.manifest.model.title,
+        f"  {_describe(result.bundle, graph)}, {result.nodes} nodes "
+        f"({result.nodes_before} before simplification)",
+        f"  channels padded to a multiple of {padded}" if padded != "off" else None,
+        f"  torch -> {last.candidate}: error {worst.error:.1e} of the signal "
+        f"(limit {worst.limit:g}), top-1 agreement {last.top1:.0%}",
+        "next: rexdeploy build-trt --fp16",
+    )
+
+
+def show_build(result: BuildResult) -> None:
+    """The engine, and the proof of its precision."""
+    model, built = result.bundle.manifest.model, result.engine.built_with
+    say(
+        model.title,
+        f"  {_describe(result.bundle, result.engine)}",
+        f"  {built.get('flavor')} {built.get('version')}, for {built.get('targets')}",
+        f"  precision: {built.get('half_layers')} of {built.get('layers')} layers in Half "
+        f"({built.get('half_share')})",
+        "  preprocessing is taken to be ImageNet's (mean, std, 87.5 % centre crop)"
+        if model.family == "onnx"
+        else None,
+        "  unchanged: answered from the bundle (--force rebuilds)" if result.reused else None,
+        "next: rexdeploy verify",
+    )
+
+
+def show_verification(bundle: Bundle, result: Verification) -> None:
+    """Every comparison, what was skipped and why, and the verdict."""
+    batches = ", ".join(map(str, result.batches)) or "none"
+    say(
+        f"{bundle.path}, {result.model}: {result.images}, batches {batches}; "
+        f"signal {result.signal:.3g}"
+    )
+    columns = (
+        "edge", "error", "limit", "cosine", "KL", "top-1", "top-5", "non-finite", "verdict"
+    )  # fmt: skip
+    lines = [
+        (
+            f"{comparison.reference} -> {comparison.candidate}",
+            f"{comparison.error:.2g}",
+            f"{comparison.limit:g}",
+            f"{comparison.cosine:.6f}",
+            f"{comparison.kl:.1e}",
+            f"{comparison.top1:.1%}",
+            f"{comparison.top5:.1%}",
+            str(comparison.nonfinite),
+            "FAILED" if comparison.failures else "ok",
+        )
+        for comparison in (*result.edges, *result.totals)
+    ]
+    lines += [
+        (f"{skip.reference} -> {skip.candidate}", *"-------", "skipped") for skip in result.skipped
+    ]
+    print_table(columns, lines)
+    for skip in result.skipped:
+        say(f"skipped {skip.candidate}: {skip.reason}")
+    if not result.failures:
+        unproven = f"; NOT verified: {len(result.skipped)} skipped" if result.skipped else ""
+        say(f"passed: {len(result.edges)} edges are within their limits{unproven}")
+
+
+def show_benchmark(result: Benchmark) -> None:
+    """Percentiles of every competitor, and its speed relative to the model's first."""
+    say(f"{result.machine['processor']}, {result.machine['cores']} cores")
+    firsts = {(row.model, row.batch, row.threads): row for row in reversed(result.latencies)}
+    columns = (
+        "bundle", "align", "backend", "batch", "threads", "p50 ms", "p90", "p99", "images/s",
+        "ratio",
+    )  # fmt: skip
+    lines = [
+        (
+            f"{row.bundle} ({row.file})",
+            row.align,
+            row.backend,
+            str(row.batch),
+            str(row.threads),
+            *(f"{row.percentile_ms(percent):.2f}" for percent in (50, 90, 99)),
+            f"{row.images_per_s:.0f}",
+            f"{_ratio(firsts[row.model, row.batch, row.threads], row):.2f}",
+        )
+        for row in result.latencies
+    ]
+    print_table(columns, lines)
+    for reason in result.skipped:
+        say(f"skipped {reason}")
+    if result.interrupted:
+        say(f"interrupted after {result.rounds} rounds")
+
+
+def show_models(rows: Sequence[tuple[Published, Cost, bool]]) -> None:
+    """The published table beside the computed costs, and whether they agree."""
+    columns = ("network", "top-1", "top-5", "GMACs", "computed", "params M", "computed", "")
+    lines = [
+        (
+            f"{row.family} {row.width:.1f}",
+            *(f"{value:.1f}" if value else "-" for value in (row.top1, row.top5)),
+            f"{row.gmacs:.{row.decimals[0]}f}",
+            f"{cost.macs / 1e9:.3f}",
+            f"{row.params_m:.{row.decimals[1]}f}",
+            f"{cost.parameters / 1e6:.3f}",
+            "agrees" if agrees else "DIFFERS",
+        )
+        for row, cost, agrees in rows
+    ]
+    print_table(columns, lines)
+    say(
+        "Published: ImageNet-1k, 224 x 224; their FLOPs are multiply-accumulates. 'agrees': to one "
+        "unit of the last printed digit.",
+        "One published slip: the comparison table gives ReXNet 2.0 as 1.8B / 19M, which is width "
+        "2.2; the model",
+        "table's 1.5B / 16M is right. No accuracy is published for 2.2.",
+    )
+
+
+def _ratio(first: Latency, row: Latency) -> float:
+    return first.percentile_ms(50) / row.percentile_ms(50)
+
+
+def _describe(bundle: Bundle, artifact: Artifact | None) -> str:
+    """`artifacts/rexnet_1.5/fp32.onnx, 37.0 MiB, batch dynamic`."""
+    if artifact is None:
+        return str(bundle.path)
+    file = bundle.path / artifact.file
+    size = file.stat().st_size / 2**20
+    return f"{file}, {size:.1f} MiB, batch {artifact.batch or 'dynamic'}"
