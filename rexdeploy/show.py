@@ -83,7 +83,10 @@ def show_verification(bundle: Bundle, result: Verification) -> None:
         say(f"skipped {skip.candidate}: {skip.reason}")
     if not result.failures:
         unproven = f"; NOT verified: {len(result.skipped)} skipped" if result.skipped else ""
-        say(f"passed: {len(result.edges)} edges are within their limits{unproven}")
+        edges = "1 edge is within its limit"
+        if len(result.edges) > 1:
+            edges = f"{len(result.edges)} edges are within their limits"
+        say(f"passed: {edges}{unproven}")
 
 
 def show_benchmark(result: Benchmark) -> None:
