@@ -334,9 +334,14 @@ def _write(
         )
 
     def merge(current: Manifest | None) -> Manifest:
-        # Exported again unchanged: what was built from it is still right, and is kept.
-        derived = [item for item in current.artifacts if item.parent_sha256] if current else []
-        return Manifest(FORMAT, name, spec, tuple(derived)).with_artifacts(*added)
+        # Exported again unchanged, what was built from it is still right, and is kept.
+        names = {item.file for item in added}
+        derived = [
+            item
+            for item in (current.artifacts if current else ())
+            if item.parent_sha256 and item.file not in names
+        ]
+        return Manifest(FORMAT, name, spec, ()).with_artifacts(*added, *derived)
 
     return commit(path, merge, files)
 
