@@ -146,20 +146,24 @@ def test_models_prints_eleven_networks_that_agree(tmp_path: Path) -> None:
     assert len(json.loads(run_cli("models", "--json", "-", cwd=tmp_path).out)) == 11
 
 
-@pytest.mark.parametrize("delay_s", [3.0, 9.0])
+@pytest.mark.parametrize("step", ["loading", "exporting", "comparing"])
 def test_a_killed_export_leaves_nothing_that_stops_the_next(
-    delay_s: float, v1_bundle: Bundle, tmp_path: Path, v1_checkpoint: Path
+    step: str, v1_bundle: Bundle, tmp_path: Path, v1_checkpoint: Path
 ) -> None:
     """SIGKILL in the middle of the work; the commit itself is cut at every step in test_bundle."""
     before = folder_state(v1_bundle.path)
-    command = ["export", "--weights", str(v1_checkpoint), "--name", "v1"]
+    command = ["export", "--name", "v1", "--weights", str(v1_checkpoint)]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from rexdeploy.cli import main; main()", *command],
+        [sys.executable, "-m", "rexdeploy", *command],
         cwd=tmp_path,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        text=True,
     )
-    time.sleep(delay_s)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(step):
+            break
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert folder_state(v1_bundle.path) == before
