@@ -7,14 +7,20 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
 from rexdeploy import gpu, images
-from rexdeploy.backends import ENGINE_BACKENDS, ONNX_BACKENDS, Backend, open_backend
+from rexdeploy.backends import (
+    ENGINE_BACKENDS,
+    ONNX_BACKENDS,
+    Backend,
+    engine_backend,
+    open_backend,
+)
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.manifest import Artifact
@@ -106,7 +112,7 @@ def bench(bundles: Sequence[Bundle], options: BenchOptions, report: Report = sil
             raise BackendUnavailable(f"nothing to time: {'; '.join(skipped)}")
         samples, interrupted = _time([task for _, task in competitors], options.rounds, report)
     latencies = [
-        Latency(**{**vars(empty), "samples_ms": tuple(times)})
+        replace(empty, samples_ms=tuple(times))
         for (empty, _), times in zip(competitors, samples, strict=True)
     ]
     return Benchmark(_machine(), len(samples[0]), tuple(latencies), tuple(skipped), interrupted)
@@ -142,11 +148,10 @@ def _artifact(bundle: Bundle, backend: str) -> Artifact | None:
         return manifest.find("weights")
     if backend in ONNX_BACKENDS:
         return manifest.find("onnx")
-    flavor = "rtx" if backend == "tensorrt-rtx" else "tensorrt"
     engines = [
         artifact
         for artifact in manifest.artifacts
-        if artifact.kind == "engine" and artifact.built_with.get("flavor") == flavor
+        if artifact.kind == "engine" and engine_backend(artifact) == backend
     ]
     return min(engines, key=lambda engine: engine.precision != "fp16", default=None)
 

@@ -157,12 +157,11 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
                 "file, choose another folder with --out, or (for ONNX bundles) replace it with "
                 "--force"
             )
-    weights = {tensor.name for tensor in model.graph.initializer}
     spec = ModelSpec(
         family="onnx",
         width=None,
         num_classes=shapes[1][1],
-        input_name=next(value.name for value in model.graph.input if value.name not in weights),
+        input_name=_inputs(model)[0].name,
         output_name=model.graph.output[0].name,
         preprocess=Preprocess(height=shapes[0][2], width=shapes[0][3]),
         weights=WeightsOrigin(path.name, artifact.sha256, trained=True),
@@ -184,14 +183,12 @@ def _read_with_external_data(path: Path) -> bytes:
 
 def _check_classifier(model: ModelProto, path: Path) -> list[list[int]]:
     """Shapes of the input and the output (0 is dynamic); raises UsageError if they do not fit."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    values = [value for value in model.graph.input if value.name not in weights]
-    inputs = len(values)
-    values += model.graph.output
+    inputs = _inputs(model)
+    values = [*inputs, *model.graph.output]
     shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values]
     types = [value.type.tensor_type.elem_type for value in values]
     if (
-        inputs != 1
+        len(inputs) != 1
         or [len(shape) for shape in shapes] != [4, 2]
         or types[0] != onnx.TensorProto.FLOAT
         or shapes[0][1] != 3
@@ -207,6 +204,12 @@ def _check_classifier(model: ModelProto, path: Path) -> list[list[int]]:
     if last is not None and last.op_type in ("Softmax", "LogSoftmax"):
         raise UsageError(f"{path} ends in {last.op_type}; expected logits: export it without")
     return shapes
+
+
+def _inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
+    """What a caller feeds: older graphs list their weights among the inputs, too."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in weights]
 
 
 def _choose_flavor(options: BuildOptions) -> Flavor:

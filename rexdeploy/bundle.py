@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.manifest import Artifact, Manifest, decode, encode
+from rexdeploy.manifest import Artifact, Manifest, decode, to_json
 
 DEFAULT_ROOT = Path("artifacts")
 
@@ -131,7 +131,7 @@ def commit(
             try:
                 for name, data in files.items():
                     _write(path / _STAGED.format(name), data)
-                _write(path / _STAGED.format(_MANIFEST), encode(manifest))
+                _write(path / _STAGED.format(_MANIFEST), to_json(manifest))
                 os.replace(path / _STAGED.format(_MANIFEST), path / _JOURNAL)
             except OSError:
                 _remove_staged(path)

@@ -17,6 +17,7 @@ from rexdeploy.backends import (
     ENGINE_BACKENDS,
     ONNX_BACKENDS,
     Backend,
+    engine_backend,
     has_onnxruntime_cuda,
     open_backend,
 )
@@ -188,10 +189,7 @@ def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
     manifest = bundle.manifest
     engines = [artifact for artifact in manifest.artifacts if artifact.kind == "engine"]
     engines.sort(key=lambda artifact: artifact.precision != "fp16")
-    choices = [
-        ("tensorrt-rtx" if engine.built_with.get("flavor") == "rtx" else "tensorrt", engine)
-        for engine in engines
-    ]
+    choices = [(engine_backend(engine), engine) for engine in engines]
     graph = manifest.find("onnx")
     weights = manifest.find("weights")
     if graph is not None:

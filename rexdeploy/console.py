@@ -85,9 +85,9 @@ def emit(file: Path | None, result: Callable[[], object]) -> None:
     """Writes a command's result as JSON to `file`, if one was asked for."""
     if file is None:
         return
-    import msgspec
+    from rexdeploy.manifest import to_json
 
-    data = msgspec.json.format(msgspec.json.encode(result()), indent=2) + b"\n"
+    data = to_json(result())
     if file == Path("-"):
         say(data.decode().rstrip("\n"))
         return

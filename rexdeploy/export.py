@@ -21,6 +21,7 @@ from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
 from rexdeploy.manifest import (
     FORMAT,
+    MAX_CLASSES,
     Artifact,
     BatchRange,
     Manifest,
@@ -144,8 +145,10 @@ def _check_options(options: ExportOptions) -> None:
             f"image size: got {options.image_size}, expected {_MIN_IMAGE_SIZE} to "
             f"{_MAX_IMAGE_SIZE} pixels"
         )
-    if options.num_classes is not None and not 1 <= options.num_classes <= 1_000_000:
-        raise UsageError(f"number of classes: got {options.num_classes}, expected 1 to 1000000")
+    if options.num_classes is not None and not 1 <= options.num_classes <= MAX_CLASSES:
+        raise UsageError(
+            f"number of classes: got {options.num_classes}, expected 1 to {MAX_CLASSES}"
+        )
     if options.batch is not None and not 1 <= options.batch <= 1024:
         raise UsageError(f"batch: got {options.batch}, expected 'dynamic' or 1 to 1024")
     newest = onnx.defs.onnx_opset_version()

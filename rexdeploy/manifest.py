@@ -180,9 +180,9 @@ class Manifest:
         return replace(self, artifacts=_parents_first([*kept, *added]))
 
 
-def encode(manifest: Manifest) -> bytes:
-    """The manifest as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+def to_json(value: object) -> bytes:
+    """Dataclasses and plain values as indented JSON; NaN and infinity become null."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
 def decode(data: bytes, where: str) -> Manifest:

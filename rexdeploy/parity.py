@@ -25,10 +25,9 @@ signal is larger and its float16 error smaller.
 
 @dataclass(frozen=True)
 class Rows:
-    """Logits by row, with the image and the batch size that each row comes from."""
+    """Logits by row, with the image that each row comes from."""
 
     images: npt.NDArray[np.int64]
-    batches: npt.NDArray[np.int64]
     logits: Float32  # [rows, classes]
 
     def by_image(self) -> Float32:
@@ -44,16 +43,15 @@ def run_batches(backend: Backend, images: Float32, sizes: Sequence[int]) -> Rows
     The images are repeated cyclically to fill the last batch. Raises RexdeployError where the
     backend fails, or gives anything but one row an image.
     """
-    indices, batches, logits = [], [], []
+    indices, logits = [], []
     for size in sizes:
         for start in range(0, len(images), size):
             index = np.arange(start, start + size) % len(images)
             indices.append(index)
-            batches.append(np.full(size, size))
             answer = backend.run(images[index])
             if answer.ndim != 2 or len(answer) != size:
                 raise RexdeployError(
                     f"gave logits of shape {list(answer.shape)} for a batch of {size}"
                 )
             logits.append(answer)
-    return Rows(np.concatenate(indices), np.concatenate(batches), np.concatenate(logits))
+    return Rows(np.concatenate(indices), np.concatenate(logits))

@@ -12,7 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy import images
-from rexdeploy.backends import ENGINE_BACKENDS, ONNX_BACKENDS, has_onnxruntime_cuda, open_backend
+from rexdeploy.backends import (
+    ENGINE_BACKENDS,
+    ONNX_BACKENDS,
+    engine_backend,
+    has_onnxruntime_cuda,
+    open_backend,
+)
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.compare import Comparison, Signal, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
@@ -23,6 +29,7 @@ from rexdeploy.manifest import (
     ModelSpec,
     Precision,
     Preprocess,
+    to_json,
 )
 from rexdeploy.parity import LIMITS, Rows, run_batches
 from rexdeploy.precision import parse, precision_of
@@ -235,11 +242,6 @@ class _Judge:
         )
 
 
-def to_json(verification: Verification) -> bytes:
-    """The verification as indented JSON; NaN and infinity become null."""
-    return msgspec.json.format(msgspec.json.encode(verification), indent=2) + b"\n"
-
-
 def _check_options(options: VerifyOptions) -> None:
     if not MIN_SAMPLES <= options.samples <= MAX_SAMPLES:
         raise UsageError(f"samples: got {options.samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
@@ -369,8 +371,7 @@ def _backends_of(artifact: Artifact, options: VerifyOptions) -> tuple[str, ...]:
     CPU machine's table would say nothing.
     """
     if artifact.kind == "engine":
-        flavor = artifact.built_with.get("flavor")
-        possible: tuple[str, ...] = ("tensorrt-rtx" if flavor == "rtx" else "tensorrt",)
+        possible: tuple[str, ...] = (engine_backend(artifact),)
         wanted = possible
     else:
         possible = ONNX_BACKENDS

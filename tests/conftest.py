@@ -98,16 +98,18 @@ def lite_original(lite_checkpoint: Path) -> Bundle:
     return _bundle(lite_checkpoint, "lite")
 
 
+def _copy(original: Bundle, folder: Path) -> Bundle:
+    target = folder / "artifacts" / original.path.name
+    shutil.copytree(original.path, target)
+    return Bundle.open(target)
+
+
 @pytest.fixture
 def v1_bundle(v1_original: Bundle, tmp_path: Path) -> Bundle:
     """A copy of the V1 bundle, at artifacts/v1 in the test's own folder."""
-    target = tmp_path / "artifacts" / "v1"
-    shutil.copytree(v1_original.path, target)
-    return Bundle.open(target)
+    return _copy(v1_original, tmp_path)
 
 
 @pytest.fixture
 def lite_bundle(lite_original: Bundle, tmp_path: Path) -> Bundle:
-    target = tmp_path / "artifacts" / "lite"
-    shutil.copytree(lite_original.path, target)
-    return Bundle.open(target)
+    return _copy(lite_original, tmp_path)

@@ -19,7 +19,7 @@ from rexdeploy.manifest import (
     Preprocess,
     WeightsOrigin,
     decode,
-    encode,
+    to_json,
 )
 
 SPEC = ModelSpec(
@@ -84,12 +84,12 @@ def test_impossible_batch_ranges_are_refused(text: str) -> None:
 
 
 def test_a_manifest_survives_encoding() -> None:
-    assert decode(encode(MANIFEST), "here") == MANIFEST
+    assert decode(to_json(MANIFEST), "here") == MANIFEST
 
 
 def _edited(path: str, value: object) -> bytes:
     """The manifest's JSON with the entry at a dotted path replaced."""
-    document = json.loads(encode(MANIFEST))
+    document = json.loads(to_json(MANIFEST))
     *parents, last = [int(part) if part.isdecimal() else part for part in path.split(".")]
     place = document
     for part in parents:

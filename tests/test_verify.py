@@ -18,7 +18,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import UsageError
-from rexdeploy.manifest import Precision, encode
+from rexdeploy.manifest import Precision, to_json
 from rexdeploy.models.rexnet import ReXNetV1_lite
 from rexdeploy.verify import Verification, VerifyOptions, store, verify
 from tests.helpers import assert_refused, edit_weights, folder_state, nodes_of, run_cli
@@ -296,7 +296,7 @@ def test_a_graphs_own_types_decide_its_limit(
             for item in bundle.manifest.artifacts
         ),
     )
-    (bundle.path / "manifest.json").write_bytes(encode(edited))
+    (bundle.path / "manifest.json").write_bytes(to_json(edited))
     result = verify(Bundle.open(bundle.path), FAST)
     assert result.edges[0].limit == 0.001
     assert not result.passed
@@ -305,7 +305,7 @@ def test_a_graphs_own_types_decide_its_limit(
 def test_preprocessing_that_was_edited_in_the_manifest_is_noticed(v1_bundle: Bundle) -> None:
     spec = v1_bundle.manifest.model
     edited = replace(spec, preprocess=replace(spec.preprocess, mean=(0.5, 0.5, 0.5)))
-    data = encode(replace(v1_bundle.manifest, model=edited))
+    data = to_json(replace(v1_bundle.manifest, model=edited))
     (v1_bundle.path / "manifest.json").write_bytes(data)
     with pytest.raises(UsageError, match="preprocessing is not that of fp32.onnx"):
         verify(Bundle.open(v1_bundle.path), FAST)

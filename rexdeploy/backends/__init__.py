@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.errors import UsageError
-from rexdeploy.manifest import ModelSpec
+from rexdeploy.manifest import Artifact, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 
@@ -23,6 +23,11 @@ def has_onnxruntime_cuda() -> bool:
     except ImportError:
         return False
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def engine_backend(engine: Artifact) -> str:
+    """The name of the backend that runs an engine, by the flavour that built it."""
+    return "tensorrt-rtx" if engine.built_with.get("flavor") == "rtx" else "tensorrt"
 
 
 class Backend(Protocol):
