@@ -50,20 +50,12 @@ def test_logits_are_the_networks_to_rounding(family: Family, width: float, multi
         assert _error(aligned.double()(POOL.double()), exact) < 2e-5
 
 
-def _block_convolutions(
-    model: nn.Module, kind: type[LinearBottleneck | AlignedBottleneck]
-) -> list[nn.Conv2d]:
-    blocks = [module for module in model.modules() if isinstance(module, kind)]
-    return [layer for block in blocks for layer in block.out if isinstance(layer, nn.Conv2d)]
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_padded_channels_are_zero_through_every_layer(family: Family) -> None:
     model = _network(family, 1.3)
     aligned = align(model, 16)
-    logical = _block_convolutions(model, LinearBottleneck)
-    padded = _block_convolutions(aligned, AlignedBottleneck)
-    assert len(padded) == len(logical) == 47
+    blocks = [module for module in aligned.modules() if isinstance(module, AlignedBottleneck)]
+    logical = [module for module in model.modules() if isinstance(module, LinearBottleneck)]
     beyond: dict[str, float] = {}
 
     def check(name: str, channels: int) -> object:
@@ -74,14 +66,16 @@ def test_padded_channels_are_zero_through_every_layer(family: Family) -> None:
 
         return hook
 
-    for index, (ours, theirs) in enumerate(zip(padded, logical, strict=True)):
-        ours.register_forward_hook(check(f"conv {index}", theirs.out_channels))  # type: ignore[arg-type]
-    blocks = [module for module in aligned.modules() if isinstance(module, AlignedBottleneck)]
-    for index, (block, config) in enumerate(zip(blocks, model.config.blocks, strict=True)):
-        block.register_forward_hook(check(f"block {index}", config.out_channels))  # type: ignore[arg-type]
+    for number, (block, original) in enumerate(zip(blocks, logical, strict=True)):
+        padded = [layer for layer in block.expand if isinstance(layer, nn.Conv2d)]
+        plain = [layer for layer in original.out if isinstance(layer, nn.Conv2d)]
+        assert len(padded) == len(plain) - 1  # and the projection, whose output is the block's
+        for index, (ours, theirs) in enumerate(zip(padded, plain, strict=False)):
+            ours.register_forward_hook(check(f"block {number} conv {index}", theirs.out_channels))  # type: ignore[arg-type]
+        block.register_forward_hook(check(f"block {number}", original.block.out_channels))  # type: ignore[arg-type]
     with torch.inference_mode():
         aligned(POOL)
-    assert len(beyond) == 47 + 16
+    assert len(beyond) == 31 + 16
     assert {name: value for name, value in beyond.items() if value} == {}
 
 

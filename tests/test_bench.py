@@ -66,7 +66,7 @@ def test_every_combination_is_timed_and_the_machine_is_named(
     assert timed == expected
     assert all(len(row.samples_ms) == 2 and min(row.samples_ms) > 0 for row in result.latencies)
     graphs = {row.bundle: row.align for row in result.latencies if row.backend == "onnxruntime"}
-    assert graphs == {"v1": "16", "lite": "8"}
+    assert graphs == {"v1": "16", "lite": "16"}
     assert {row.align for row in result.latencies if row.backend == "pytorch"} == {"off"}
     assert result.skipped == ("v1 has no file for tensorrt", "lite has no file for tensorrt")
     assert result.machine["processor"]

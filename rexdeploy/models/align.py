@@ -27,31 +27,37 @@ class AlignedRexNet(nn.Module):
     def __init__(self, features: nn.Sequential, head: nn.Sequential) -> None:
         super().__init__()
         self.features = features
-        self.pool = nn.AdaptiveAvgPool2d(1)
         self.output = head
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.output(self.pool(self.features(x)))
+        logits: Tensor = self.output(_global_average(self.features(x)))
         return logits.flatten(1)
 
 
 class AlignedBottleneck(nn.Module):
-    """A linear bottleneck on padded channels."""
+    """A linear bottleneck on padded channels.
 
-    def __init__(self, layers: nn.Sequential, has_shortcut: bool) -> None:
+    Where the shortcut reaches only the first of the output channels, the last convolution is cut
+    in two, `project` for those and `rest` for the others: ONNX Runtime then adds inside the
+    convolution and joins whole blocks of channels, and no tensor is taken apart.
+    """
+
+    def __init__(
+        self, expand: nn.Sequential, project: nn.Conv2d, rest: nn.Conv2d | None, has_shortcut: bool
+    ) -> None:
         super().__init__()
-        self.out = layers
+        self.expand = expand
+        self.project = project
+        self.rest = rest
         self.has_shortcut = has_shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(x)
-        if not self.has_shortcut:
-            return out
-        if x.shape[1] == out.shape[1]:
-            return out + x
-        # The input's padding is zero, so it may be added to channels that it does not reach.
-        shared = x.shape[1]
-        return torch.cat([out[:, :shared] + x, out[:, shared:]], dim=1)
+        expanded = self.expand(x)
+        out: Tensor = self.project(expanded)
+        if self.has_shortcut:
+            # The input's padding is zero, so it may be added to channels that it does not reach.
+            out = out + x
+        return out if self.rest is None else torch.cat([out, self.rest(expanded)], dim=1)
 
 
 class AlignedSqueezeExcite(nn.Module):
@@ -59,11 +65,10 @@ class AlignedSqueezeExcite(nn.Module):
 
     def __init__(self, gate: nn.Sequential) -> None:
         super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)
         self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
-        scale: Tensor = self.gate(self.pool(x))
+        scale: Tensor = self.gate(_global_average(x))
         return x * scale
 
 
@@ -106,8 +111,12 @@ def _aligned_block(
         if isinstance(layer, SqueezeExcite):
             layer = _aligned_se(layer, expanded, multiple)
         aligned.append(layer)
-    aligned.append(_fold(layers[-2], layers[-1], expanded, out_width))
-    return AlignedBottleneck(nn.Sequential(*aligned), block.block.has_shortcut)
+    project = _fold(layers[-2], layers[-1], expanded, out_width)
+    shared = in_width if block.block.has_shortcut else out_width
+    rest = _rows(project, shared, out_width) if shared < out_width else None
+    return AlignedBottleneck(
+        nn.Sequential(*aligned), _rows(project, 0, shared), rest, block.block.has_shortcut
+    )
 
 
 def _aligned_se(layer: SqueezeExcite, width: int, multiple: int) -> AlignedSqueezeExcite:
@@ -159,6 +168,23 @@ def _pad(conv: nn.Module, in_width: int, out_width: int) -> nn.Conv2d:
     padded.weight[:rows, :columns] = conv.weight
     bias[:rows] = conv.bias
     return padded
+
+
+def _rows(conv: nn.Conv2d, start: int, stop: int) -> nn.Conv2d:
+    """The 1x1 convolution that gives some of the output channels."""
+    part = nn.Conv2d(conv.in_channels, stop - start, 1)
+    part.weight.copy_(conv.weight[start:stop])
+    cast(Tensor, part.bias).copy_(cast(Tensor, conv.bias)[start:stop])
+    return part
+
+
+def _global_average(x: Tensor) -> Tensor:
+    """`[N, C, H, W]` to `[N, C, 1, 1]`.
+
+    Exported as AveragePool, which ONNX Runtime has in its blocked layout, unlike the ReduceMean
+    that AdaptiveAvgPool2d becomes.
+    """
+    return nn.functional.avg_pool2d(x, (x.shape[2], x.shape[3]))
 
 
 def _round_up(channels: int, multiple: int) -> int:
