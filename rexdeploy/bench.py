@@ -1,34 +1,50 @@
-"""Latency of bundles on the backends of this machine: interleaved rounds, raw samples kept."""
+"""Latency of networks on the backends of this machine: interleaved rounds, raw samples kept."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
 from rexdeploy import gpu, images
 from rexdeploy.backends import (
     ENGINE_BACKENDS,
+    GPU_BACKENDS,
     ONNX_BACKENDS,
+    TORCH_BACKENDS,
     Backend,
-    engine_backend,
+    DeviceBackend,
     open_backend,
 )
-from rexdeploy.bundle import Bundle
-from rexdeploy.errors import BackendUnavailable, UsageError
-from rexdeploy.manifest import Artifact
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.manifest import ModelSpec
 from rexdeploy.progress import Report, silent
+from rexdeploy.subjects import Subject, published_table
 
-BACKENDS = ("pytorch", *ONNX_BACKENDS, *ENGINE_BACKENDS)
+if TYPE_CHECKING:
+    from rexdeploy.models.layers import Layer
+    from rexdeploy.roofline import Rates
+
+BACKENDS = (*TORCH_BACKENDS, *ONNX_BACKENDS, *ENGINE_BACKENDS)
 WARMUP_ROUNDS = 3
+_PACKAGES = (
+    "rexdeploy", "torch", "timm", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx",
+    "tensorrt",
+)  # fmt: skip
 MAX_ROUNDS = 100_000
+
+Mode = Literal["host", "device", "cuda graph"]
+"""What a sample holds: from and to host memory; on images that are on the GPU already; the same
+as one launch of a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +55,53 @@ class BenchOptions:
     batches: tuple[int, ...] = (1,)
     threads: tuple[int, ...] = (1,)  # of the CPU backends
     rounds: int = 30
+    fp16: bool = False  # float16 graphs and modules; engines are what they were built as
 
 
 @dataclass(frozen=True)
 class Latency:
     """Samples of one competitor, in the order they were taken."""
 
-    bundle: str
+    network: str  # a bundle's or a peer's name
     model: str
-    align: str  # of the graph: the multiple its channels are padded to, or "off"
+    form: str  # multiple that the graph's channels are padded to, or plain, published, timm, own
     file: str
     backend: str
+    precision: str
+    mode: Mode
     batch: int
-    threads: int
-    samples_ms: tuple[float, ...]  # one batch each, wall clock, from and to host memory
+    threads: int | None  # None on a GPU
+    samples_ms: tuple[float, ...] = ()  # one batch each, wall clock
+    matrix_ms: float | None = None  # its published arithmetic at the machine's matrix rate
+    roofline_ms: float | None = None  # see rexdeploy.roofline; None where it cannot be counted
 
     def percentile_ms(self, percent: float) -> float:
         """From the raw samples, linearly interpolated."""
         return float(np.percentile(self.samples_ms, percent))
 
     @property
+    def spread(self) -> float:
+        """The middle half of the samples, as a share of the median."""
+        return (self.percentile_ms(75) - self.percentile_ms(25)) / self.percentile_ms(50)
+
+    @property
     def images_per_s(self) -> float:
         return 1e3 * self.batch / self.percentile_ms(50)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the machine itself does, timed in the same rounds."""
+
+    what: Literal["matrix product", "copy"]
+    work: float  # operations, or bytes read and written
+    threads: int | None
+    samples_ms: tuple[float, ...]
+
+    @property
+    def rate(self) -> float:
+        """Operations or bytes per second, of the median sample."""
+        return 1e3 * self.work / float(np.median(self.samples_ms))
 
 
 @dataclass(frozen=True)
@@ -70,55 +111,85 @@ class Benchmark:
     machine: dict[str, str]
     rounds: int
     latencies: tuple[Latency, ...]
+    probes: tuple[Probe, ...]
     skipped: tuple[str, ...]  # competitors that cannot run here, with the reason
     interrupted: bool  # by Ctrl-C: the rounds so far are kept
 
 
-def bench(bundles: Sequence[Bundle], options: BenchOptions, report: Report = silent) -> Benchmark:
-    """Times every bundle on every backend, batch size and number of threads.
+def bench(subjects: Sequence[Subject], options: BenchOptions, report: Report = silent) -> Benchmark:
+    """Times every network on every backend, batch size and number of threads.
 
     Each round runs every competitor once, so that a machine that drifts hits all of them alike.
     Ctrl-C ends it with the rounds that are complete. Raises UsageError for unusable options and
     BackendUnavailable where nothing can run.
     """
-    _check_options(bundles, options)
+    _check_options(options)
     skipped: list[str] = []
     with ExitStack() as stack:
-        competitors: list[tuple[Latency, Callable[[], object]]] = []
-        for bundle in bundles:
+        competitors: list[_Competitor] = []
+        opened: set[tuple[str, str, str]] = set()
+        for subject in subjects:
             for name in options.backends:
-                artifact = _artifact(bundle, name)
-                if artifact is None:
-                    skipped.append(f"{bundle.path.name} has no file for {name}")
-                    continue
-                for threads in options.threads:
-                    report(f"loading {bundle.path.name} on {name}")
-                    try:
-                        backend = open_backend(
-                            name, bundle.read(artifact), bundle.manifest.model, threads
-                        )
-                    except BackendUnavailable as error:
-                        skipped.append(f"{bundle.path.name} on {name}: {error}")
-                        break
-                    stack.callback(backend.close)
-                    competitors += [
-                        (
-                            _empty(bundle, artifact, name, batch, threads),
-                            _task(backend, bundle, batch),
-                        )
-                        for batch in options.batches
-                    ]
+                key = (subject.network, _form(subject, name), name)
+                if key not in opened:  # the PyTorch code of two forms can be the same
+                    opened.add(key)
+                    competitors += _open(subject, name, options, stack, skipped, report)
         if not competitors:
             raise BackendUnavailable(f"nothing to time: {'; '.join(skipped)}")
-        samples, interrupted = _time([task for _, task in competitors], options.rounds, report)
-    latencies = [
-        replace(empty, samples_ms=tuple(times))
-        for (empty, _), times in zip(competitors, samples, strict=True)
+        probes, tasks = _probes(competitors, options, skipped)
+        samples, interrupted = _time(
+            [*tasks, *(competitor.task for competitor in competitors)], options.rounds, report
+        )
+    probes = [
+        replace(probe, samples_ms=tuple(times))
+        for probe, times in zip(probes, samples, strict=False)
     ]
-    return Benchmark(_machine(), len(samples[0]), tuple(latencies), tuple(skipped), interrupted)
+    rates = _rates(probes)
+    latencies = tuple(
+        _with_limits(
+            replace(competitor.row, samples_ms=tuple(times)),
+            _layers(competitor.subject),
+            rates.get(competitor.row.threads),
+        )
+        for competitor, times in zip(competitors, samples[len(probes) :], strict=True)
+    )
+    return Benchmark(
+        _machine(), len(samples[0]), latencies, tuple(probes), tuple(skipped), interrupted
+    )
 
 
-def _check_options(bundles: Sequence[Bundle], options: BenchOptions) -> None:
+def bench_published_table(options: BenchOptions, report: Report = silent) -> Benchmark:
+    """The networks of the published comparison tables, as published: CPU 1 image, GPU 64.
+
+    Raises what `bench` raises, and BackendUnavailable where timm is missing.
+    """
+    _check_options(options)
+    report("making the networks of the published tables")
+    subjects = published_table()
+    on_gpu = tuple(name for name in options.backends if name in GPU_BACKENDS)
+    on_cpu = tuple(name for name in options.backends if name not in GPU_BACKENDS)
+    results = [
+        bench(subjects, replace(options, backends=backends, batches=(batch,)), report)
+        for backends, batch in ((on_cpu, 1), (on_gpu, 64))
+        if backends
+    ]
+    return replace(
+        results[0],
+        latencies=tuple(row for result in results for row in result.latencies),
+        probes=tuple(probe for result in results for probe in result.probes),
+        skipped=tuple(reason for result in results for reason in result.skipped),
+        interrupted=any(result.interrupted for result in results),
+    )
+
+
+@dataclass(frozen=True)
+class _Competitor:
+    subject: Subject
+    row: Latency
+    task: Callable[[], object] = field(repr=False)
+
+
+def _check_options(options: BenchOptions) -> None:
     for name in options.backends:
         if name not in BACKENDS:
             raise UsageError(f"backend: got '{name}', expected one of {', '.join(BACKENDS)}")
@@ -131,50 +202,147 @@ def _check_options(bundles: Sequence[Bundle], options: BenchOptions) -> None:
     for batch in options.batches:
         if batch < 1:
             raise UsageError(f"batch: got {batch}, expected 1 or more")
-        for bundle in bundles:
-            for name in options.backends:
-                allowed = getattr(_artifact(bundle, name), "batch", None)
-                if allowed is not None and not allowed.min <= batch <= allowed.max:
-                    raise UsageError(
-                        f"batch: got {batch}, but {bundle.path.name} on {name} takes "
-                        f"{allowed.min} to {allowed.max}"
-                    )
 
 
-def _artifact(bundle: Bundle, backend: str) -> Artifact | None:
-    """The file that a backend would run: float32 on a CPU, float16 where an engine has it."""
-    manifest = bundle.manifest
-    if backend == "pytorch":
-        return manifest.find("weights")
-    if backend in ONNX_BACKENDS:
-        return manifest.find("onnx")
-    engines = [
-        artifact
-        for artifact in manifest.artifacts
-        if artifact.kind == "engine" and engine_backend(artifact) == backend
-    ]
-    return min(engines, key=lambda engine: engine.precision != "fp16", default=None)
+def _open(
+    subject: Subject,
+    name: str,
+    options: BenchOptions,
+    stack: ExitStack,
+    skipped: list[str],
+    report: Report,
+) -> Iterator[_Competitor]:
+    """A subject's competitors on one backend; none, with a reason, where it cannot run."""
+    form = _form(subject, name)
+    title = f"{subject.network} ({form})"
+    report(f"loading {title} on {name}")
+    for threads in (None,) if name in GPU_BACKENDS else options.threads:
+        try:
+            opened = _backend(subject, name, options, threads)
+            if opened is None:
+                skipped.append(f"{title} has no file for {name}")
+                return
+            backend, file, precision = opened
+            stack.callback(backend.close)
+            for batch in options.batches:
+                inputs = _inputs(subject.spec, batch)
+                backend.run(inputs)  # what cannot run says so before the rounds begin
+                row = Latency(
+                    subject.network,
+                    subject.spec.title,
+                    form,
+                    file,
+                    name,
+                    precision,
+                    "host",
+                    batch,
+                    threads,
+                )
+                yield _Competitor(subject, row, partial(backend.run, inputs))
+                if name in GPU_BACKENDS:
+                    resident = cast(DeviceBackend, backend).resident
+                    modes: tuple[tuple[Mode, bool], ...] = (("device", False), ("cuda graph", True))
+                    for mode, as_graph in modes:
+                        task = resident(inputs, as_graph)
+                        yield _Competitor(subject, replace(row, mode=mode), task)
+        except RexdeployError as error:
+            if isinstance(error, UsageError):
+                raise
+            skipped.append(f"{title} on {name}: {error}")
+            return
 
 
-def _empty(bundle: Bundle, artifact: Artifact, name: str, batch: int, threads: int) -> Latency:
-    graph = bundle.manifest.find("onnx")
-    shaped = graph is not None and name != "pytorch"
-    return Latency(
-        bundle=bundle.path.name,
-        model=bundle.manifest.model.title,
-        align=graph.built_with.get("align", "off") if graph and shaped else "off",
-        file=artifact.file,
-        backend=name,
-        batch=batch,
+def _form(subject: Subject, backend: str) -> str:
+    """What is timed: alignment shapes graphs, the PyTorch code of an aligned network is plain."""
+    return "plain" if backend in TORCH_BACKENDS and subject.form.isdigit() else subject.form
+
+
+def _backend(
+    subject: Subject, name: str, options: BenchOptions, threads: int | None
+) -> tuple[Backend, str, str] | None:
+    """An opened backend, the file it runs, and its precision; None where there is no file."""
+    if name not in TORCH_BACKENDS:
+        file = subject.file(name, options.fp16)
+        if file is None:
+            return None
+        for batch in options.batches:
+            if file.batch is not None and not file.batch.min <= batch <= file.batch.max:
+                raise UsageError(
+                    f"batch: got {batch}, but {subject.network} on {name} takes "
+                    f"{file.batch.min} to {file.batch.max}"
+                )
+        return open_backend(name, file.data, subject.spec, threads), file.name, file.precision
+    module = subject.module
+    if module is None:
+        return None
+    from rexdeploy.backends.pytorch import PyTorchBackend, TorchOptions
+
+    settings = TorchOptions(
+        cuda=name in GPU_BACKENDS,
+        compiled=name.endswith("-compile"),
+        fp16=options.fp16,
+        channels_last=True,
         threads=threads,
-        samples_ms=(),
+        chunk=None,
+    )
+    return PyTorchBackend(module, settings), "PyTorch code", "fp16" if options.fp16 else "fp32"
+
+
+def _inputs(spec: ModelSpec, batch: int) -> images.Float32:
+    pool = images.synthetic(min(batch, 8), spec.preprocess, seed=2)
+    return np.ascontiguousarray(pool[np.arange(batch) % len(pool)])
+
+
+def _probes(
+    competitors: Sequence[_Competitor], options: BenchOptions, skipped: list[str]
+) -> tuple[list[Probe], list[Callable[[], object]]]:
+    """The machine's own rates, for every number of threads (None: the GPU) in the race."""
+    try:
+        from rexdeploy import roofline
+    except ImportError:
+        skipped.append("the roofline: counting and measuring it needs torch")
+        return [], []
+    probes: list[Probe] = []
+    tasks: list[Callable[[], object]] = []
+    for threads in sorted({c.row.threads for c in competitors}, key=lambda n: n or 0):
+        tasks += roofline.probes(threads, cuda=threads is None, half=options.fp16)
+        probes += [
+            Probe("matrix product", roofline.MATRIX_FLOPS, threads, ()),
+            Probe("copy", roofline.COPY_BYTES, threads, ()),
+        ]
+    return probes, tasks
+
+
+def _rates(probes: Sequence[Probe]) -> dict[int | None, Rates]:
+    rates: dict[int | None, Rates] = {}
+    for product, copy in zip(probes[::2], probes[1::2], strict=True):
+        from rexdeploy.roofline import Rates
+
+        rates[product.threads] = Rates(product.rate, copy.rate)
+    return rates
+
+
+def _with_limits(row: Latency, layers: list[Layer] | None, rates: Rates | None) -> Latency:
+    """The row beside the fastest that this machine could be, by the published arithmetic."""
+    if rates is None or layers is None:
+        return row
+    from rexdeploy.roofline import matrix_ms, roofline_ms
+
+    value_bytes = 2 if row.precision == "fp16" else 4
+    return replace(
+        row,
+        matrix_ms=matrix_ms(layers, row.batch, rates),
+        roofline_ms=roofline_ms(layers, row.batch, rates, value_bytes),
     )
 
 
-def _task(backend: Backend, bundle: Bundle, batch: int) -> Callable[[], object]:
-    pool = images.synthetic(min(batch, 8), bundle.manifest.model.preprocess, seed=2)
-    inputs = np.ascontiguousarray(pool[np.arange(batch) % len(pool)])
-    return lambda: backend.run(inputs)
+def _layers(subject: Subject) -> list[Layer] | None:
+    module = subject.module
+    if module is None:
+        return None
+    from rexdeploy.models.layers import layers
+
+    return layers(module, subject.spec.preprocess.height)
 
 
 def _time(
@@ -207,7 +375,7 @@ def _machine() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
-    for package in ("rexdeploy", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx"):
+    for package in _PACKAGES:
         try:
             described[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -215,6 +383,7 @@ def _machine() -> dict[str, str]:
     found = gpu.detect()
     if found is not None:
         described["gpu"] = f"{found.name}, driver {found.driver}"
+        described["gpu clocks"] = gpu.clocks() or "not known: nvidia-smi does not say"
     return described
 
 

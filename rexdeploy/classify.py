@@ -197,6 +197,8 @@ def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
         if backend == "onnxruntime-cuda" or has_onnxruntime_cuda():
             choices.append(("onnxruntime-cuda", graph))
         choices.append(("onnxruntime", graph))
+        if backend == "openvino":
+            choices.append(("openvino", graph))
     if weights is not None:
         choices.append(("pytorch", weights))
     return [choice for choice in choices if backend in ("auto", choice[0])]

@@ -18,6 +18,7 @@ from rexdeploy.show import (
     show_build,
     show_export,
     show_models,
+    show_published_table,
     show_verification,
 )
 
@@ -302,7 +303,8 @@ def verify(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            help="Use only this backend (onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx); "
+            help="Use only this backend (onnxruntime, onnxruntime-cuda, openvino, tensorrt, "
+            "tensorrt-rtx); "
             "repeatable.",
             show_default=False,
         ),
@@ -362,7 +364,7 @@ def predict(
     backend: Annotated[
         str,
         typer.Option(
-            help="auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime or pytorch."
+            help="auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, openvino or pytorch."
         ),
     ] = "auto",
     quiet: Quiet = False,
@@ -410,44 +412,93 @@ def bench(
     backend: Annotated[
         list[str],
         typer.Option(
-            help="pytorch, onnxruntime, onnxruntime-cuda, tensorrt or tensorrt-rtx; repeatable."
+            help="pytorch, pytorch-compile, onnxruntime, openvino; on a GPU pytorch-cuda, "
+            "pytorch-cuda-compile, onnxruntime-cuda, tensorrt, tensorrt-rtx; repeatable."
         ),
     ] = ["onnxruntime"],  # noqa: B006 - typer's form of a repeatable option
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Also time the bundles' networks as 'plain' (not aligned), 'published' (its "
+            "in-place shortcut) or 'timm' (its own model), or any model of timm, such as "
+            "efficientnet_b0; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[str, typer.Option(metavar="N[,N]", help="Batch sizes.")] = "1",
     threads: Annotated[str, typer.Option(metavar="N[,N]", help="Threads on a CPU.")] = "1",
     rounds: Annotated[int, typer.Option(help="Timed runs of each competitor.")] = 30,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Graphs and PyTorch in float16 (engines are as built).")
+    ] = False,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            metavar="paper",
+            help="'paper': time the networks of the published comparison tables instead, one "
+            "image on a CPU and 64 on a GPU, and print them in the published layout.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the result: .png, .svg or .pdf.")
+    ] = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Time bundles side by side on this machine.
+    """Time networks side by side on this machine.
 
     All competitors take turns in every round, so that a drifting machine hits them alike. The
-    ratio is the median of the same model's first row over a row's own, at equal batch size and
-    threads.
+    ratio is to the network's first row at equal batch size and threads. The shares are of what
+    the machine itself could do, timed in the same rounds: its matrix rate alone, and the roofline
+    of matrix rate and memory bandwidth, for the network's published arithmetic.
 
     \b
     Example:
-    rexdeploy bench plain aligned --batch 1,16 --threads 1,2
+    rexdeploy bench --compare plain --compare efficientnet_b0 --batch 1,16 --threads 1,2
+    rexdeploy bench --table paper --backend pytorch --backend onnxruntime
     """
     check_json(json)
-    from rexdeploy.bench import BenchOptions
+    from rexdeploy.bench import BenchOptions, bench_published_table
     from rexdeploy.bench import bench as run
     from rexdeploy.bundle import Bundle
+    from rexdeploy.subjects import compared
 
-    opened = [Bundle.find(path) for path in bundles] if bundles else [Bundle.find(None)]
+    if table not in (None, "paper"):
+        raise UsageError(f"table: got '{table}', expected paper")
+    if table and (bundles or compare):
+        raise UsageError("--table paper times its own networks: leave out bundles and --compare")
+    if plot is not None:
+        from rexdeploy.plot import check_plot
+
+        check_plot(plot)
     options = BenchOptions(
-        tuple(backend), _numbers("batch", batch), _numbers("threads", threads), rounds
+        tuple(backend), _numbers("batch", batch), _numbers("threads", threads), rounds, fp16
     )
     # Here Ctrl-C ends the rounds, and what was measured is printed.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with progress(quiet) as report:
-            result = run(opened, options, report)
+            if table:
+                result = bench_published_table(options, report)
+            else:
+                opened = [Bundle.find(path) for path in bundles] if bundles else [Bundle.find(None)]
+                result = run(compared(opened, compare or ()), options, report)
     except KeyboardInterrupt:
         fail("interrupted before the first round was complete", EXIT_INTERRUPTED)
     signal.signal(signal.SIGINT, _interrupted)
     emit(json, lambda: result)
-    if not quiet and json != Path("-"):
+    if plot is not None:
+        from rexdeploy.plot import plot_benchmark
+
+        plot_benchmark(result, plot)
+    if quiet or json == Path("-"):
+        return
+    if table:
+        from rexdeploy.models.zoo import paper_rows
+
+        show_published_table(result, paper_rows())
+    else:
         show_benchmark(result)
 
 

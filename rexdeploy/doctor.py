@@ -22,12 +22,18 @@ _PURPOSES = {
     "onnxsim": "simplified graphs: export",
     "onnxruntime": "running graphs on a CPU: export, verify, predict",
     "onnxruntime-gpu": "running graphs on an NVIDIA GPU: verify, predict",
+    "openvino": "running graphs on a CPU beside ONNX Runtime: verify, predict, bench",
+    "timm": "networks to compare with: bench --compare, bench --table paper",
+    "matplotlib": "pictures: bench --plot",
     "huggingface-hub": "--weights pretrained",
     "tensorrt-rtx": "engines for RTX GPUs, built on any machine: build-trt --flavor rtx",
     "tensorrt": "engines for the GPU in this machine: build-trt --flavor tensorrt",
     "cuda-bindings": "running engines: verify, predict",
 }
-_EXTRAS = {"export": "cpu", "cpu": "cpu", "gpu": "gpu", "rtx": "rtx", "tensorrt": "tensorrt"}
+_EXTRAS = {
+    "export": "cpu", "cpu": "cpu", "gpu": "gpu", "rtx": "rtx", "tensorrt": "tensorrt",
+    "openvino": "openvino", "bench": "bench",
+}  # fmt: skip
 """Extras by the one to install: `export` comes with `cpu` and with `gpu`."""
 
 

@@ -29,7 +29,7 @@ from rexdeploy.manifest import (
     Preprocess,
     WeightsOrigin,
 )
-from rexdeploy.models.align import align
+from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.checkpoints import Checkpoint, load_checkpoint
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, recalibrate_batch_norms
 from rexdeploy.models.zoo import fetch_pretrained
@@ -39,12 +39,6 @@ from rexdeploy.progress import Report, silent
 Float32 = npt.NDArray[np.float32]
 
 ALIGNMENTS = ("auto", "off", "8", "16")
-AUTO_ALIGNMENT = 16
-"""The multiple to pad channels to, chosen from artifacts/benchmarks/README.md's measurements.
-
-ONNX Runtime blocks channels by 16 where a processor has AVX-512 and by 8 elsewhere; 16 fits both.
-"""
-
 INPUT, OUTPUT = "input", "logits"
 SEED = 0
 
@@ -298,7 +292,7 @@ def _compare(
 def _multiple(align: str) -> int:
     """The multiple to pad channels to; 0 leaves the network as published."""
     if align == "auto":
-        return AUTO_ALIGNMENT
+        return AUTO_MULTIPLE
     return 0 if align == "off" else int(align)
 
 

@@ -33,6 +33,11 @@ def detect() -> Gpu | None:
         return _from_nvidia_smi()
 
 
+def clocks() -> str | None:
+    """The first GPU's clocks now and at most, and its power state, as nvidia-smi prints them."""
+    return _ask_nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem,pstate,temperature.gpu")
+
+
 def _from_driver() -> Gpu | None:
     from cuda.bindings import driver
 
@@ -64,19 +69,28 @@ def _from_driver() -> Gpu | None:
 
 
 def _from_nvidia_smi() -> Gpu | None:
+    try:
+        name, capability, driver = (
+            _ask_nvidia_smi("name,compute_cap,driver_version") or ""
+        ).rsplit(", ", 2)
+    except ValueError:
+        return None
+    return Gpu(name, capability, driver)
+
+
+def _ask_nvidia_smi(fields: str) -> str | None:
+    """One line of values for the first GPU; None where the tool is missing or fails."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
-    query = "--query-gpu=name,compute_cap,driver_version"
     try:
         answer = subprocess.run(
-            [command, query, "--format=csv,noheader"],
+            [command, f"--query-gpu={fields}", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             timeout=20,
             check=True,
         )
-        name, capability, driver = answer.stdout.splitlines()[0].rsplit(", ", 2)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+    except (OSError, subprocess.SubprocessError):
         return None
-    return Gpu(name, capability, driver)
+    return next(iter(answer.stdout.splitlines()), None)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rexdeploy.bundle import Bundle
     from rexdeploy.export import ExportResult
     from rexdeploy.manifest import Artifact
-    from rexdeploy.models.zoo import Cost, Published
+    from rexdeploy.models.zoo import Cost, PaperRow, Published
     from rexdeploy.verify import Verification
 
 
@@ -90,27 +90,77 @@ def show_verification(bundle: Bundle, result: Verification) -> None:
 
 
 def show_benchmark(result: Benchmark) -> None:
-    """Percentiles of every competitor, and its speed relative to the model's first."""
-    say(f"{result.machine['processor']}, {result.machine['cores']} cores")
+    """Percentiles of every competitor, its relative speed, and how near it is to the machine's."""
+    _show_machine(result)
     firsts = {(row.model, row.batch, row.threads): row for row in reversed(result.latencies)}
     columns = (
-        "bundle", "align", "backend", "batch", "threads", "p50 ms", "p90", "p99", "images/s",
-        "ratio",
+        "network", "form", "backend", "batch", "threads", "p50 ms", "p90", "p99", "spread",
+        "images/s", "ratio", "of matrix", "of roofline",
     )  # fmt: skip
     lines = [
         (
-            f"{row.bundle} ({row.file})",
-            row.align,
-            row.backend,
+            row.network,
+            row.form,
+            row.backend if row.mode == "host" else f"{row.backend}, {row.mode}",
             str(row.batch),
-            str(row.threads),
+            str(row.threads or "-"),
             *(f"{row.percentile_ms(percent):.2f}" for percent in (50, 90, 99)),
+            f"{row.spread:.0%}",
             f"{row.images_per_s:.0f}",
             f"{_ratio(firsts[row.model, row.batch, row.threads], row):.2f}",
+            *(_share(limit, row) for limit in (row.matrix_ms, row.roofline_ms)),
         )
         for row in result.latencies
     ]
     print_table(columns, lines)
+    _show_end(result)
+
+
+def show_published_table(result: Benchmark, rows: Sequence[PaperRow]) -> None:
+    """The published comparison tables in their own layout, with this machine's latencies."""
+    _show_machine(result)
+    backends = list(dict.fromkeys((row.backend, row.batch, row.mode) for row in result.latencies))
+    columns = (
+        "Model", "Input Res.", "Top-1 acc.", "Top-5 acc.", "FLOPs/params.",
+        "published CPU/GPU", *(f"{name}, {batch}" for name, batch, _ in backends),
+    )  # fmt: skip
+    medians = {
+        (row.network, row.backend, row.batch, row.mode): row.percentile_ms(50)
+        for row in result.latencies
+    }
+    lines = [
+        (
+            row.network,
+            f"{row.resolution}x{row.resolution}",
+            f"{row.top1:.1f}",
+            row.top5,
+            f"{row.gmacs}B/{row.params_m}M",
+            f"{row.cpu_ms:.0f}ms/{row.gpu_ms:.0f}ms",
+            *(_milliseconds(medians.get((row.network, *backend))) for backend in backends),
+        )
+        for row in rows
+    ]
+    print_table(columns, lines)
+    say(
+        "Published: CPU is a Xeon E5-2630 v4 with one image; GPU a V100 with 64 images, for the "
+        "lites two M40.",
+        f"Here: medians of {result.rounds} rounds; untrained weights; ReXNets exported in the "
+        "aligned form.",
+    )
+    _show_end(result)
+
+
+def _show_machine(result: Benchmark) -> None:
+    say(f"{result.machine['processor']}, {result.machine['cores']} cores")
+    if "gpu" in result.machine:
+        say(f"{result.machine['gpu']}; clocks {result.machine['gpu clocks']}")
+    for probe in result.probes:
+        where = "GPU" if probe.threads is None else f"{probe.threads} threads"
+        unit = "Gflop/s" if probe.what == "matrix product" else "GB/s"
+        say(f"  {probe.what}, {where}: {probe.rate / 1e9:.0f} {unit}")
+
+
+def _show_end(result: Benchmark) -> None:
     for reason in result.skipped:
         say(f"skipped {reason}")
     if result.interrupted:
@@ -144,6 +194,14 @@ def show_models(rows: Sequence[tuple[Published, Cost, bool]]) -> None:
 
 def _ratio(first: Latency, row: Latency) -> float:
     return first.percentile_ms(50) / row.percentile_ms(50)
+
+
+def _share(limit_ms: float | None, row: Latency) -> str:
+    return "-" if limit_ms is None else f"{limit_ms / row.percentile_ms(50):.0%}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}ms"
 
 
 def _describe(bundle: Bundle, artifact: Artifact | None) -> str:

@@ -367,16 +367,18 @@ def _foreign(
 def _backends_of(artifact: Artifact, options: VerifyOptions) -> tuple[str, ...]:
     """The backends to run an artifact on.
 
-    ONNX Runtime's CUDA is tried only where it is installed or asked for: a line about it in every
-    CPU machine's table would say nothing.
+    ONNX Runtime's CUDA is tried only where it is installed or asked for, OpenVINO only where it is
+    asked for: a line about them in every machine's table would say nothing.
     """
     if artifact.kind == "engine":
         possible: tuple[str, ...] = (engine_backend(artifact),)
         wanted = possible
     else:
         possible = ONNX_BACKENDS
-        asked = "onnxruntime-cuda" in options.require
-        wanted = possible if asked or has_onnxruntime_cuda() else ("onnxruntime",)
+        is_there = {"onnxruntime": True, "onnxruntime-cuda": has_onnxruntime_cuda()}
+        wanted = tuple(
+            name for name in possible if name in options.require or is_there.get(name, False)
+        )
     if options.backends:
         return tuple(
             name for name in possible if any(_is_meant(asked, name) for asked in options.backends)

@@ -10,13 +10,19 @@ import numpy as np
 import pytest
 
 from rexdeploy import bench as module
+from rexdeploy import gpu
 from rexdeploy.bench import WARMUP_ROUNDS, BenchOptions, Latency, bench
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.models.zoo import cost
+from rexdeploy.subjects import BundleSubject, compared
 from tests.helpers import assert_refused, run_cli
 
 QUICK = BenchOptions(rounds=2)
-LATENCY = Latency("b", "m", "off", "f", "onnxruntime", 4, 1, tuple(float(n) for n in range(1, 102)))
+LATENCY = Latency(
+    "net", "model", "16", "file", "onnxruntime", "fp32", "host", 4, 1,
+    tuple(float(n) for n in range(1, 102)),
+)  # fmt: skip
 
 
 def test_percentiles_are_of_the_raw_samples() -> None:
@@ -24,6 +30,7 @@ def test_percentiles_are_of_the_raw_samples() -> None:
     shuffled = replace(LATENCY, samples_ms=tuple(np.random.default_rng(0).permutation(101) + 1.0))
     assert shuffled.percentile_ms(90) == 91
     assert LATENCY.images_per_s == pytest.approx(4 / 0.051)
+    assert LATENCY.spread == pytest.approx(50 / 51)
 
 
 def test_competitors_take_turns_after_a_warm_up() -> None:
@@ -57,19 +64,59 @@ def test_ctrl_c_keeps_the_complete_rounds() -> None:
 def test_every_combination_is_timed_and_the_machine_is_named(
     v1_original: Bundle, lite_original: Bundle
 ) -> None:
-    options = BenchOptions(("onnxruntime", "pytorch", "tensorrt"), (1, 3), (1,), 2)
-    result = bench([v1_original, lite_original], options)
-    timed = {(row.bundle, row.backend, row.batch) for row in result.latencies}
+    options = BenchOptions(("onnxruntime", "pytorch", "openvino", "tensorrt"), (1, 3), (1,), 2)
+    result = bench([BundleSubject(v1_original), BundleSubject(lite_original)], options)
     expected = {
-        (b, n, s) for b in ("v1", "lite") for n in ("onnxruntime", "pytorch") for s in (1, 3)
+        (network, "plain" if backend == "pytorch" else "16", backend, batch)
+        for network in ("v1", "lite")
+        for backend in ("onnxruntime", "pytorch", "openvino")
+        for batch in (1, 3)
     }
-    assert timed == expected
+    assert {(row.network, row.form, row.backend, row.batch) for row in result.latencies} == expected
     assert all(len(row.samples_ms) == 2 and min(row.samples_ms) > 0 for row in result.latencies)
-    graphs = {row.bundle: row.align for row in result.latencies if row.backend == "onnxruntime"}
-    assert graphs == {"v1": "16", "lite": "16"}
-    assert {row.align for row in result.latencies if row.backend == "pytorch"} == {"off"}
-    assert result.skipped == ("v1 has no file for tensorrt", "lite has no file for tensorrt")
+    assert result.skipped == (
+        "v1 (16) has no file for tensorrt",
+        "lite (16) has no file for tensorrt",
+    )
     assert result.machine["processor"]
+    assert {(probe.what, probe.threads) for probe in result.probes} == {
+        ("matrix product", 1),
+        ("copy", 1),
+    }
+
+
+def test_each_row_is_held_against_the_rates_of_its_own_threads(v1_original: Bundle) -> None:
+    result = bench([BundleSubject(v1_original)], BenchOptions(batches=(1, 2), rounds=2))
+    (product,) = (probe for probe in result.probes if probe.what == "matrix product")
+    one, two = result.latencies
+    assert one.matrix_ms is not None
+    assert one.roofline_ms is not None
+    assert two.matrix_ms is not None
+    assert two.matrix_ms == pytest.approx(2 * one.matrix_ms)
+    # 963 of V1 1.0's 1000 classes are missing, each of them 1280 multiply-accumulates.
+    macs = cost("rexnet", 1.0).macs - 963 * 1280
+    assert one.matrix_ms == pytest.approx(1e3 * 2 * macs / product.rate)
+    assert one.roofline_ms > one.matrix_ms
+
+
+def test_peers_take_part_in_the_same_run(v1_original: Bundle) -> None:
+    subjects = compared([v1_original], ["published", "plain", "mobilenetv3_small_050"])
+    result = bench(subjects, BenchOptions(("pytorch",), rounds=1))
+    assert [(row.network, row.form) for row in result.latencies] == [
+        ("v1", "plain"),  # once, though the PyTorch code of two forms is the same
+        ("v1", "published"),
+        ("mobilenetv3_small_050", "timm"),
+    ]
+
+
+def test_gpu_backends_are_skipped_with_a_reason_where_there_is_none(v1_original: Bundle) -> None:
+    if gpu.detect() is not None:
+        pytest.skip("this machine has a GPU")
+    options = BenchOptions(("onnxruntime", "pytorch-cuda", "pytorch-cuda-compile"), rounds=1)
+    result = bench([BundleSubject(v1_original)], options)
+    assert [row.backend for row in result.latencies] == ["onnxruntime"]
+    assert all("PyTorch finds no NVIDIA GPU" in reason for reason in result.skipped)
+    assert len(result.skipped) == 2
 
 
 @pytest.mark.parametrize(
@@ -78,7 +125,7 @@ def test_every_combination_is_timed_and_the_machine_is_named(
         ({"rounds": 0}, "rounds: got 0, expected 1 to"),
         ({"threads": (10_000,)}, "threads: got 10000, expected 1 to this machine's"),
         ({"batches": (0,)}, "batch: got 0, expected 1 or more"),
-        ({"backends": ("onnx",)}, "backend: got 'onnx', expected one of pytorch, onnxruntime"),
+        ({"backends": ("onnx",)}, "backend: got 'onnx', expected one of pytorch, pytorch-comp"),
         (
             {"backends": ("tensorrt-rtx",), "batches": (9,)},
             "batch: got 9, but v1 on tensorrt-rtx takes 1 to 8",
@@ -89,12 +136,30 @@ def test_unusable_options_are_refused(
     change: dict[str, object], message: str, v1_original: Bundle
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        bench([v1_original], replace(QUICK, **change))  # type: ignore[arg-type]
+        bench([BundleSubject(v1_original)], replace(QUICK, **change))  # type: ignore[arg-type]
 
 
 def test_nothing_to_time_is_an_error_with_the_reason(v1_original: Bundle) -> None:
-    with pytest.raises(BackendUnavailable, match="nothing to time: v1 has no file for tensorrt"):
-        bench([v1_original], replace(QUICK, backends=("tensorrt",)))
+    with pytest.raises(BackendUnavailable, match="nothing to time: v1 .16. has no file for tens"):
+        bench([BundleSubject(v1_original)], replace(QUICK, backends=("tensorrt",)))
+
+
+@pytest.mark.slow
+def test_the_published_table_is_printed_in_its_own_layout(tmp_path: Path) -> None:
+    result = run_cli(
+        "bench", "--table", "paper", "--backend", "pytorch", "--rounds", "1",
+        "--json", "p.json", "--plot", "p.svg", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    rows = [line.split() for line in result.out.splitlines() if "B/" in line and "x" in line]
+    assert len(rows) == 17
+    assert rows[0][:6] == ["rexnet_0.9", "224x224", "77.2", "93.5", "0.35B/4.1M", "45ms/20ms"]
+    assert all(row[6].endswith("ms") for row in rows)
+    written = json.loads((tmp_path / "p.json").read_text())["latencies"]
+    assert {row["network"] for row in written} == {row[0] for row in rows}
+    drawn = (tmp_path / "p.svg").read_text()
+    assert "efficientnet_b3" in drawn
+    assert "published top-1 accuracy" in drawn
 
 
 def test_the_command_prints_a_table_and_writes_the_samples(
@@ -103,8 +168,18 @@ def test_the_command_prints_a_table_and_writes_the_samples(
     result = run_cli("bench", "v1", "--rounds", "2", "--json", "b.json", cwd=tmp_path)
     assert result.code == 0, result.err
     assert "onnxruntime" in result.out
+    assert "of roofline" in result.out
     written = json.loads((tmp_path / "b.json").read_text())
     assert len(written["latencies"][0]["samples_ms"]) == 2
     assert written["rounds"] == 2
     assert_refused(run_cli("bench", "--rounds", "0", cwd=tmp_path), "rounds: got 0")
-    assert_refused(run_cli("bench", "--batch", "1,x", cwd=tmp_path), "batch: got '1,x'")
+    for arguments, message in (
+        (("--batch", "1,x"), "batch: got '1,x'"),
+        (("--compare", "efficientnet_b00"), "near: efficientnet_b0,"),
+        (("--compare", "qqqqqqqq"), "timm.list_models() lists them"),
+        (("--plot", "x.gif"), "plot: got 'x.gif', expected a file that ends in .png, .svg, .pdf"),
+        (("--plot", "no/x.png"), "cannot write no/x.png"),
+        (("--table", "papers"), "table: got 'papers', expected paper"),
+        (("v1", "--table", "paper"), "leave out bundles"),
+    ):
+        assert_refused(run_cli("bench", *arguments, cwd=tmp_path), message)

@@ -19,15 +19,16 @@ LEVELS = [
     {"bundle", "images", "compare", "precision", "tensorrt_api"},
     {"models", "graph", "console"},
     {"backends"},
-    {"parity"},
+    {"parity", "peers", "roofline"},
+    {"subjects"},
     {"export", "build", "verify", "bench", "classify", "doctor"},
-    {"__init__", "show"},
+    {"__init__", "show", "plot"},
     {"cli"},
     {"__main__"},
 ]
 # Importing one of these at module level is for the modules named.
 HEAVY = {
-    "torch": {"export", "graph", "models"},
+    "torch": {"export", "graph", "models", "peers"},
     "onnx": {"export", "graph", "build", "verify", "precision"},
     "safetensors": {"export", "models"},
     "onnxruntime": set[str](),
@@ -35,6 +36,9 @@ HEAVY = {
     "tensorrt": set[str](),
     "tensorrt_rtx": set[str](),
     "cuda": set[str](),
+    "openvino": set[str](),
+    "timm": set[str](),
+    "matplotlib": set[str](),
     "huggingface_hub": set[str](),
     "rich": set[str](),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +13,11 @@ from rexdeploy.manifest import Artifact, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 
-ONNX_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
+ONNX_BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino")
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
+TORCH_BACKENDS = ("pytorch", "pytorch-compile", "pytorch-cuda", "pytorch-cuda-compile")
+"""How PyTorch can run a network; "pytorch" is the reference, the others are for benchmarks."""
+GPU_BACKENDS = ("pytorch-cuda", "pytorch-cuda-compile", "onnxruntime-cuda", *ENGINE_BACKENDS)
 
 
 def has_onnxruntime_cuda() -> bool:
@@ -42,6 +46,13 @@ class Backend(Protocol):
         """Frees the model; calling it twice does no harm."""
 
 
+class DeviceBackend(Backend, Protocol):
+    """One of GPU_BACKENDS: it can keep its images on the GPU, for a benchmark without copies."""
+
+    def resident(self, images: Float32, cuda_graph: bool) -> Callable[[], None]:
+        """How to run these images from device memory and wait; `cuda_graph`: as one launch."""
+
+
 def open_backend(name: str, model: bytes, spec: ModelSpec, threads: int | None = None) -> Backend:
     """Loads a serialised model: weights for "pytorch", ONNX or an engine for the others.
 
@@ -49,9 +60,13 @@ def open_backend(name: str, model: bytes, spec: ModelSpec, threads: int | None =
     BackendUnavailable where this machine cannot run it, UsageError for an unusable model.
     """
     if name == "pytorch":
-        from rexdeploy.backends.pytorch import PyTorchBackend
+        from rexdeploy.backends.pytorch import PyTorchBackend, TorchOptions, reference
 
-        return PyTorchBackend(model, spec, threads)
+        return PyTorchBackend(reference(model, spec), TorchOptions(threads=threads))
+    if name == "openvino":
+        from rexdeploy.backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend(model, spec, threads)
     if name in ONNX_BACKENDS:
         from rexdeploy.backends.onnxrt import OnnxRuntimeBackend
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from rexdeploy.manifest import ModelSpec
 Float32 = npt.NDArray[np.float32]
 
 _CUDA = "CUDAExecutionProvider"
+# TF32 is on by default and rounds float32 products to 10 bits: not parity.
+_CUDA_OPTIONS = {"use_tf32": "0"}
 
 
 class OnnxRuntimeBackend:
@@ -41,14 +43,17 @@ class OnnxRuntimeBackend:
             options.intra_op_num_threads = threads
             # Idle threads of one session would otherwise spin while another one is timed.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            # TF32 is on by default and rounds float32 products to 10 bits: not parity.
-            provider = (_CUDA, {"use_tf32": "0"}) if cuda else "CPUExecutionProvider"
-            self._session = ort.InferenceSession(model, options, providers=[provider])
-        except Exception as error:  # onnxruntime's errors share no public base class
-            raise UsageError(
-                f"not an ONNX model that onnxruntime can load ({_first_line(error)})"
-            ) from None
+
+        def start(providers: list[Any]) -> Any:
+            try:
+                return ort.InferenceSession(model, options, providers=providers)
+            except Exception as error:  # onnxruntime's errors share no public base class
+                raise UsageError(
+                    f"not an ONNX model that onnxruntime can load ({_first_line(error)})"
+                ) from None
+
+        self._open = start
+        self._session = start([(_CUDA, _CUDA_OPTIONS) if cuda else "CPUExecutionProvider"])
         if cuda and _CUDA not in self._session.get_providers():
             # Without a usable GPU, onnxruntime quietly runs on the CPU instead.
             raise BackendUnavailable("onnxruntime found no usable NVIDIA GPU, driver or cuDNN")
@@ -70,6 +75,24 @@ class OnnxRuntimeBackend:
             ) from None
         logits: Float32 = np.asarray(outputs[0], dtype=np.float32)
         return logits
+
+    def resident(self, images: Float32, cuda_graph: bool) -> Callable[[], None]:
+        """Runs the images from device memory and waits, without copies; only with CUDA."""
+        import onnxruntime as ort
+
+        session = self._session
+        if cuda_graph:  # recorded at a session's first run, for its one shape
+            session = self._open([(_CUDA, {**_CUDA_OPTIONS, "enable_cuda_graph": "1"})])
+        inputs = ort.OrtValue.ortvalue_from_numpy(images, "cuda", 0)
+        outputs = ort.OrtValue.ortvalue_from_numpy(self.run(images), "cuda", 0)
+        binding = session.io_binding()
+        binding.bind_ortvalue_input(self._input, inputs)
+        binding.bind_ortvalue_output(session.get_outputs()[0].name, outputs)
+
+        def run() -> None:
+            session.run_with_iobinding(binding)  # waits for the GPU
+
+        return run
 
     def close(self) -> None:
         self._session = None

@@ -1,8 +1,10 @@
-"""The reference: our PyTorch network, rebuilt from a bundle's weights."""
+"""PyTorch: the reference, rebuilt from a bundle's weights, and any other module to time."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -10,50 +12,126 @@ import numpy.typing as npt
 from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.manifest import ModelSpec
 
+if TYPE_CHECKING:
+    import torch
+
 Float32 = npt.NDArray[np.float32]
 
 _CHUNK = 8  # images at once: more is no faster on a CPU and takes memory
 
 
+def reference(weights: bytes, spec: ModelSpec) -> torch.nn.Module:
+    """The bundle's network in evaluation mode; raises UsageError if the weights do not fit."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise BackendUnavailable(_NO_TORCH) from None
+    from rexdeploy.models.rexnet import CONFIGS, RexNet
+
+    if spec.family == "onnx" or spec.width is None:
+        raise UsageError("this bundle holds somebody's own ONNX graph: it has no PyTorch code")
+    model = RexNet(CONFIGS[spec.family](spec.width, spec.num_classes))
+    try:
+        model.load_state_dict(safetensors.torch.load(weights))
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise UsageError(
+            f"the bundle's weights do not fit {spec.title} ({str(error).splitlines()[0]}); "
+            "run 'rexdeploy export' again"
+        ) from None
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class TorchOptions:
+    """How PyTorch runs a module."""
+
+    cuda: bool = False
+    compiled: bool = False  # by torch.compile, anew for each batch size
+    fp16: bool = False
+    channels_last: bool = False  # the faster layout for convolutions, as PyTorch recommends
+    threads: int | None = None  # on a CPU
+    chunk: int | None = _CHUNK  # images at once; None takes every batch whole
+
+
 class PyTorchBackend:
-    """Runs the network in float32 on the CPU, in evaluation mode."""
+    """Runs a module in evaluation mode; on a CPU in float32 unless asked otherwise."""
 
-    name = "pytorch"
-
-    def __init__(self, weights: bytes, spec: ModelSpec, threads: int | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, options: TorchOptions | None = None) -> None:
         try:
-            import safetensors.torch
             import torch
         except ImportError:
-            raise BackendUnavailable(
-                "the PyTorch reference needs torch: pip install 'rexdeploy[cpu]'"
-            ) from None
-        from rexdeploy.models.rexnet import CONFIGS, RexNet
-
-        if spec.family == "onnx" or spec.width is None:
-            raise UsageError("this bundle holds somebody's own ONNX graph: it has no PyTorch code")
-        self._torch = torch
-        self._threads = threads
-        model = RexNet(CONFIGS[spec.family](spec.width, spec.num_classes))
-        try:
-            model.load_state_dict(safetensors.torch.load(weights))
-        except (RuntimeError, safetensors.SafetensorError) as error:
-            raise UsageError(
-                f"the bundle's weights do not fit {spec.title} ({str(error).splitlines()[0]}); "
-                "run 'rexdeploy export' again"
-            ) from None
-        self._model: torch.nn.Module = model.eval()
+            raise BackendUnavailable(_NO_TORCH) from None
+        options = options or TorchOptions()
+        self.name = "pytorch" + "-cuda" * options.cuda + "-compile" * options.compiled
+        if options.cuda and not torch.cuda.is_available():
+            raise BackendUnavailable("PyTorch finds no NVIDIA GPU, or this is its CPU build")
+        self._torch, self._options = torch, options
+        self._type = torch.float16 if options.fp16 else torch.float32
+        model = model.to("cuda" if options.cuda else "cpu", self._type)
+        if options.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self._model: Callable[[torch.Tensor], torch.Tensor] = model
+        if options.compiled:
+            self._model = torch.compile(model, dynamic=False)
 
     def run(self, images: Float32) -> Float32:
-        torch = self._torch
-        if self._threads is not None:  # of the whole process, so it is set for each run
-            torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            chunks = [
-                self._model(torch.from_numpy(images[start : start + _CHUNK])).numpy()
-                for start in range(0, len(images), _CHUNK)
-            ]
+        torch, options = self._torch, self._options
+        if options.threads is not None:  # of the whole process, so it is set for each run
+            torch.set_num_threads(options.threads)
+        step = options.chunk or len(images)
+        chunks = [
+            self._call(self._upload(images[start : start + step])).float().cpu().numpy()
+            for start in range(0, len(images), step)
+        ]
         return cast(Float32, np.concatenate(chunks))
+
+    def resident(self, images: Float32, cuda_graph: bool) -> Callable[[], None]:
+        """Runs the images from device memory and waits, without copies; only with CUDA."""
+        torch = self._torch
+        inputs = self._upload(images)
+
+        def launch() -> None:
+            self._call(inputs)
+
+        if cuda_graph:
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                for _ in range(3):  # cuDNN chooses its kernels before they are recorded
+                    launch()
+            side.synchronize()
+            recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded):
+                launch()
+            launch = recorded.replay
+
+        def run() -> None:
+            launch()
+            torch.cuda.synchronize()
+
+        return run
 
     def close(self) -> None:
         self._model = self._torch.nn.Identity()
+
+    def _call(self, inputs: torch.Tensor) -> torch.Tensor:
+        with self._torch.inference_mode():
+            try:
+                return self._model(inputs)
+            except Exception as error:
+                if not self._options.compiled:
+                    raise
+                # No C++ compiler, no Triton, a version it does not know: it compiles when called.
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise BackendUnavailable(f"torch.compile failed ({reason})") from None
+
+    def _upload(self, images: Float32) -> torch.Tensor:
+        tensor = self._torch.from_numpy(images)
+        if self._options.cuda:
+            tensor = tensor.cuda()
+        tensor = tensor.to(self._type)
+        if self._options.channels_last:
+            tensor = tensor.contiguous(memory_format=self._torch.channels_last)
+        return tensor
+
+
+_NO_TORCH = "the PyTorch reference needs torch: pip install 'rexdeploy[cpu]'"

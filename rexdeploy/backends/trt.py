@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.manifest import BatchRange, ModelSpec
-from rexdeploy.tensorrt_api import Flavor, captured_log, load, read_header, start
+from rexdeploy.tensorrt_api import Flavor, Log, captured_log, load, read_header, start
 
 Float32 = npt.NDArray[np.float32]
 
@@ -60,13 +61,40 @@ class TensorRTBackend:
         logits = np.empty((len(images), self._classes), dtype=self._output_type)
         with captured_log(self._trt) as log:
             self._gpu.activate()
-            if not self._context.set_input_shape(self._input, images.shape):
-                raise RexdeployError(f"the engine refuses {images.shape}: {log.first_error()}")
+            self._set_shape(images.shape, log)
             self._gpu.upload(images, self._device_input)
-            if not self._context.execute_async_v3(self._gpu.stream_handle):
-                raise RexdeployError(f"the engine failed: {log.first_error()}")
+            self._enqueue(log)
             self._gpu.download(self._device_output, logits)
         return logits.astype(np.float32, copy=False)
+
+    def resident(self, images: Float32, cuda_graph: bool) -> Callable[[], None]:
+        """Runs the images from device memory and waits, without copies."""
+        self.run(images)  # uploads them, and lets TensorRT allocate what must not be recorded
+        gpu, trt = self._gpu, self._trt
+        assert gpu is not None
+
+        def enqueue() -> None:
+            with captured_log(trt) as log:
+                self._set_shape(images.shape, log)
+                self._enqueue(log)
+
+        launch = gpu.record(enqueue) if cuda_graph else enqueue
+
+        def run() -> None:
+            gpu.activate()
+            launch()
+            gpu.synchronize()
+
+        return run
+
+    def _set_shape(self, shape: tuple[int, ...], log: Log) -> None:
+        if not self._context.set_input_shape(self._input, shape):
+            raise RexdeployError(f"the engine refuses {shape}: {log.first_error()}")
+
+    def _enqueue(self, log: Log) -> None:
+        assert self._gpu is not None
+        if not self._context.execute_async_v3(self._gpu.stream_handle):
+            raise RexdeployError(f"the engine failed: {log.first_error()}")
 
     def close(self) -> None:
         self._context = self._engine = self._runtime = None
@@ -156,7 +184,25 @@ class _Gpu:
         self._call(
             self._driver.cuMemcpyDtoHAsync, array.ctypes.data, pointer, array.nbytes, self._stream
         )
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Waits for everything enqueued before."""
         self._call(self._driver.cuStreamSynchronize, self._stream)
+
+    def record(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """What `enqueue` puts into the stream, as a CUDA graph: returns how to launch it."""
+        driver = self._driver
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call(driver.cuStreamBeginCapture, self._stream, mode)
+        enqueue()
+        graph = self._call(driver.cuStreamEndCapture, self._stream)
+        executable = self._call(driver.cuGraphInstantiate, graph, 0)
+
+        def launch() -> None:
+            self._call(driver.cuGraphLaunch, executable, self._stream)
+
+        return launch
 
     def close(self) -> None:
         self.activate()

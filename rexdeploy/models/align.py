@@ -17,6 +17,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rexdeploy.models.rexnet import LinearBottleneck, RexNet, SqueezeExcite
 
+AUTO_MULTIPLE = 16
+"""The multiple to pad channels to, chosen from artifacts/benchmarks/README.md's measurements.
+
+ONNX Runtime blocks channels by 16 where a processor has AVX-512 and by 8 elsewhere; 16 fits both.
+"""
+
 
 class AlignedRexNet(nn.Module):
     """A ReXNet for inference; the same logits, up to rounding, as the network it was made from.

@@ -7,11 +7,12 @@ import logging
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
 
 from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.models.layers import layers
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet
 
 PRETRAINED = {
@@ -38,6 +39,47 @@ class Published:
 
 
 @dataclass(frozen=True)
+class PaperRow:
+    """A row of the published comparison tables, ReXNets and EfficientNets, as printed."""
+
+    family: Literal["rexnet", "rexnet_lite", "efficientnet", "efficientnet_lite"]
+    variant: str  # "1.0", "b0", "lite0"
+    resolution: int  # height and width in pixels
+    top1: float  # percent, ImageNet-1k validation
+    top5: str
+    gmacs: str
+    params_m: str
+    cpu_ms: float  # one image, Xeon E5-2630 v4
+    gpu_ms: float  # 64 images; a V100 for ReXNet and EfficientNet, two M40 for the lites
+
+    @property
+    def network(self) -> str:
+        """`rexnet_1.0`, or timm's name: `efficientnet_b0`."""
+        return f"{self.family.removesuffix('_lite' * ('lite' in self.variant))}_{self.variant}"
+
+
+def paper_rows() -> list[PaperRow]:
+    """The rows of both published comparison tables, each table from small to large."""
+    text = resources.files("rexdeploy").joinpath("data/published.csv").read_text()
+    rows = [
+        PaperRow(
+            family=cast(Any, row["family"]),
+            variant=row["width"],
+            resolution=int(row["resolution"]),
+            top1=float(row["top1"]),
+            top5=row["top5"] or "-",
+            gmacs=row["gmacs"],
+            params_m=row["params_m"],
+            cpu_ms=float(row["cpu_ms_xeon_e5_2630v4_bs1"]),
+            gpu_ms=float(row["gpu_ms_v100_bs64"] or row["gpu_ms_2xm40"]),
+        )
+        for row in csv.DictReader(text.splitlines())
+        if row["cpu_ms_xeon_e5_2630v4_bs1"]
+    ]
+    return sorted(rows, key=lambda row: ("lite" in row.family, row.top1))
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a network computes for one image."""
 
@@ -61,16 +103,7 @@ def cost(family: Family, width: float, size: int = 224) -> Cost:
     """Parameters and multiply-accumulates at `size` x `size`, counted on the network itself."""
     with torch.device("meta"):
         model = RexNet(CONFIGS[family](width, 1000)).eval()
-        macs = 0
-
-        def count(module: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
-            nonlocal macs
-            if isinstance(module, nn.Conv2d):
-                macs += output[0].numel() * module.weight[0].numel()
-
-        for module in model.modules():
-            module.register_forward_hook(count)
-        model(torch.empty(1, 3, size, size))
+        macs = sum(layer.macs for layer in layers(model, size))
     return Cost(sum(parameter.numel() for parameter in model.parameters()), macs)
 
 

@@ -1,0 +1,123 @@
+"""Networks to time a bundle against: its own as published, timm's, and any other timm model."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.graph import MIN_OPSET, export_graph, simplify
+from rexdeploy.manifest import ModelSpec, Preprocess, WeightsOrigin
+from rexdeploy.models.align import AUTO_MULTIPLE, align
+from rexdeploy.models.rexnet import CONFIGS, Family, LinearBottleneck, RexNet
+
+OWN_FORMS = ("plain", "published", "timm")
+"""Forms of a bundle's own network: `plain` is our graph without alignment; `published` adds the
+shortcut in place, as the published code does; `timm` is timm's model and what it exports to."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A PyTorch network in evaluation mode, and the ONNX graph that it exports to."""
+
+    network: str  # such as "rexnet_1.0", "efficientnet_b0"
+    form: str  # one of OWN_FORMS, or a multiple that channels are padded to
+    spec: ModelSpec
+    module: nn.Module
+    exported: nn.Module | None = None  # what the graph is made from, if not from `module`
+
+    def export(self) -> bytes:
+        """Its simplified ONNX graph, float32, any batch size."""
+        module = self.exported or self.module
+        graph = simplify(export_graph(module, self.spec, batch=None, opset=MIN_OPSET))
+        return bytes(graph.SerializeToString())
+
+
+def own_peer(form: str, network: str, model: RexNet, spec: ModelSpec) -> Peer:
+    """The bundle's network in another form; raises UsageError where there is no such form."""
+    if form == "plain":
+        return Peer(network, form, spec, model)
+    if form == "published":
+        return Peer(network, form, spec, _with_published_shortcuts(model))
+    if spec.family != "rexnet" or spec.width is None:
+        raise UsageError("timm has no ReXNet-lite")
+    timm = _timm()
+    module = timm.models.rexnet.RexNet(width_mult=spec.width, num_classes=spec.num_classes)
+    return Peer(network, form, spec, module.eval())
+
+
+def rexnet_peer(family: Family, width: float) -> Peer:
+    """A fresh network of ours, exported with its channels padded."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = RexNet(CONFIGS[family](width, 1000)).eval()
+    name = f"{family}_{width:.1f}"
+    spec = _spec(name, 1000, Preprocess())
+    return Peer(name, str(AUTO_MULTIPLE), spec, module, exported=align(module, AUTO_MULTIPLE))
+
+
+def timm_peer(name: str, size: int | None = None) -> Peer:
+    """A timm model with fresh weights at `size` pixels, or at its own size.
+
+    Raises UsageError, with near matches, for a name that timm does not have.
+    """
+    timm = _timm()
+    if name not in timm.list_models():
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"near: {', '.join(near)}" if near else "timm.list_models() lists them"
+        raise UsageError(
+            f"compare: got '{name}', expected {', '.join(OWN_FORMS)} or a model of timm "
+            f"{timm.__version__}; {hint}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = cast(nn.Module, timm.create_model(name)).eval()
+    config: dict[str, Any] = module.default_cfg  # type: ignore[assignment]
+    size = size or config["input_size"][1]
+    spec = _spec(name, config["num_classes"], Preprocess(height=size, width=size))
+    return Peer(name, "timm", spec, module)
+
+
+def _spec(name: str, num_classes: int, preprocess: Preprocess) -> ModelSpec:
+    return ModelSpec(
+        family="onnx",  # nobody rebuilds it from this
+        width=None,
+        num_classes=num_classes,
+        input_name="input",
+        output_name="logits",
+        preprocess=preprocess,
+        weights=WeightsOrigin(name, "", trained=False),
+    )
+
+
+def _with_published_shortcuts(model: RexNet) -> nn.Module:
+    model = copy.deepcopy(model)
+    for index, block in enumerate(model.features):
+        if isinstance(block, LinearBottleneck) and block.block.has_shortcut:
+            model.features[index] = _PublishedBottleneck(block.out, block.block.in_channels)
+    return model
+
+
+class _PublishedBottleneck(nn.Module):
+    def __init__(self, layers: nn.Module, shared: int) -> None:
+        super().__init__()
+        self.out = layers
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(x)
+        out[:, : self.shared] += x
+        return out
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise BackendUnavailable("comparing with timm needs it: pip install timm") from None
+    return timm

@@ -1,0 +1,128 @@
+"""Pictures of a benchmark: latency by network and backend, accuracy against latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rexdeploy.console import check_json
+from rexdeploy.errors import BackendUnavailable, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from rexdeploy.bench import Benchmark, Latency
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Raises UsageError or BackendUnavailable if no picture can be written there."""
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"plot: got '{path}', expected a file that ends in {', '.join(FORMATS)}")
+    check_json(path)
+    _pyplot()
+
+
+def plot_benchmark(result: Benchmark, path: Path) -> None:
+    """Writes bars of median latencies, and published top-1 accuracy against them where known."""
+    known = accuracies(result.latencies)
+    rows = _one_setting(result.latencies)
+    pyplot = _pyplot()
+    height = max(4.0, 0.28 * len(rows) + 1.5)
+    figure, axes = pyplot.subplots(
+        1, 2 if known else 1, figsize=(14 if known else 8, height), squeeze=False
+    )
+    _draw_bars(axes[0][0], rows)
+    if known:
+        _draw_accuracy(axes[0][1], rows, known)
+    figure.suptitle(_title(result))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def accuracies(rows: Sequence[Latency]) -> dict[str, tuple[str, float]]:
+    """Family and published ImageNet-1k top-1 (percent) of every network that has one."""
+    from rexdeploy.models.zoo import paper_rows, published
+
+    known: dict[str, tuple[str, float]] = {
+        row.network: (row.family, row.top1) for row in paper_rows()
+    }
+    for entry in published():
+        if entry.top1 is not None:
+            known[f"{entry.family}_{entry.width:.1f}"] = (entry.family, entry.top1)
+    return {row.network: known[row.network] for row in rows if row.network in known}
+
+
+def _one_setting(rows: Sequence[Latency]) -> list[Latency]:
+    """The rows of the first batch size and number of threads (and the GPU's): bars to compare."""
+    first = rows[0]
+    threads = next((row.threads for row in rows if row.threads is not None), None)
+    return [row for row in rows if row.batch == first.batch and row.threads in (threads, None)]
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Latency]) -> None:
+    backends = list(dict.fromkeys(_backend(row) for row in rows))
+    for position, row in enumerate(rows):
+        median = row.percentile_ms(50)
+        low, high = row.percentile_ms(25), row.percentile_ms(75)
+        axes.barh(
+            position,
+            median,
+            xerr=[[median - low], [high - median]],
+            color=f"C{backends.index(_backend(row)) % 10}",
+        )
+        axes.text(median, position, f" {median:.1f}", va="center", ha="left", fontsize=8)
+    axes.set_yticks(range(len(rows)))
+    axes.set_yticklabels([f"{row.network} {row.form}, {_backend(row)}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("median latency, ms (bars: the middle half of the samples)")
+
+
+def _draw_accuracy(
+    axes: Axes, rows: Sequence[Latency], known: dict[str, tuple[str, float]]
+) -> None:
+    """One line for each family and backend, from small to large networks."""
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for row in rows:
+        if row.network in known and row.mode == "host":
+            family, top1 = known[row.network]
+            label = f"{family} {row.form}, {row.backend}"
+            lines.setdefault(label, []).append((row.percentile_ms(50), top1, row.network))
+    for label, points in lines.items():
+        points.sort()
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=label)
+        for x, y, name in points:
+            axes.annotate(name, (x, y), fontsize=7, xytext=(4, -8), textcoords="offset points")
+    axes.set_xlabel("median latency, ms")
+    axes.set_ylabel("published top-1 accuracy, % (ImageNet-1k)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def _backend(row: Latency) -> str:
+    return row.backend if row.mode == "host" else f"{row.backend} ({row.mode})"
+
+
+def _title(result: Benchmark) -> str:
+    row = result.latencies[0]
+    threads = next((r.threads for r in result.latencies if r.threads is not None), None)
+    where = f"{threads} thread{'s' * (threads > 1)}" if threads else "GPU"
+    machine = result.machine.get("gpu") if threads is None else None
+    return (
+        f"{machine or result.machine['processor']}; batch {row.batch}, {where}; medians of "
+        f"{result.rounds} interleaved rounds"
+    )
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise BackendUnavailable("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # no screen
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,53 @@
+"""OpenVINO: float32 logits on the CPU, and files that it must refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rexdeploy import images
+from rexdeploy.backends import open_backend
+from rexdeploy.bundle import Bundle
+from rexdeploy.compare import Signal
+from rexdeploy.errors import RexdeployError, UsageError
+from tests.helpers import run_cli
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed")
+
+
+def test_its_logits_are_onnxruntimes_in_float32(v1_original: Bundle) -> None:
+    """Where a processor has bfloat16, OpenVINO's own default would be off by a whole signal."""
+    spec, graph = v1_original.manifest.model, v1_original.manifest.find("onnx")
+    assert graph is not None
+    data = v1_original.read(graph)
+    pool = images.synthetic(5, spec.preprocess, seed=3)
+    logits = []
+    for name in ("onnxruntime", "openvino"):
+        backend = open_backend(name, data, spec, threads=1)
+        logits.append(backend.run(pool))
+        backend.close()
+    error = np.abs(logits[0] - logits[1]).max() / Signal.of(logits[0]).size
+    assert error < 1e-3
+    with pytest.raises(RexdeployError, match="this model was closed"):
+        backend.run(pool)
+
+
+def test_verify_runs_it_where_it_is_asked_for(v1_bundle: Bundle) -> None:
+    folder = v1_bundle.path.parents[1]
+    result = run_cli("verify", "v1", "--backend", "openvino", "--samples", "4", cwd=folder)
+    assert result.code == 0, result.err
+    assert "torch -> fp32.onnx (openvino)" in result.out
+    assert "(onnxruntime)" not in result.out
+
+
+def test_hostile_files_and_other_shapes_are_refused(v1_original: Bundle) -> None:
+    spec, graph = v1_original.manifest.model, v1_original.manifest.find("onnx")
+    assert graph is not None
+    data = v1_original.read(graph)
+    for hostile in (b"", b"garbage" * 100, data[:1000], data[:-1000]):
+        with pytest.raises(UsageError, match="not an ONNX model that openvino can load"):
+            open_backend("openvino", hostile, spec)
+    with pytest.raises(UsageError, match=r"expected one input \[N, 3, 224, 224\] and one output"):
+        open_backend("openvino", data, replace(spec, num_classes=9))

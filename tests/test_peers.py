@@ -1,0 +1,71 @@
+"""Networks that a benchmark compares with: the same arithmetic in another form."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from rexdeploy import images
+from rexdeploy.backends import open_backend
+from rexdeploy.bundle import Bundle
+from rexdeploy.compare import Signal
+from rexdeploy.errors import UsageError
+from rexdeploy.models.rexnet import RexNet
+from rexdeploy.peers import own_peer, timm_peer
+from rexdeploy.precision import precision_of
+from rexdeploy.subjects import BundleSubject, PeerSubject, compared
+from tests.helpers import nodes_of
+
+
+def _network(bundle: Bundle) -> RexNet:
+    module = BundleSubject(bundle).module
+    assert isinstance(module, RexNet)
+    return module
+
+
+@pytest.mark.slow
+def test_the_published_form_is_the_network_bit_for_bit_and_exports_its_scatters(
+    v1_original: Bundle,
+) -> None:
+    network, spec = _network(v1_original), v1_original.manifest.model
+    subject = PeerSubject(own_peer("published", "v1", network, spec))
+    pool = images.synthetic(3, spec.preprocess, seed=5)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(pool))
+        assert torch.equal(subject.peer.module(torch.from_numpy(pool)), expected)
+    file = subject.file("onnxruntime", fp16=False)
+    assert file is not None
+    graph = onnx.load_from_string(file.data)
+    # Fact: 22 in the published code's export; two of its shortcuts here are plain adds.
+    assert len(nodes_of(graph, "ScatterND")) >= 11
+    backend = open_backend("onnxruntime", file.data, spec)
+    signal = Signal.of(expected.numpy()).size
+    assert np.abs(backend.run(pool) - expected.numpy()).max() < 1e-3 * signal
+    half = subject.file("onnxruntime-cuda", fp16=True)
+    assert half is not None
+    assert precision_of(onnx.load_from_string(half.data)) == half.precision == "fp16"
+
+
+def test_timms_form_has_the_networks_cost_and_lite_has_none(
+    v1_original: Bundle, lite_original: Bundle
+) -> None:
+    network, spec = _network(v1_original), v1_original.manifest.model
+    peer = own_peer("timm", "v1", network, spec)
+    ours, theirs = (
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in (network, peer.module)
+    )
+    assert ours == theirs
+    with pytest.raises(UsageError, match="timm has no ReXNet-lite"):
+        compared([lite_original], ["timm"])
+
+
+def test_a_timm_network_is_timed_at_its_own_size_or_at_the_one_given() -> None:
+    assert timm_peer("mobilenetv2_035").spec.preprocess.height == 224
+    peer = timm_peer("efficientnet_lite0", size=64)
+    assert (peer.spec.preprocess.height, peer.spec.num_classes) == (64, 1000)
+    with torch.inference_mode():
+        logits = peer.module(torch.zeros(1, 3, 64, 64))
+    assert np.isfinite(logits.numpy()).all()

@@ -1,0 +1,51 @@
+"""The roofline's arithmetic, on layers and rates that are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rexdeploy.models.layers import Layer, layers
+from rexdeploy.roofline import COPY_BYTES, MATRIX_FLOPS, Rates, matrix_ms, probes, roofline_ms
+
+RATES = Rates(flops_per_s=100e9, bytes_per_s=10e9)
+
+
+def test_a_layer_takes_the_longer_of_its_arithmetic_and_its_traffic() -> None:
+    busy = Layer(macs=50_000_000, weights=1000, activations=1000)  # 1 ms at 100 Gflop/s
+    moving = Layer(macs=1000, weights=1_000_000, activations=1_500_000)  # 10 MB: 1 ms
+    assert matrix_ms([busy], 1, RATES) == pytest.approx(1.0)
+    assert matrix_ms([busy, busy], 4, RATES) == pytest.approx(8.0)
+    assert roofline_ms([busy, moving], 1, RATES) == pytest.approx(2.0)
+    # Weights move once for a batch, activations once for each image; float16 is half of both.
+    assert roofline_ms([moving], 3, RATES) == pytest.approx(2.2)
+    assert roofline_ms([moving], 3, RATES, value_bytes=2) == pytest.approx(1.1)
+
+
+def test_layers_are_counted_as_they_run() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    ).eval()
+    assert layers(model, 16) == [
+        Layer(64 * 8 * 27, 8 * 27 + 8, 3 * 256 + 8 * 64),
+        Layer(64 * 8 * 9, 72, 2 * 8 * 64),
+        Layer(40, 45, 13),
+    ]
+    assert not model[0]._forward_hooks  # counting leaves the network as it was
+
+
+def test_the_probes_do_the_work_that_their_rate_is_computed_from() -> None:
+    product, copy = probes(threads=1, cuda=False, half=False)
+    with torch.profiler.profile(with_flops=True) as profile:
+        product()
+    assert sum(event.flops for event in profile.key_averages()) == MATRIX_FLOPS
+    with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
+        copy()
+    (shape,) = (e.input_shapes[0] for e in profile.events() if e.name == "aten::copy_")
+    assert 2 * 4 * shape[0] == COPY_BYTES
