@@ -24,6 +24,7 @@ from rexdeploy.manifest import (
 )
 from rexdeploy.precision import ARITHMETIC_OPS, parse, precision_of, to_fp16
 from rexdeploy.progress import Report, silent
+from rexdeploy.shortcuts import to_plain_adds
 from rexdeploy.tensorrt_api import FLAVORS, EngineSettings, Flavor, PrecisionProof
 
 MAX_WORKSPACE_MIB = 1 << 20
@@ -67,7 +68,8 @@ class Source:
 def build(source: Source | Bundle, options: BuildOptions, report: Report = silent) -> BuildResult:
     """Builds an engine into a bundle, or finds the one that these settings would give.
 
-    With `fp16` it first makes the typed float16 graph. Raises VerificationFailed, and writes
+    It first makes the graph that TensorRT gets: of our own aligned graphs the form with plain
+    shortcuts (`shortcuts.py`), with `fp16` typed float16. Raises VerificationFailed, and writes
     nothing, if the built engine does not compute in the precision that was asked for.
     """
     if isinstance(source, Bundle):
@@ -252,25 +254,41 @@ def _can_load(flavor: Flavor) -> bool:
 def _graph(
     source: Source, root: Artifact, options: BuildOptions, report: Report
 ) -> tuple[Artifact, bytes, bool]:
-    """The graph to build from (as it is, or its float16 form), and whether it had to be made."""
-    if not options.fp16 or root.precision == "fp16":
-        return root, source.read(root), False
-    existing = source.bundle.manifest.find("onnx", "fp16")
-    if existing is not None and existing.parent_sha256 == root.sha256:
-        try:
-            return existing, source.read(existing), False
-        except UsageError as error:
-            report(f"making it again, since {error}")
-    report("making the float16 graph")
-    data = to_fp16(parse(source.read(root), root.file)).SerializeToString(deterministic=True)
+    """The graph to build from: the root as it is, or a form of it, and whether that was made."""
+    data = source.read(root)
+    graph = parse(data, root.file)
+    file, form = "fp32.tensorrt.onnx", dict[str, str]()
+    if root.built_with.get("align", "off") != "off":  # our own export, so of a known structure
+        plain = to_plain_adds(graph)
+        if plain != graph:
+            graph, form = plain, {"shortcuts": "plain adds"}
+    precision: Precision | None = root.precision
+    if options.fp16 and precision != "fp16":
+        file, precision = "fp16.onnx", "fp16"
+    elif not form:
+        return root, data, False
+    for existing in source.bundle.manifest.artifacts:
+        if (
+            existing.file == file
+            and existing.parent_sha256 == root.sha256
+            and existing.built_with.get("shortcuts") == form.get("shortcuts")
+        ):
+            try:
+                return existing, source.read(existing), False
+            except UsageError as error:
+                report(f"making it again, since {error}")
+    report(f"making {file}")
+    if precision == "fp16":
+        graph = to_fp16(graph)
+    data = graph.SerializeToString(deterministic=True)
     artifact = Artifact(
         "onnx",
-        "fp16.onnx",
+        file,
         sha256(data),
         parent_sha256=root.sha256,
-        precision="fp16",
+        precision=precision,
         batch=root.batch,
-        built_with={"onnx": onnx.__version__},
+        built_with={"onnx": onnx.__version__} | form,
         command=options.command,
     )
     return artifact, data, True

@@ -105,6 +105,71 @@ def test_a_float32_build_has_no_half_layer(v1_bundle: Bundle) -> None:
     assert engine.file == "fp32.rtx-sm89.engine"
 
 
+def _relabelled(bundle: Bundle, **built_with: str) -> Bundle:
+    """The bundle with other notes on its exported graph."""
+    root = _artifact(bundle, "onnx", "fp32")
+    edited = replace(root, built_with=root.built_with | built_with)
+    return bundle.update(edited, files={})
+
+
+def test_engines_are_built_from_the_form_with_plain_shortcuts(v1_bundle: Bundle) -> None:
+    """At most 120 layers of V1 1.0 in either precision, and the exported graph is still first."""
+    root, half = (_artifact(v1_bundle, "onnx", name) for name in ("fp32", "fp16"))
+    result = build(v1_bundle, replace(OPTIONS, fp16=False))
+    bundle = result.bundle
+    files = {item.sha256: item for item in bundle.manifest.artifacts}
+    plain = files[result.engine.parent_sha256 or ""]
+    assert (plain.file, plain.kind, plain.precision) == ("fp32.tensorrt.onnx", "onnx", "fp32")
+    assert bundle.manifest.find("onnx") == bundle.manifest.find("onnx", "fp32") == root
+    for engine in (result.engine, _artifact(bundle, "engine", "fp16")):
+        assert int(engine.built_with["layers"]) <= 120
+        graph = files[engine.parent_sha256 or ""]
+        assert graph.parent_sha256 == root.sha256
+        assert graph.built_with["shortcuts"] == "plain adds"
+        assert nodes_of(onnx.load_from_string(bundle.read(graph)), "Concat") == []
+    assert files[half.sha256] == half
+    assert build(bundle, replace(OPTIONS, fp16=False)).reused
+    assert build(bundle, OPTIONS).reused
+
+
+def test_verification_judges_both_engines_graphs(v1_bundle: Bundle) -> None:
+    bundle = build(v1_bundle, replace(OPTIONS, fp16=False)).bundle
+    sound = verify(bundle, VerifyOptions(samples=4))
+    assert sound.passed, sound.failures
+    errors = {(edge.reference, edge.candidate.split()[0]): edge.error for edge in sound.edges}
+    assert errors["fp32.onnx", "fp32.tensorrt.onnx"] < 1e-4
+    assert ("fp32.onnx", "fp16.onnx") in errors
+    parents = {edge.candidate.split()[0]: edge.reference for edge in sound.edges}
+    parents |= {skip.candidate.split()[0]: skip.reference for skip in sound.skipped}
+    assert parents["fp32.rtx-sm89.engine"] == "fp32.tensorrt.onnx"
+    assert parents["fp16.rtx-sm89.engine"] == "fp16.onnx"
+
+    plain = next(a for a in bundle.manifest.artifacts if a.file == "fp32.tensorrt.onnx")
+    model = onnx.load_from_string(bundle.read(plain))
+    weight = nodes_of(model, "Conv")[5].input[1]
+    data = edit_weights(model, [weight], lambda values: values * 1.05).SerializeToString()
+    broken = bundle.update(replace(plain, sha256=sha256(data)), files={plain.file: data})
+    (failure,) = verify(broken, VerifyOptions(samples=4)).failures
+    assert failure.startswith("broken edge fp32.onnx -> fp32.tensorrt.onnx (onnxruntime): error ")
+
+
+def test_a_graph_that_was_not_aligned_is_built_as_it_is(v1_bundle: Bundle) -> None:
+    bundle = _relabelled(v1_bundle, align="off")
+    root = _artifact(bundle, "onnx", "fp32")
+    result = build(bundle, replace(OPTIONS, fp16=False))
+    assert result.engine.parent_sha256 == root.sha256
+    assert not (bundle.path / "fp32.tensorrt.onnx").exists()
+    half = build(result.bundle, OPTIONS)
+    assert not half.reused  # the float16 graph has other shortcuts
+    graph = _artifact(half.bundle, "onnx", "fp16")
+    assert "shortcuts" not in graph.built_with
+    assert nodes_of(_model(half.bundle, "fp16"), "Concat")
+    # What a bundle of an older version looks like: its float16 graph is made again.
+    again = build(_relabelled(half.bundle, align="16"), OPTIONS)
+    assert not again.reused
+    assert _artifact(again.bundle, "onnx", "fp16").built_with["shortcuts"] == "plain adds"
+
+
 def test_a_damaged_graph_is_refused(v1_bundle: Bundle) -> None:
     path = v1_bundle.path / "fp32.onnx"
     data = bytearray(path.read_bytes())

@@ -16,7 +16,7 @@ PACKAGE = Path(rexdeploy.__path__[0])
 LEVELS = [
     {"errors", "progress", "gpu"},
     {"manifest"},
-    {"bundle", "images", "compare", "precision", "tensorrt_api"},
+    {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api"},
     {"models", "graph", "console"},
     {"backends"},
     {"parity", "peers", "roofline"},
@@ -29,7 +29,7 @@ LEVELS = [
 # Importing one of these at module level is for the modules named.
 HEAVY = {
     "torch": {"export", "graph", "models", "peers"},
-    "onnx": {"export", "graph", "build", "verify", "precision"},
+    "onnx": {"export", "graph", "build", "verify", "precision", "shortcuts"},
     "safetensors": {"export", "models"},
     "onnxruntime": set[str](),
     "onnxsim": set[str](),
