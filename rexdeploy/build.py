@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     root_graph = bundle.manifest.find("onnx")
     if root_graph is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
-    graph_artifact, data, is_made = _graph(source, root_graph, options, report)
+    graph_artifact, data, made = _graphs(source, root_graph, options, report)
+    new_graphs = [artifact for artifact, _ in made.values()]
+    files = {**source.new_files, **{name: content for name, (_, content) in made.items()}}
     graph = parse(data, graph_artifact.file)
     settings = EngineSettings(
         flavor,
@@ -91,8 +94,8 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     built_with = _built_with(settings, trt.__version__)
     engine = _same_engine(source, graph_artifact, settings, built_with)
     if engine is not None and not options.force:
-        if is_made:  # the engine was whole, its graph was not
-            bundle = bundle.update(graph_artifact, files={graph_artifact.file: data})
+        if made:  # the engine was whole, its graph was not
+            bundle = bundle.update(*new_graphs, files=files)
         return BuildResult(bundle, engine, reused=True)
 
     report(f"building a {graph_artifact.precision} engine with {trt.__name__} {trt.__version__}")
@@ -118,11 +121,11 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
         command=options.command,
     )
     report(f"writing {bundle.path / engine.file}")
-    files = {**source.new_files, graph_artifact.file: data, engine.file: built.plan}
+    files[engine.file] = built.plan
     if source.is_new:
-        manifest = bundle.manifest.with_artifacts(graph_artifact, engine)
+        manifest = bundle.manifest.with_artifacts(*new_graphs, engine)
         return BuildResult(commit(bundle.path, lambda _: manifest, files), engine, reused=False)
-    return BuildResult(bundle.update(graph_artifact, engine, files=files), engine, reused=False)
+    return BuildResult(bundle.update(*new_graphs, engine, files=files), engine, reused=False)
 
 
 def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
@@ -251,47 +254,58 @@ def _can_load(flavor: Flavor) -> bool:
     return True
 
 
-def _graph(
+@dataclass(frozen=True)
+class _Step:
+    """A form of a graph that is kept as a file of its own."""
+
+    file: str
+    precision: Precision | None
+    make: Callable[[ModelProto], ModelProto]
+    notes: dict[str, str]  # for built_with
+
+
+def _graphs(
     source: Source, root: Artifact, options: BuildOptions, report: Report
-) -> tuple[Artifact, bytes, bool]:
-    """The graph to build from: the root as it is, or a form of it, and whether that was made."""
-    data = source.read(root)
-    graph = parse(data, root.file)
-    file, form = "fp32.tensorrt.onnx", dict[str, str]()
-    if root.built_with.get("align", "off") != "off":  # our own export, so of a known structure
-        plain = to_plain_adds(graph)
-        if plain != graph:
-            graph, form = plain, {"shortcuts": "plain adds"}
-    precision: Precision | None = root.precision
-    if options.fp16 and precision != "fp16":
-        file, precision = "fp16.onnx", "fp16"
-    elif not form:
-        return root, data, False
-    for existing in source.bundle.manifest.artifacts:
-        if (
-            existing.file == file
-            and existing.parent_sha256 == root.sha256
-            and existing.built_with.get("shortcuts") == form.get("shortcuts")
-        ):
+) -> tuple[Artifact, bytes, dict[str, tuple[Artifact, bytes]]]:
+    """The graph to build from, and those on the way to it that had to be made, by file.
+
+    Each step is a file, so that `verify` can hold each to a limit of its own: TensorRT's form of
+    the shortcuts is exact, float16 is not.
+    """
+    steps = []
+    if root.built_with.get("align", "off") != "off":  # our own export, of a known structure
+        notes = {"shortcuts": "plain adds"}
+        steps.append(_Step("fp32.tensorrt.onnx", root.precision, to_plain_adds, notes))
+    if options.fp16 and root.precision != "fp16":
+        steps.append(_Step("fp16.onnx", "fp16", to_fp16, {}))
+    artifact, data = root, source.read(root)
+    made: dict[str, tuple[Artifact, bytes]] = {}
+    for step in steps:
+        existing = source.bundle.manifest.find_file(step.file)
+        if existing is not None and existing.parent_sha256 == artifact.sha256:
             try:
-                return existing, source.read(existing), False
+                artifact, data = existing, source.read(existing)
+                continue
             except UsageError as error:
                 report(f"making it again, since {error}")
-    report(f"making {file}")
-    if precision == "fp16":
-        graph = to_fp16(graph)
-    data = graph.SerializeToString(deterministic=True)
-    artifact = Artifact(
-        "onnx",
-        file,
-        sha256(data),
-        parent_sha256=root.sha256,
-        precision=precision,
-        batch=root.batch,
-        built_with={"onnx": onnx.__version__} | form,
-        command=options.command,
-    )
-    return artifact, data, True
+        report(f"making {step.file}")
+        graph = parse(data, artifact.file)
+        changed = step.make(graph)
+        if changed == graph:
+            continue  # every shortcut is a plain Add already
+        data = changed.SerializeToString(deterministic=True)
+        artifact = Artifact(
+            "onnx",
+            step.file,
+            sha256(data),
+            parent_sha256=artifact.sha256,
+            precision=step.precision,
+            batch=root.batch,
+            built_with={"onnx": onnx.__version__} | step.notes,
+            command=options.command,
+        )
+        made[step.file] = artifact, data
+    return artifact, data, made
 
 
 def _batch(asked: BatchRange | None, fixed: BatchRange | None) -> BatchRange:

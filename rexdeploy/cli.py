@@ -420,9 +420,9 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Also time the bundles' networks as 'plain' (not aligned), 'published' (its "
-            "in-place shortcut) or 'timm' (its own model), or any model of timm, such as "
-            "efficientnet_b0; repeatable.",
+            help="Also time the bundles' networks as 'plain' (not aligned), '8' or '16' (aligned), "
+            "'published' (its in-place shortcut) or 'timm' (its own model), or any model of timm, "
+            "such as efficientnet_b0; repeatable.",
             show_default=False,
         ),
     ] = None,

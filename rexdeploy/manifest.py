@@ -169,6 +169,10 @@ class Manifest:
                 return artifact
         return None
 
+    def find_file(self, file: str) -> Artifact | None:
+        """The artifact of that file name, or None."""
+        return next((artifact for artifact in self.artifacts if artifact.file == file), None)
+
     def with_artifacts(self, *added: Artifact) -> Manifest:
         """A copy in which `added` replace artifacts of the same file name.
 

@@ -16,9 +16,10 @@ from rexdeploy.manifest import ModelSpec, Preprocess, WeightsOrigin
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, Family, LinearBottleneck, RexNet
 
-OWN_FORMS = ("plain", "published", "timm")
+OWN_FORMS = ("plain", "published", "timm", "8", "16")
 """Forms of a bundle's own network: `plain` is our graph without alignment; `published` adds the
-shortcut in place, as the published code does; `timm` is timm's model and what it exports to."""
+shortcut in place, as the published code does; `timm` is timm's model and what it exports to; a
+number is the multiple that channels are padded to."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def own_peer(form: str, network: str, model: RexNet, spec: ModelSpec) -> Peer:
     """The bundle's network in another form; raises UsageError where there is no such form."""
     if form == "plain":
         return Peer(network, form, spec, model)
+    if form.isdigit():
+        return Peer(network, form, spec, model, exported=align(model, int(form)))
     if form == "published":
         return Peer(network, form, spec, _with_published_shortcuts(model))
     if spec.family != "rexnet" or spec.width is None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rexdeploy.bench import Benchmark, Latency
 
 FORMATS = (".png", ".svg", ".pdf")
+_MIN_NETWORKS = 4  # fewer points of accuracy against latency say nothing
 
 
 def check_plot(path: Path) -> None:
@@ -28,6 +29,8 @@ def check_plot(path: Path) -> None:
 def plot_benchmark(result: Benchmark, path: Path) -> None:
     """Writes bars of median latencies, and published top-1 accuracy against them where known."""
     known = accuracies(result.latencies)
+    if len(known) < _MIN_NETWORKS:
+        known = {}
     rows = _one_setting(result.latencies)
     pyplot = _pyplot()
     height = max(4.0, 0.28 * len(rows) + 1.5)
@@ -74,7 +77,7 @@ def _draw_bars(axes: Axes, rows: Sequence[Latency]) -> None:
             xerr=[[median - low], [high - median]],
             color=f"C{backends.index(_backend(row)) % 10}",
         )
-        axes.text(median, position, f" {median:.1f}", va="center", ha="left", fontsize=8)
+        axes.text(max(median, high), position, f" {median:.1f}", va="center", ha="left", fontsize=8)
     axes.set_yticks(range(len(rows)))
     axes.set_yticklabels([f"{row.network} {row.form}, {_backend(row)}" for row in rows], fontsize=8)
     axes.invert_yaxis()
@@ -89,10 +92,10 @@ def _draw_accuracy(
     for row in rows:
         if row.network in known and row.mode == "host":
             family, top1 = known[row.network]
-            label = f"{family} {row.form}, {row.backend}"
+            label = f"{family} {_form(row)}, {row.backend}"
             lines.setdefault(label, []).append((row.percentile_ms(50), top1, row.network))
     for label, points in lines.items():
-        points.sort()
+        points.sort(key=lambda point: point[1])
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=label)
         for x, y, name in points:
             axes.annotate(name, (x, y), fontsize=7, xytext=(4, -8), textcoords="offset points")
@@ -100,6 +103,10 @@ def _draw_accuracy(
     axes.set_ylabel("published top-1 accuracy, % (ImageNet-1k)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
+
+
+def _form(row: Latency) -> str:
+    return f"aligned to {row.form}" if row.form.isdigit() else row.form
 
 
 def _backend(row: Latency) -> str:

@@ -116,7 +116,7 @@ class PeerSubject:
 def compared(bundles: Sequence[Bundle], names: Sequence[str]) -> list[Subject]:
     """The bundles, each followed by its own peers, and then by other networks of timm.
 
-    `names` are forms of the bundles' own networks (plain, published, timm) or names of timm
+    `names` are forms of the bundles' own networks (plain, published, timm, 8, 16) or names of timm
     models. Raises UsageError for an unknown name, or where a bundle has no such form, and
     BackendUnavailable where timm is missing.
     """

@@ -131,10 +131,10 @@ def test_verify_prints_the_table_and_what_was_skipped(v1_bundle: Bundle, tmp_pat
     result = run_cli("verify", "--samples", "2", cwd=tmp_path)
     assert result.code == 0
     assert "torch -> fp32.onnx (onnxruntime)" in result.out
-    assert "fp32.onnx -> fp16.onnx (onnxruntime)" in result.out
+    assert "fp32.tensorrt.onnx -> fp16.onnx (onnxruntime)" in result.out
     assert "passed: " in result.out
     if "skipped fp16.rtx-sm89.engine" in result.out:
-        assert "passed: 2 edges are within their limits; NOT verified: 1 skipped" in result.out
+        assert "passed: 3 edges are within their limits; NOT verified: 1 skipped" in result.out
 
 
 def test_models_prints_eleven_networks_that_agree(tmp_path: Path) -> None:
