@@ -42,7 +42,7 @@ def plot_benchmark(result: Benchmark, path: Path) -> None:
         _draw_accuracy(axes[0][1], rows, known)
     figure.suptitle(_title(result))
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
 
@@ -130,6 +130,8 @@ def _pyplot() -> Any:
     except ImportError:
         raise BackendUnavailable("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")  # no screen
+    # Text as text, and the same bytes for the same figures: pictures are committed.
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "rexdeploy"}
     from matplotlib import pyplot
 
     return pyplot

@@ -17,6 +17,7 @@ import pytest
 import sklearn.datasets
 
 from rexdeploy import gpu
+from rexdeploy.models.zoo import paper_rows
 from tests.helpers import ROOT, run_cli
 
 pytestmark = pytest.mark.slow
@@ -109,31 +110,62 @@ def test_the_quickstart_script_runs_readmes_three_commands(tmp_path: Path) -> No
     assert (tmp_path / "artifacts" / "rexnet_1.5" / "verify.json").exists()
 
 
-def test_readmes_speeds_are_those_of_the_committed_measurement() -> None:
-    file = ROOT / "artifacts" / "benchmarks" / "alignment-cpu.json"
-    medians = {
-        (
-            row["model"].removesuffix(" (untrained weights)"),
-            row["batch"],
-            row["threads"],
-            row["align"],
-        ): statistics.median(row["samples_ms"])
-        for row in json.loads(file.read_text())["latencies"]
+def _medians(file: str) -> dict[tuple[str, str, str, int, int], tuple[float, float]]:
+    """Median milliseconds and those of the matrix rate, by network, backend, form and so on."""
+    data = json.loads((ROOT / "artifacts" / "benchmarks" / file).read_text())
+    assert data["machine"]["processor"]
+    return {
+        (row["network"], row["backend"], row["form"], row["batch"], row["threads"]): (
+            statistics.median(row["samples_ms"]),
+            row["matrix_ms"],
+        )
+        for row in data["latencies"]
     }
-    shown = re.findall(r"^\| (rexnet\S* \S+) \|" + r" ([\d.]+) \|" * 6 + "$", README, re.MULTILINE)
+
+
+def test_readmes_speeds_are_those_of_the_committed_measurements() -> None:
+    shown = re.findall(r"^\| (rexnet\S*) \|" + r" (\S+) \|" * 9 + "$", README, re.MULTILINE)
     assert len(shown) == 12
     ratios = []
     for network, batch, threads, *figures in shown:
-        plain, eight, sixteen = (
-            medians[network, int(batch), int(threads), align] for align in ("off", "8", "16")
-        )
-        expected = [f"{plain:.1f}", f"{eight:.1f}", f"{sixteen:.1f}", f"{plain / sixteen:.2f}"]
-        assert figures == expected, network
-        ratios += [plain / sixteen] if "lite" not in network else []
+        measured = _medians(f"cpu-{network}.json")
+
+        def at(backend: str, form: str) -> float:
+            return measured[network, backend, form, int(batch), int(threads)][0]  # noqa: B023
+
+        ratio = at("onnxruntime", "published") / at("onnxruntime", "16")
+        limit = measured[network, "onnxruntime", "16", int(batch), int(threads)][1]
+        assert figures == [
+            f"{at('onnxruntime', 'published'):.1f}",
+            f"{at('onnxruntime', 'plain'):.1f}",
+            f"{at('onnxruntime', '16'):.1f}",
+            f"{ratio:.2f}",
+            f"{limit / at('onnxruntime', '16'):.0%}",
+            f"{at('openvino', 'published'):.1f}",
+            f"{at('pytorch', 'plain'):.1f}",
+        ], (network, batch, threads)
+        ratios += [ratio] if "lite" not in network else []
     assert f"{min(ratios):.2f} to {max(ratios):.2f} times the speed" in README
 
 
+def test_readmes_published_table_has_the_committed_figures() -> None:
+    measured = _medians("cpu-paper.json")
+    rows = re.findall(r"^\| (\S+) \| \d+x\d+ \|" + r" (\S+) \|" * 5 + "$", README, re.MULTILINE)
+    assert [row[0] for row in rows] == [row.network for row in paper_rows()]
+    for (network, top1, cost, cpu, pytorch, onnxruntime), row in zip(
+        rows, paper_rows(), strict=True
+    ):
+        assert (top1, cost) == (f"{row.top1:.1f}", f"{row.gmacs}B/{row.params_m}M")
+        assert cpu == f"{row.cpu_ms:.0f}ms"
+        form = "timm" if "efficientnet" in network else "16"
+        plain = form if form == "timm" else "plain"
+        assert onnxruntime == f"{measured[network, 'onnxruntime', form, 1, 2][0]:.1f}ms"
+        assert pytorch == f"{measured[network, 'pytorch', plain, 1, 2][0]:.1f}ms"
+
+
 def test_links_and_files_that_readme_names_exist() -> None:
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / name).exists(), name
     for name in re.findall(r"\./(scripts/\S+)", README):
         assert (ROOT / name).is_file(), name
         assert os.access(ROOT / name, os.X_OK), name
