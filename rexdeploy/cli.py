@@ -17,6 +17,7 @@ from rexdeploy.show import (
     show_benchmark,
     show_build,
     show_export,
+    show_inspection,
     show_models,
     show_verification,
 )
@@ -349,6 +350,36 @@ def verify(
     finally:  # whatever becomes of the output, the exit code is the verdict's
         if result.failures:
             raise VerificationFailed("; ".join(result.failures))
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An ONNX graph or an engine.")],
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Show what a graph or an engine is, in which types it computes, and what can run it here.
+
+    Needs no GPU. Exit code 3: it does not compute in the precision that its bundle says.
+
+    \b
+    Example:
+    rexdeploy inspect artifacts/rexnet_1.5/fp16.onnx
+    """
+    check_json(json)
+    from rexdeploy.errors import VerificationFailed
+    from rexdeploy.inspection import inspect as run
+
+    with progress(quiet) as report:
+        result = run(file, report)
+    emit(json, lambda: result)
+    if not quiet and json != Path("-"):
+        show_inspection(result)
+    if result.proof is not None and not result.proof.holds:
+        raise VerificationFailed(f"{file}: not in the precision asked for: {result.proof.summary}")
+    for runner in result.runners:
+        if runner.conflict:
+            raise RexdeployError(f"{file}: {runner.reason}")
 
 
 @app.command()

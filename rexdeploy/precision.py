@@ -7,18 +7,28 @@ is decided here. Our own conversion, since the known converters clamp weights si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.inliner import inline_local_functions
 
 from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.manifest import Precision
+from rexdeploy.manifest import TYPE_NAMES, Precision
+from rexdeploy.proof import Product
 
 ARITHMETIC_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 _FLOAT, _HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+_TYPE_NAMES: dict[int, str] = {
+    TensorProto.FLOAT: "Float",
+    TensorProto.FLOAT16: "Half",
+    TensorProto.BFLOAT16: "BFloat16",
+    TensorProto.INT8: "Int8",
+}
 _FP16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -47,12 +57,63 @@ def parse(data: bytes, name: str) -> ModelProto:
     return model
 
 
+def read_with_external_data(path: Path) -> bytes:
+    """The model at `path` in one piece; weights that lie in a file beside it are taken in."""
+    data = path.read_bytes()
+    try:
+        model = onnx.load(path)
+        external = onnx.load_from_string(data) != model
+    except Exception:  # not a model, or its data is missing: parse() says which
+        return data
+    return model.SerializeToString() if external else data
+
+
 def precision_of(model: ModelProto) -> Precision | None:
     """The type of the model's convolutions and matrix products; None if it is mixed or other."""
-    types = set(_arithmetic_types(model))
-    if types == {_FLOAT}:
-        return "fp32"
-    return "fp16" if types == {_HALF} else None
+    types = {product.precision for product in products(model)}
+    return next((name for name, kind in TYPE_NAMES.items() if types == {kind}), None)
+
+
+def products(model: ModelProto) -> list[Product]:
+    """The model's convolutions and matrix products, with their types and costs.
+
+    TensorRT's parser calls a nameless node after its first output, and so are they here.
+    """
+    if model.functions:
+        model = inline_local_functions(model)
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    found = []
+    types: dict[str, int] = {}
+    for part in _with_branches(graph):  # a branch may read what is around it
+        types |= _element_types(part)
+        shapes = _shapes(part)
+        producers = {name: node for node in part.node for name in node.output}
+        found += [
+            Product(
+                node.name or f"node_of_{node.output[0]}",
+                _stored_type(node.input[1], types, producers),
+                _macs(node, shapes) if part is graph else None,  # a branch may run, or not
+            )
+            for node in part.node
+            if node.op_type in ARITHMETIC_OPS and node.domain in ("", "ai.onnx")
+        ]
+    return found
+
+
+def describe(model: ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What goes in and out: `input float [batch, 3, 224, 224]`; "?" is a size that is not told."""
+    weights = {
+        tensor.name for tensor in model.graph.initializer
+    }  # older graphs list them as inputs
+
+    def line(value: onnx.ValueInfoProto) -> str:
+        tensor = value.type.tensor_type
+        sizes = [str(dim.dim_value or dim.dim_param or "?") for dim in tensor.shape.dim]
+        kind = TensorProto.DataType.Name(tensor.elem_type).lower()
+        return f"{value.name} {kind} [{', '.join(sizes)}]"
+
+    inputs = [line(value) for value in model.graph.input if value.name not in weights]
+    return tuple(inputs), tuple(line(value) for value in model.graph.output)
 
 
 class _Conversion:
@@ -188,10 +249,49 @@ def _element_types(graph: GraphProto) -> dict[str, int]:
     return types
 
 
-def _arithmetic_types(model: ModelProto) -> Iterator[int]:
-    """The element type of the weights or second operand of every convolution and product."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    types = _element_types(graph)
+def _with_branches(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph, and those of its control flow."""
+    yield graph
     for node in graph.node:
-        if node.op_type in ARITHMETIC_OPS:
-            yield types.get(node.input[1], 0)
+        for attribute in node.attribute:
+            for branch in (attribute.g, *attribute.graphs):
+                yield from _with_branches(branch)
+
+
+def _stored_type(name: str, types: dict[str, int], producers: dict[str, NodeProto]) -> str:
+    """The type of a product's operand; Int8 where it is dequantised just before."""
+    producer = producers.get(name)
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        name = producer.input[0]
+    kind = types.get(name, 0)
+    return _TYPE_NAMES.get(kind) or str(TensorProto.DataType.Name(kind))
+
+
+def _macs(node: NodeProto, shapes: dict[str, list[int]]) -> int | None:
+    """Multiply-accumulates for one image; None where the shapes are not known.
+
+    The first dimension of what a node computes on is the batch, whatever its size.
+    """
+    if any(name not in shapes for name in (*node.input[:2], node.output[0])):
+        return None
+    data, weights, output = (shapes[name] for name in (*node.input[:2], node.output[0]))
+    if not data:
+        return None
+    if node.op_type == "ConvTranspose":
+        factors = [*data[1:], *weights[1:]]
+    elif node.op_type == "Conv":
+        factors = [*output[1:], *weights[1:]]
+    else:
+        transposed = any(item.name == "transA" and item.i for item in node.attribute)
+        factors = [*output[1:], data[0 if transposed else -1]]
+    return math.prod(factors) if all(size > 0 for size in factors) else None
+
+
+def _shapes(graph: GraphProto) -> dict[str, list[int]]:
+    """Shapes by tensor name; a dimension that is open is 0."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes.setdefault(value.name, [dim.dim_value for dim in dims])
+    return shapes

@@ -43,7 +43,8 @@ def test_the_chain_of_hashes_leads_from_the_engine_to_the_weights(v1_original: B
     for artifact in v1_original.manifest.artifacts:
         assert sha256(v1_original.read(artifact)) == artifact.sha256
     assert engine.file == "fp16.rtx-sm89.engine"
-    assert engine.built_with["half_share"] == "100%"
+    assert engine.proof is not None
+    assert (engine.proof.wanted, engine.proof.share("Half")) == ("Half", 1)
     assert engine.batch == BatchRange(1, 2, 8)
 
 
@@ -101,7 +102,8 @@ def test_an_fp16_build_that_is_really_fp32_fails_and_writes_nothing(v1_bundle: B
 
 def test_a_float32_build_has_no_half_layer(v1_bundle: Bundle) -> None:
     engine = build(v1_bundle, replace(OPTIONS, fp16=False)).engine
-    assert (engine.precision, engine.built_with["half_layers"]) == ("fp32", "0")
+    assert engine.proof is not None
+    assert (engine.precision, set(engine.proof.layers)) == ("fp32", {"Float"})
     assert engine.file == "fp32.rtx-sm89.engine"
 
 
@@ -187,7 +189,8 @@ def test_somebodys_own_graph_gets_a_bundle_an_engine_and_a_verification(
     assert (bundle.manifest.model.family, bundle.manifest.model.num_classes) == ("onnx", 7)
     assert bundle.path == tmp_path / "mine"
     result = build(source, OPTIONS)
-    assert result.engine.built_with["half_layers"] == "4"
+    assert result.engine.proof is not None
+    assert result.engine.proof.layers["Half"] == 4
     verification = verify(result.bundle, VerifyOptions(samples=6))
     assert verification.passed
     assert [edge.reference for edge in verification.edges] == ["model.onnx"]

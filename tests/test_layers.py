@@ -14,13 +14,13 @@ PACKAGE = Path(rexdeploy.__path__[0])
 
 # A module imports lower levels only: steps meet through the bundle, not through calls.
 LEVELS = [
-    {"errors", "progress", "gpu"},
+    {"errors", "progress", "gpu", "proof"},
     {"manifest"},
     {"bundle", "images", "compare", "precision", "tensorrt_api"},
     {"models", "graph", "console"},
     {"backends"},
     {"parity"},
-    {"export", "build", "verify", "bench", "classify", "doctor"},
+    {"export", "build", "verify", "bench", "classify", "doctor", "inspection"},
     {"__init__", "show"},
     {"cli"},
     {"__main__"},

@@ -23,35 +23,7 @@ class OnnxRuntimeBackend:
         self, model: bytes, spec: ModelSpec, cuda: bool = False, threads: int | None = None
     ) -> None:
         self.name = "onnxruntime-cuda" if cuda else "onnxruntime"
-        try:
-            import onnxruntime as ort
-        except ImportError:
-            raise BackendUnavailable(
-                "onnxruntime is not installed: pip install 'rexdeploy[cpu]', or 'rexdeploy[gpu]' "
-                "on a machine with an NVIDIA GPU"
-            ) from None
-        if cuda and _CUDA not in ort.get_available_providers():
-            raise BackendUnavailable(
-                "this onnxruntime is the CPU build; with an NVIDIA GPU: "
-                "pip uninstall onnxruntime && pip install 'rexdeploy[gpu]'"
-            )
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # its warnings are about its own optimisations
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            # Idle threads of one session would otherwise spin while another one is timed.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            # TF32 is on by default and rounds float32 products to 10 bits: not parity.
-            provider = (_CUDA, {"use_tf32": "0"}) if cuda else "CPUExecutionProvider"
-            self._session = ort.InferenceSession(model, options, providers=[provider])
-        except Exception as error:  # onnxruntime's errors share no public base class
-            raise UsageError(
-                f"not an ONNX model that onnxruntime can load ({_first_line(error)})"
-            ) from None
-        if cuda and _CUDA not in self._session.get_providers():
-            # Without a usable GPU, onnxruntime quietly runs on the CPU instead.
-            raise BackendUnavailable("onnxruntime found no usable NVIDIA GPU, driver or cuDNN")
+        self._session = load_session(model, cuda, threads)
         _check_signature(self._session.get_inputs(), self._session.get_outputs(), spec)
         self._input = self._session.get_inputs()[0].name
         self._batch = self._session.get_inputs()[0].shape[0]
@@ -73,6 +45,44 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         self._session = None
+
+
+def load_session(model: bytes, cuda: bool = False, threads: int | None = None) -> Any:
+    """An onnxruntime session of the model.
+
+    Raises BackendUnavailable where onnxruntime or the GPU is missing, UsageError where onnxruntime
+    cannot run such a model.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise BackendUnavailable(
+            "onnxruntime is not installed: pip install 'rexdeploy[cpu]', or 'rexdeploy[gpu]' "
+            "on a machine with an NVIDIA GPU"
+        ) from None
+    if cuda and _CUDA not in ort.get_available_providers():
+        raise BackendUnavailable(
+            "this onnxruntime is the CPU build; with an NVIDIA GPU: "
+            "pip uninstall onnxruntime && pip install 'rexdeploy[gpu]'"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # its warnings are about its own optimisations
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        # Idle threads of one session would otherwise spin while another one is timed.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        # TF32 is on by default and rounds float32 products to 10 bits: not parity.
+        provider = (_CUDA, {"use_tf32": "0"}) if cuda else "CPUExecutionProvider"
+        session = ort.InferenceSession(model, options, providers=[provider])
+    except Exception as error:  # onnxruntime's errors share no public base class
+        raise UsageError(
+            f"not an ONNX model that onnxruntime can load ({_first_line(error)})"
+        ) from None
+    if cuda and _CUDA not in session.get_providers():
+        # Without a usable GPU, onnxruntime quietly runs on the CPU instead.
+        raise BackendUnavailable("onnxruntime found no usable NVIDIA GPU, driver or cuDNN")
+    return session
 
 
 def _check_signature(inputs: Sequence[Any], outputs: Sequence[Any], spec: ModelSpec) -> None:
