@@ -19,6 +19,7 @@ from rexdeploy.manifest import (
     BatchRange,
     Manifest,
     ModelSpec,
+    Precision,
     Preprocess,
     WeightsOrigin,
 )
@@ -27,6 +28,7 @@ from rexdeploy.precision import (
     precision_of,
     products,
     read_with_external_data,
+    to_bf16,
     to_fp16,
 )
 from rexdeploy.progress import Report, silent
@@ -43,6 +45,7 @@ class BuildOptions:
     """How to build an engine."""
 
     fp16: bool = False
+    bf16: bool = False
     batch: BatchRange | None = None  # None: 1:8:64, or what a fixed-batch graph has
     flavor: str = "auto"
     targets: tuple[str, ...] = ()
@@ -76,9 +79,11 @@ class Source:
 def build(source: Source | Bundle, options: BuildOptions, report: Report = silent) -> BuildResult:
     """Builds an engine into a bundle, or finds the one that these settings would give.
 
-    With `fp16` it first makes the typed float16 graph. Raises VerificationFailed, and writes
+    With `fp16` or `bf16` it first makes the typed graph. Raises VerificationFailed, and writes
     nothing, if the built engine does not compute in the precision that was asked for.
     """
+    if options.fp16 and options.bf16:
+        raise UsageError("got --fp16 and --bf16, expected one of them")
     if isinstance(source, Bundle):
         source = Source(source)
     bundle = source.bundle
@@ -247,23 +252,29 @@ def _can_load(flavor: Flavor) -> bool:
 def _graph(
     source: Source, root: Artifact, options: BuildOptions, report: Report
 ) -> tuple[Artifact, bytes, bool]:
-    """The graph to build from (as it is, or its float16 form), and whether it had to be made."""
-    if not options.fp16 or root.precision == "fp16":
+    """The graph to build from (as it is, or its 16-bit form), and whether it had to be made."""
+    wanted: Precision | None = "fp16" if options.fp16 else "bf16" if options.bf16 else None
+    if wanted is None or root.precision == wanted:
         return root, source.read(root), False
-    existing = source.bundle.manifest.find("onnx", "fp16")
+    existing = source.bundle.manifest.find("onnx", wanted)
     if existing is not None and existing.parent_sha256 == root.sha256:
         try:
             return existing, source.read(existing), False
         except UsageError as error:
             report(f"making it again, since {error}")
-    report("making the float16 graph")
-    data = to_fp16(parse(source.read(root), root.file)).SerializeToString(deterministic=True)
+    if root.precision not in ("fp32", None):
+        raise UsageError(
+            f"{root.file} is a graph in {root.precision}; --{wanted} needs one in float32"
+        )
+    report(f"making the {wanted} graph")
+    convert = to_fp16 if wanted == "fp16" else to_bf16
+    data = convert(parse(source.read(root), root.file)).SerializeToString(deterministic=True)
     artifact = Artifact(
         "onnx",
-        "fp16.onnx",
+        f"{wanted}.onnx",
         sha256(data),
         parent_sha256=root.sha256,
-        precision="fp16",
+        precision=wanted,
         batch=root.batch,
         built_with={"onnx": onnx.__version__},
         command=options.command,

@@ -212,6 +212,9 @@ def export(
 def build_trt(
     bundle: BundleArgument = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Compute in float16, and prove it.")] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16, and prove it.")
+    ] = False,
     batch: Annotated[
         str | None,
         typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes to accept [default: 1:8:64]."),
@@ -266,6 +269,7 @@ def build_trt(
         raise UsageError("got a bundle and --onnx, expected one of them")
     options = BuildOptions(
         fp16=fp16,
+        bf16=bf16,
         batch=BatchRange.parse(batch) if batch is not None else None,
         flavor=flavor,
         targets=tuple(target or ()),

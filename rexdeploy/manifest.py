@@ -16,8 +16,8 @@ MAX_CLASSES = 1_000_000
 MAX_BATCH = 4096
 MAX_IMAGE_SIZE = 4096  # pixels a side; no ReXNet is used at a quarter of it
 
-Precision = Literal["fp32", "fp16"]
-TYPE_NAMES: dict[Precision, str] = {"fp32": "Float", "fp16": "Half"}
+Precision = Literal["fp32", "fp16", "bf16"]
+TYPE_NAMES: dict[Precision, str] = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16"}
 """Each precision's type, by TensorRT-RTX's names."""
 Kind = Literal["weights", "onnx", "engine", "labels", "report"]
 

@@ -33,7 +33,7 @@ from rexdeploy.manifest import (
     to_json,
 )
 from rexdeploy.parity import LIMITS, Rows, run_batches
-from rexdeploy.precision import parse, precision_of, products
+from rexdeploy.precision import emulate_bf16, parse, precision_of, products
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
 from rexdeploy.tensorrt_api import RTX_MAGIC
@@ -180,13 +180,17 @@ class _Judge:
 
     def run(self, candidate: _Candidate, name: str) -> None:
         """Compares a candidate's logits with its parent's and with the reference's."""
-        label = f"{candidate.file} ({name})"
+        label, model = f"{candidate.file} ({name})", candidate.model
+        if candidate.precision == "bf16" and name == "onnxruntime":
+            # It has no bfloat16 arithmetic on a CPU (1.32), only casts.
+            label = f"{candidate.file} ({name}, bfloat16 emulated)"
+            model = emulate_bf16(parse(model, candidate.file)).SerializeToString()
         sizes = (candidate.batch or self._default_range).samples()
         if candidate.kind == "onnx" and candidate.batch is None:
             # On a CPU: what an engine takes at once may not fit this machine's memory.
             sizes = [size for size in sizes if size <= MAX_GRAPH_BATCH] or [MAX_GRAPH_BATCH]
         try:
-            backend = open_backend(name, candidate.model, self._spec)
+            backend = open_backend(name, model, self._spec)
         except BackendUnavailable as error:
             self.skipped.append(Skipped(candidate.parent, label, name, str(error)))
             return

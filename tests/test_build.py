@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,57 @@ def test_a_float32_build_has_no_half_layer(v1_bundle: Bundle) -> None:
     assert engine.proof is not None
     assert (engine.precision, set(engine.proof.layers)) == ("fp32", {"Float"})
     assert engine.file == "fp32.rtx-sm89.engine"
+
+
+@pytest.fixture(scope="module")
+def bf16_original(v1_original: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The V1 bundle with a bfloat16 graph and engine, too."""
+    folder = tmp_path_factory.mktemp("bf16") / "v1"
+    shutil.copytree(v1_original.path, folder)
+    return build(Bundle.open(folder), replace(OPTIONS, fp16=False, bf16=True)).bundle
+
+
+def test_a_bfloat16_build_is_proven_and_its_graph_is_verified_by_emulation(
+    bf16_original: Bundle,
+) -> None:
+    engine = _artifact(bf16_original, "engine", "bf16")
+    assert engine.file == "bf16.rtx-sm89.engine"
+    assert engine.proof is not None
+    assert engine.proof.wanted == "BFloat16"
+    assert engine.proof.holds
+    assert engine.proof.macs.keys() == {"BFloat16"}
+    result = verify(bf16_original, VerifyOptions(samples=6))
+    assert result.passed, result.failures
+    label = "bf16.onnx (onnxruntime, bfloat16 emulated)"
+    (edge,) = (edge for edge in result.edges if edge.candidate == label)
+    assert edge.reference == "fp32.onnx"
+    assert 0.1 < edge.error < edge.limit  # it did round, by 3 bits more than float16
+    assert build(bf16_original, replace(OPTIONS, fp16=False, bf16=True)).reused
+
+
+def test_swapped_channels_in_the_bfloat16_graph_break_its_edge(
+    bf16_original: Bundle, tmp_path: Path
+) -> None:
+    graph = _model(bf16_original, "bf16")
+    (stem,) = (t for t in graph.graph.initializer if t.name == nodes_of(graph, "Conv")[0].input[1])
+    values = np.frombuffer(stem.raw_data, "<u2").reshape(stem.dims)
+    stem.raw_data = values[:, ::-1].tobytes()
+    path = tmp_path / "swapped.onnx"
+    path.write_bytes(graph.SerializeToString())
+    result = verify(bf16_original, VerifyOptions(samples=6, candidate=path))
+    assert "swapped.onnx (onnxruntime, bfloat16 emulated): error" in result.failures[0]
+
+
+def test_both_precisions_or_a_graph_in_another_are_refused(v1_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="got --fp16 and --bf16, expected one of them"):
+        build(v1_bundle, replace(OPTIONS, bf16=True))
+    half = _artifact(v1_bundle, "onnx", "fp16")
+    weights = v1_bundle.manifest.find("weights")
+    assert weights is not None
+    lone = replace(half, file="fp32.onnx", parent_sha256=weights.sha256)
+    bundle = v1_bundle.update(lone, files={lone.file: v1_bundle.read(half)})
+    with pytest.raises(UsageError, match="fp32.onnx is a graph in fp16; --bf16 needs one in"):
+        build(bundle, replace(OPTIONS, fp16=False, bf16=True))
 
 
 def test_a_damaged_graph_is_refused(v1_bundle: Bundle) -> None:
