@@ -15,6 +15,7 @@ from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
     FORMAT,
+    TYPE_NAMES,
     Artifact,
     BatchRange,
     Manifest,
@@ -23,12 +24,22 @@ from rexdeploy.manifest import (
     Preprocess,
     WeightsOrigin,
 )
-from rexdeploy.precision import ARITHMETIC_OPS, parse, precision_of, to_fp16
+from rexdeploy.precision import (
+    parse,
+    precision_of,
+    products,
+    read_with_external_data,
+    to_bf16,
+    to_fp16,
+)
 from rexdeploy.progress import Report, silent
+from rexdeploy.proof import PrecisionProof, prove
 from rexdeploy.shortcuts import to_plain_adds
-from rexdeploy.tensorrt_api import FLAVORS, EngineSettings, Flavor, PrecisionProof
+from rexdeploy.tensorrt_api import FLAVORS, EngineSettings, Flavor
 
 MAX_WORKSPACE_MIB = 1 << 20
+
+_PRECISION_TITLES = {"Half": "FP16", "BFloat16": "BF16", "Float": "float32"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class BuildOptions:
     """How to build an engine."""
 
     fp16: bool = False
+    bf16: bool = False
     batch: BatchRange | None = None  # None: 1:8:64, or what a fixed-batch graph has
     flavor: str = "auto"
     targets: tuple[str, ...] = ()
@@ -70,9 +82,11 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     """Builds an engine into a bundle, or finds the one that these settings would give.
 
     It first makes the graph that TensorRT gets: of our own aligned graphs the form with plain
-    shortcuts (`shortcuts.py`), with `fp16` typed float16. Raises VerificationFailed, and writes
-    nothing, if the built engine does not compute in the precision that was asked for.
+    shortcuts (`shortcuts.py`), with `fp16` or `bf16` the typed one. Raises VerificationFailed, and
+    writes nothing, if the built engine does not compute in the precision that was asked for.
     """
+    if options.fp16 and options.bf16:
+        raise UsageError("got --fp16 and --bf16, expected one of them")
     if isinstance(source, Bundle):
         source = Source(source)
     bundle = source.bundle
@@ -101,8 +115,9 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     report(f"building a {graph_artifact.precision} engine with {trt.__name__} {trt.__version__}")
     built = tensorrt_api.build(data, settings)
     report("proving its precision")
-    proof = tensorrt_api.prove(built.layers, _arithmetic_nodes(graph))
-    _check_precision(proof, graph_artifact.precision)
+    wanted = TYPE_NAMES[graph_artifact.precision] if graph_artifact.precision else None
+    proof = prove(built.layers, products(graph), wanted)
+    _check_precision(proof)
 
     target = built_with["targets"].replace(" and newer", "plus").replace(" ", "-")
     engine = Artifact(
@@ -112,13 +127,9 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
         parent_sha256=graph_artifact.sha256,
         precision=graph_artifact.precision,
         batch=settings.batch,
-        built_with=built_with
-        | {
-            "layers": str(proof.layers),
-            "half_layers": str(proof.half_layers),
-            "half_share": f"{proof.half_share:.0%}",
-        },
+        built_with=built_with,
         command=options.command,
+        proof=proof,
     )
     report(f"writing {bundle.path / engine.file}")
     files[engine.file] = built.plan
@@ -140,7 +151,7 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
         raise UsageError(f"ONNX graph {path}: no file there")
     if path.stem.startswith("."):
         raise UsageError(f"ONNX graph {path}: give the file a name, which its bundle will have")
-    data = _read_with_external_data(path)
+    data = read_with_external_data(path)
     model = onnx.shape_inference.infer_shapes(parse(data, str(path)))
     shapes = _check_classifier(model, path)
     artifact = Artifact(
@@ -173,17 +184,6 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
     )
     manifest = Manifest(FORMAT, path.stem, spec, (artifact,))
     return Source(Bundle(folder, manifest), {artifact.file: data}, is_new=True)
-
-
-def _read_with_external_data(path: Path) -> bytes:
-    """The model in one piece; weights that lie in a file beside it are taken in."""
-    data = path.read_bytes()
-    try:
-        model = onnx.load(path)
-        external = onnx.load_from_string(data) != model
-    except Exception:  # not a model, or its data is missing: parse() says which
-        return data
-    return model.SerializeToString() if external else data
 
 
 def _check_classifier(model: ModelProto, path: Path) -> list[list[int]]:
@@ -276,8 +276,14 @@ def _graphs(
     if root.built_with.get("align", "off") != "off":  # our own export, of a known structure
         notes = {"shortcuts": "plain adds"}
         steps.append(_Step("fp32.tensorrt.onnx", root.precision, to_plain_adds, notes))
-    if options.fp16 and root.precision != "fp16":
-        steps.append(_Step("fp16.onnx", "fp16", to_fp16, {}))
+    wanted: Precision | None = "fp16" if options.fp16 else "bf16" if options.bf16 else None
+    if wanted is not None and root.precision != wanted:
+        if root.precision not in ("fp32", None):
+            raise UsageError(
+                f"{root.file} is a graph in {root.precision}; --{wanted} needs one in float32"
+            )
+        convert = to_fp16 if wanted == "fp16" else to_bf16
+        steps.append(_Step(f"{wanted}.onnx", wanted, convert, {}))
     artifact, data = root, source.read(root)
     made: dict[str, tuple[Artifact, bytes]] = {}
     for step in steps:
@@ -350,6 +356,7 @@ def _same_engine(
             artifact.kind == "engine"
             and artifact.parent_sha256 == graph.sha256
             and artifact.batch == settings.batch
+            and artifact.proof is not None  # an engine of an older rexdeploy has none
             and built_with.items() <= artifact.built_with.items()
         ):
             try:
@@ -360,22 +367,15 @@ def _same_engine(
     return None
 
 
-def _arithmetic_nodes(graph: ModelProto) -> set[str]:
-    """Their names; TensorRT's parser calls a nameless node after its first output."""
-    return {
-        node.name or f"node_of_{node.output[0]}"
-        for node in graph.graph.node
-        if node.op_type in ARITHMETIC_OPS
-    }
-
-
-def _check_precision(proof: PrecisionProof, precision: Precision | None) -> None:
-    """Raises VerificationFailed unless the engine computes in the graph's precision."""
-    share = f"{proof.half_layers} of {proof.layers} layers in Half ({proof.half_share:.0%})"
-    if precision == "fp16" and not proof.is_fp16:
-        slow = f"convolutions in another type: {', '.join(proof.not_half[:3]) or 'none'}"
-        if proof.not_found:
-            slow += f"; not found in the engine: {', '.join(proof.not_found[:3])}"
-        raise VerificationFailed(f"the engine is not FP16: {share}, {slow}; nothing was written")
-    if precision == "fp32" and proof.half_layers:
-        raise VerificationFailed(f"the engine is not float32: {share}; nothing was written")
+def _check_precision(proof: PrecisionProof) -> None:
+    """Raises VerificationFailed unless the engine computes in the types that were asked for."""
+    others = [kind for kind, count in proof.layers.items() if count and kind != proof.wanted]
+    if proof.holds and not (proof.wanted == "Float" and others):
+        return
+    asked = _PRECISION_TITLES.get(proof.wanted or "", "in its graph's types")
+    odd = f"convolutions in another type: {', '.join(proof.differing[:3]) or 'none'}"
+    if proof.not_found:
+        odd += f"; not found in the engine: {', '.join(proof.not_found[:3])}"
+    raise VerificationFailed(
+        f"the engine is not {asked}: {proof.summary}; {odd}; nothing was written"
+    )

@@ -38,7 +38,7 @@ class Bundle:
     @classmethod
     def open(cls, path: Path) -> Bundle:
         """Opens the bundle at `path`; raises UsageError if there is none or it is damaged."""
-        if not _is_bundle(path):
+        if not is_bundle(path):
             raise UsageError(
                 f"{path} is not a bundle: expected a folder with a manifest.json; "
                 "'rexdeploy export' makes one"
@@ -55,12 +55,12 @@ class Bundle:
         """
         if where is not None:
             named = root / where
-            return cls.open(named if _is_bundle(named) and not _is_bundle(where) else where)
+            return cls.open(named if is_bundle(named) and not is_bundle(where) else where)
         # A damaged bundle is an error, not passed over: it may be the very one that is meant.
         bundles = [
             cls.open(folder)
             for folder in (sorted(root.iterdir()) if root.is_dir() else [])
-            if _is_bundle(folder)
+            if is_bundle(folder)
         ]
         if not bundles:
             raise UsageError(
@@ -145,6 +145,11 @@ def commit(
     return Bundle(path, manifest)
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is a folder with a manifest, or with the journal of one."""
+    return path.is_dir() and any((path / name).exists() for name in (_MANIFEST, _JOURNAL))
+
+
 def check_writable(root: Path) -> None:
     """Raises UsageError unless files can be made in `root`; call it before a long step."""
     try:
@@ -160,10 +165,6 @@ def check_writable(root: Path) -> None:
 def sha256(data: bytes) -> str:
     """The SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
-
-
-def _is_bundle(path: Path) -> bool:
-    return path.is_dir() and any((path / name).exists() for name in (_MANIFEST, _JOURNAL))
 
 
 def _check_targets(path: Path, manifest: Manifest, is_new: bool) -> None:

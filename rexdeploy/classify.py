@@ -28,6 +28,7 @@ from rexdeploy.manifest import Artifact, BatchRange
 
 Float32 = npt.NDArray[np.float32]
 
+_FASTEST_FIRST = {"fp16": 0, "bf16": 1}  # engines by precision; what is not named comes after
 _CHUNK = 16  # images at once where the model takes any number
 
 
@@ -188,7 +189,7 @@ def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
         raise UsageError(f"backend: got '{backend}', expected one of {', '.join(known)}")
     manifest = bundle.manifest
     engines = [artifact for artifact in manifest.artifacts if artifact.kind == "engine"]
-    engines.sort(key=lambda artifact: artifact.precision != "fp16")
+    engines.sort(key=lambda artifact: _FASTEST_FIRST.get(artifact.precision or "", 2))
     choices = [(engine_backend(engine), engine) for engine in engines]
     graph = manifest.find("onnx")
     weights = manifest.find("weights")

@@ -17,6 +17,7 @@ from rexdeploy.show import (
     show_benchmark,
     show_build,
     show_export,
+    show_inspection,
     show_models,
     show_published_table,
     show_verification,
@@ -212,6 +213,9 @@ def export(
 def build_trt(
     bundle: BundleArgument = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Compute in float16, and prove it.")] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16, and prove it.")
+    ] = False,
     batch: Annotated[
         str | None,
         typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes to accept [default: 1:8:64]."),
@@ -266,6 +270,7 @@ def build_trt(
         raise UsageError("got a bundle and --onnx, expected one of them")
     options = BuildOptions(
         fp16=fp16,
+        bf16=bf16,
         batch=BatchRange.parse(batch) if batch is not None else None,
         flavor=flavor,
         targets=tuple(target or ()),
@@ -351,6 +356,36 @@ def verify(
     finally:  # whatever becomes of the output, the exit code is the verdict's
         if result.failures:
             raise VerificationFailed("; ".join(result.failures))
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An ONNX graph or an engine.")],
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Show what a graph or an engine is, in which types it computes, and what can run it here.
+
+    Needs no GPU. Exit code 3: it does not compute in the precision that its bundle says.
+
+    \b
+    Example:
+    rexdeploy inspect artifacts/rexnet_1.5/fp16.onnx
+    """
+    check_json(json)
+    from rexdeploy.errors import VerificationFailed
+    from rexdeploy.inspection import inspect as run
+
+    with progress(quiet) as report:
+        result = run(file, report)
+    emit(json, lambda: result)
+    if not quiet and json != Path("-"):
+        show_inspection(result)
+    if result.proof is not None and not result.proof.holds:
+        raise VerificationFailed(f"{file}: not in the precision asked for: {result.proof.summary}")
+    for runner in result.runners:
+        if runner.conflict:
+            raise RexdeployError(f"{file}: {runner.reason}")
 
 
 @app.command()

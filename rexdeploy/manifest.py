@@ -9,13 +9,16 @@ from typing import Literal
 import msgspec
 
 from rexdeploy.errors import UsageError
+from rexdeploy.proof import PrecisionProof
 
 FORMAT = 1
 MAX_CLASSES = 1_000_000
 MAX_BATCH = 4096
 MAX_IMAGE_SIZE = 4096  # pixels a side; no ReXNet is used at a quarter of it
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16"]
+TYPE_NAMES: dict[Precision, str] = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16"}
+"""Each precision's type, by TensorRT-RTX's names."""
 Kind = Literal["weights", "onnx", "engine", "labels", "report"]
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*")
@@ -129,6 +132,7 @@ class Artifact:
     batch: BatchRange | None = None  # None: any batch size
     built_with: dict[str, str] = field(default_factory=dict)
     command: str = ""  # makes the file again
+    proof: PrecisionProof | None = None  # of an engine: what its build reported of its layers
 
     def __post_init__(self) -> None:
         if not _FILE_NAME.fullmatch(self.file) or self.file == "manifest.json":

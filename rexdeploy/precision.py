@@ -1,4 +1,4 @@
-"""The typed FP16 graph: an ONNX model whose arithmetic is float16, with float32 input and output.
+"""The typed FP16 or BF16 graph: arithmetic in 16 bits, with float32 input and output.
 
 TensorRT 11 takes the graph's types literally and has no FP16 switch, so the precision of an engine
 is decided here. Our own conversion, since the known converters clamp weights silently (onnxruntime
@@ -7,19 +7,38 @@ is decided here. Our own conversion, since the known converters clamp weights si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
+import onnx.version_converter
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.inliner import inline_local_functions
 
 from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.manifest import Precision
+from rexdeploy.manifest import TYPE_NAMES, Precision
+from rexdeploy.proof import Product
 
 ARITHMETIC_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
-_FLOAT, _HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+_FLOAT, _HALF, _BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
+_TYPE_NAMES: dict[int, str] = {
+    TensorProto.FLOAT: "Float",
+    TensorProto.FLOAT16: "Half",
+    TensorProto.BFLOAT16: "BFloat16",
+    TensorProto.INT8: "Int8",
+}
 _FP16_MAX = float(np.finfo(np.float16).max)
+_BF16_MAX = 3.3895e38
+_LOW_TYPES: dict[int, tuple[str, str]] = {
+    _HALF: ("fp16", "tensor(float16)"),
+    _BF16: ("bf16", "tensor(bfloat16)"),
+}
+BF16_OPSET = 22  # the first in which ONNX defines Conv for bfloat16
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
@@ -36,6 +55,63 @@ def to_fp16(model: ModelProto) -> ModelProto:
     return converted
 
 
+def to_bf16(model: ModelProto) -> ModelProto:
+    """A copy of `model` in bfloat16, like `to_fp16`, at opset 22 or later.
+
+    Raises UsageError, too, for graphs that cannot be brought to that opset.
+    """
+    opset = next((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), 0)
+    if opset < BF16_OPSET:
+        try:
+            model = onnx.version_converter.convert_version(model, BF16_OPSET)
+        except Exception as error:  # the converter's errors are RuntimeErrors and C++'s
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise UsageError(
+                f"the graph cannot be brought from opset {opset} to {BF16_OPSET}, which bfloat16 "
+                f"needs ({reason}); export it with --opset {BF16_OPSET}"
+            ) from None
+    converted = ModelProto()
+    converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    _Conversion(converted, _BF16).run()
+    onnx.checker.check_model(converted, full_check=True)
+    return converted
+
+
+def emulate_bf16(model: ModelProto) -> ModelProto:
+    """A copy of a bfloat16 graph that computes in float32 and rounds every tensor to bfloat16.
+
+    For runtimes that have bfloat16 casts and no bfloat16 arithmetic (onnxruntime 1.32 on a CPU).
+    It rounds what a GPU rounds, products accumulated in float32 included; an engine that fuses
+    nodes rounds less often.
+    """
+    emulated = ModelProto()
+    emulated.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    graph = emulated.graph
+    rounded = {name for name, kind in _element_types(graph).items() if kind == _BF16}
+    nodes: list[NodeProto] = []
+    widened: set[str] = set()
+    for node in graph.node:
+        outputs = list(node.output)
+        if node.op_type != "Cast":
+            for index, name in enumerate(node.input):
+                if name in rounded:
+                    node.input[index] = f"{name}_widened"
+                    if name not in widened:
+                        widened.add(name)
+                        nodes.append(_cast(name, f"{name}_widened", _FLOAT))
+            for index, name in enumerate(outputs):
+                if name in rounded:
+                    node.output[index] = f"{name}_exact"
+        nodes.append(node)
+        for name, inner in zip(outputs, node.output, strict=True):
+            if name != inner:
+                nodes.append(_cast(inner, name, _BF16))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    return emulated
+
+
 def parse(data: bytes, name: str) -> ModelProto:
     """Reads and checks an ONNX model; raises UsageError that names the file."""
     try:
@@ -47,18 +123,71 @@ def parse(data: bytes, name: str) -> ModelProto:
     return model
 
 
+def read_with_external_data(path: Path) -> bytes:
+    """The model at `path` in one piece; weights that lie in a file beside it are taken in."""
+    data = path.read_bytes()
+    try:
+        model = onnx.load(path)
+        external = onnx.load_from_string(data) != model
+    except Exception:  # not a model, or its data is missing: parse() says which
+        return data
+    return model.SerializeToString() if external else data
+
+
 def precision_of(model: ModelProto) -> Precision | None:
     """The type of the model's convolutions and matrix products; None if it is mixed or other."""
-    types = set(_arithmetic_types(model))
-    if types == {_FLOAT}:
-        return "fp32"
-    return "fp16" if types == {_HALF} else None
+    types = {product.precision for product in products(model)}
+    return next((name for name, kind in TYPE_NAMES.items() if types == {kind}), None)
+
+
+def products(model: ModelProto) -> list[Product]:
+    """The model's convolutions and matrix products, with their types and costs.
+
+    TensorRT's parser calls a nameless node after its first output, and so are they here.
+    """
+    if model.functions:
+        model = inline_local_functions(model)
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    found = []
+    types: dict[str, int] = {}
+    for part in _with_branches(graph):  # a branch may read what is around it
+        types |= _element_types(part)
+        shapes = _shapes(part)
+        producers = {name: node for node in part.node for name in node.output}
+        found += [
+            Product(
+                node.name or f"node_of_{node.output[0]}",
+                _stored_type(node.input[1], types, producers),
+                _macs(node, shapes) if part is graph else None,  # a branch may run, or not
+            )
+            for node in part.node
+            if node.op_type in ARITHMETIC_OPS and node.domain in ("", "ai.onnx")
+        ]
+    return found
+
+
+def describe(model: ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What goes in and out: `input float [batch, 3, 224, 224]`; "?" is a size that is not told."""
+    weights = {
+        tensor.name for tensor in model.graph.initializer
+    }  # older graphs list them as inputs
+
+    def line(value: onnx.ValueInfoProto) -> str:
+        tensor = value.type.tensor_type
+        sizes = [str(dim.dim_value or dim.dim_param or "?") for dim in tensor.shape.dim]
+        kind = TensorProto.DataType.Name(tensor.elem_type).lower()
+        return f"{value.name} {kind} [{', '.join(sizes)}]"
+
+    inputs = [line(value) for value in model.graph.input if value.name not in weights]
+    return tuple(inputs), tuple(line(value) for value in model.graph.output)
 
 
 class _Conversion:
-    """One pass over a topologically sorted graph, in place."""
+    """One pass over a topologically sorted graph, in place, from float32 to the type `low`."""
 
-    def __init__(self, model: ModelProto) -> None:
+    def __init__(self, model: ModelProto, low: int = _HALF) -> None:
+        self.low = low
+        self.suffix, self.schema_type = _LOW_TYPES[low]
         self.graph = model.graph
         self.opsets = {entry.domain: entry.version for entry in model.opset_import}
         self.types = _element_types(self.graph)
@@ -71,7 +200,7 @@ class _Conversion:
         for node in list(self.graph.node):
             self._convert(node)
         for name in outputs:
-            if self.types.get(name) == _HALF:
+            if self.types.get(name) == self.low:
                 self._restore_output(name)
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
@@ -84,21 +213,22 @@ class _Conversion:
     def _convert(self, node: NodeProto) -> None:
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             raise UsageError(
-                f"node '{node.name}' is control flow ({node.op_type}), which --fp16 does not "
-                "convert; export the graph in float16 from its framework and leave out --fp16"
+                f"node '{node.name}' is control flow ({node.op_type}), which --{self.suffix} does "
+                "not convert; export the graph in that type from its framework and leave out "
+                f"--{self.suffix}"
             )
         halves = self._half_parameters(node)
         for index, name in enumerate(node.input):
-            if self.types.get(name) in (_FLOAT, _HALF):
-                wanted = _HALF if ("in", index) in halves else _FLOAT
+            if self.types.get(name) in (_FLOAT, self.low):
+                wanted = self.low if ("in", index) in halves else _FLOAT
                 node.input[index] = self._as_type(name, wanted)
         self.nodes.append(node)
         for index, name in enumerate(node.output):
             if self.types.get(name) == _FLOAT and ("out", index) in halves:
-                self.types[name] = _HALF
+                self.types[name] = self.low
 
     def _half_parameters(self, node: NodeProto) -> set[tuple[str, int]]:
-        """The node's float32 inputs and outputs that the operator also defines for float16.
+        """The node's float32 inputs and outputs that the operator also defines for `low`.
 
         An output counts only if its type is tied to an input's: the output of a Cast or a
         ConstantOfShape is what its attribute says.
@@ -111,12 +241,12 @@ class _Conversion:
         variables = {
             constraint.type_param_str
             for constraint in schema.type_constraints
-            if {"tensor(float)", "tensor(float16)"} <= set(constraint.allowed_type_strs)
+            if {"tensor(float)", self.schema_type} <= set(constraint.allowed_type_strs)
         }
         inputs = {
             index: _formal(schema.inputs, index).type_str
             for index, name in enumerate(node.input)
-            if self.types.get(name) in (_FLOAT, _HALF)
+            if self.types.get(name) in (_FLOAT, self.low)
         }
         outputs = {
             index: _formal(schema.outputs, index).type_str for index in range(len(node.output))
@@ -131,11 +261,13 @@ class _Conversion:
         if self.types[name] == wanted:
             return name
         if (name, wanted) not in self.cast_names:
-            new_name = self._unused(f"{name}_{'fp16' if wanted == _HALF else 'fp32'}")
+            new_name = self._unused(f"{name}_{self.suffix if wanted == self.low else 'fp32'}")
             self.cast_names[name, wanted] = new_name
             self.types[new_name] = wanted
-            if name in self.weights and wanted == _HALF:
-                self.weights[new_name] = _half_weight(self.weights[name], new_name)
+            if name in self.weights and wanted == self.low:
+                self.weights[new_name] = (_half_weight if wanted == _HALF else _bf16_weight)(
+                    self.weights[name], new_name
+                )
             else:
                 self.nodes.append(_cast(name, new_name, wanted))
         return self.cast_names[name, wanted]
@@ -148,8 +280,8 @@ class _Conversion:
         return name
 
     def _restore_output(self, name: str) -> None:
-        """Renames the float16 tensor behind the graph output `name`, and casts it back."""
-        inner = self._unused(f"{name}_fp16")
+        """Renames the tensor of type `low` behind the graph output `name`, and casts it back."""
+        inner = self._unused(f"{name}_{self.suffix}")
         for node in self.nodes:
             for names in (node.input, node.output):
                 for index, used in enumerate(names):
@@ -159,15 +291,29 @@ class _Conversion:
 
 
 def _half_weight(tensor: TensorProto, name: str) -> TensorProto:
+    values = _checked(tensor, "float16", _FP16_MAX)
+    return numpy_helper.from_array(values.astype(np.float16), name)
+
+
+def _bf16_weight(tensor: TensorProto, name: str) -> TensorProto:
+    values = _checked(tensor, "bfloat16", _BF16_MAX).astype("<f4")
+    # numpy has no bfloat16: it is a float32's upper half, rounded to the nearest, ties to even.
+    bits = values.view("<u4").astype(np.uint64)
+    upper = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+    return helper.make_tensor(name, _BF16, tensor.dims, upper.tobytes(), raw=True)
+
+
+def _checked(tensor: TensorProto, kind: str, limit: float) -> npt.NDArray[Any]:
+    """The tensor's values; raises VerificationFailed for any that the type cannot hold."""
     values = numpy_helper.to_array(tensor)
     # An infinite bound (an open Clip) is meant; a finite value that overflows is a broken weight.
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0))
-    if largest > _FP16_MAX:
+    if largest > limit:
         raise VerificationFailed(
-            f"weight '{tensor.name}' has a value of {largest:.3g}, beyond float16's "
-            f"{_FP16_MAX:g}; deploy this network in float32 (leave out --fp16)"
+            f"weight '{tensor.name}' has a value of {largest:.3g}, beyond {kind}'s "
+            f"{limit:g}; deploy this network in float32"
         )
-    return numpy_helper.from_array(values.astype(np.float16), name)
+    return values
 
 
 def _cast(source: str, target: str, to: int) -> NodeProto:
@@ -188,10 +334,49 @@ def _element_types(graph: GraphProto) -> dict[str, int]:
     return types
 
 
-def _arithmetic_types(model: ModelProto) -> Iterator[int]:
-    """The element type of the weights or second operand of every convolution and product."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    types = _element_types(graph)
+def _with_branches(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph, and those of its control flow."""
+    yield graph
     for node in graph.node:
-        if node.op_type in ARITHMETIC_OPS:
-            yield types.get(node.input[1], 0)
+        for attribute in node.attribute:
+            for branch in (attribute.g, *attribute.graphs):
+                yield from _with_branches(branch)
+
+
+def _stored_type(name: str, types: dict[str, int], producers: dict[str, NodeProto]) -> str:
+    """The type of a product's operand; Int8 where it is dequantised just before."""
+    producer = producers.get(name)
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        name = producer.input[0]
+    kind = types.get(name, 0)
+    return _TYPE_NAMES.get(kind) or str(TensorProto.DataType.Name(kind))
+
+
+def _macs(node: NodeProto, shapes: dict[str, list[int]]) -> int | None:
+    """Multiply-accumulates for one image; None where the shapes are not known.
+
+    The first dimension of what a node computes on is the batch, whatever its size.
+    """
+    if any(name not in shapes for name in (*node.input[:2], node.output[0])):
+        return None
+    data, weights, output = (shapes[name] for name in (*node.input[:2], node.output[0]))
+    if not data:
+        return None
+    if node.op_type == "ConvTranspose":
+        factors = [*data[1:], *weights[1:]]
+    elif node.op_type == "Conv":
+        factors = [*output[1:], *weights[1:]]
+    else:
+        transposed = any(item.name == "transA" and item.i for item in node.attribute)
+        factors = [*output[1:], data[0 if transposed else -1]]
+    return math.prod(factors) if all(size > 0 for size in factors) else None
+
+
+def _shapes(graph: GraphProto) -> dict[str, list[int]]:
+    """Shapes by tensor name; a dimension that is open is 0."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes.setdefault(value.name, [dim.dim_value for dim in dims])
+    return shapes

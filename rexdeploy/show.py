@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rexdeploy.build import BuildResult
     from rexdeploy.bundle import Bundle
     from rexdeploy.export import ExportResult
+    from rexdeploy.inspection import Inspection
     from rexdeploy.manifest import Artifact
     from rexdeploy.models.zoo import Cost, PaperRow, Published
     from rexdeploy.verify import Verification
@@ -41,13 +42,45 @@ def show_build(result: BuildResult) -> None:
         model.title,
         f"  {_describe(result.bundle, result.engine)}",
         f"  {built.get('flavor')} {built.get('version')}, for {built.get('targets')}",
-        f"  precision: {built.get('half_layers')} of {built.get('layers')} layers in Half "
-        f"({built.get('half_share')})",
+        f"  precision: {result.engine.proof.summary}" if result.engine.proof else None,
         "  preprocessing is taken to be ImageNet's (mean, std, 87.5 % centre crop)"
         if model.family == "onnx"
         else None,
         "  unchanged: answered from the bundle (--force rebuilds)" if result.reused else None,
         "next: rexdeploy verify",
+    )
+
+
+def show_inspection(result: Inspection) -> None:
+    """The file's header or signature, its place, the proof of its precision, what runs it here."""
+    header, graph, place, proof = result.header, result.graph, result.place, result.proof
+    say(f"{result.file}: {result.kind}, {result.size_bytes / 2**20:.1f} MiB")
+    if header is not None:
+        targets = f", for {', '.join(header.targets)}" if header.targets else ""
+        say(f"  version {header.version or 'not told by its header'}{targets}")
+    if graph is not None:
+        say(
+            f"  opset {graph.opset}, {graph.nodes} nodes",
+            *(f"  input {line}" for line in graph.inputs),
+            *(f"  output {line}" for line in graph.outputs),
+            *(f"  {_one_line(f'{name} = {text}')}" for name, text in graph.metadata.items()),
+        )
+    if place is None:
+        say("  bundle: in none")
+    else:
+        say(f"  bundle: {place.bundle}, {place.model}: {' -> '.join(place.chain)}")
+        if place.artifact.batch is not None:
+            say(f"  batch {place.artifact.batch}")
+    say(
+        f"  precision: {proof.summary}" if proof else None,
+        f"  precision, by: {result.proof_of}" if proof else f"  precision: {result.proof_of}",
+        f"  not as asked: {_listed(proof.differing)}" if proof and proof.differing else None,
+        f"  not found in it: {_listed(proof.not_found)}" if proof and proof.not_found else None,
+        *(
+            f"  {runner.backend}: {'can load it here (not run)' if runner.ready else 'no: '}"
+            f"{runner.reason}"
+            for runner in result.runners
+        ),
     )
 
 
@@ -202,6 +235,18 @@ def _share(limit_ms: float | None, row: Latency) -> str:
 
 def _milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}ms"
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    """The first names, and how many more there are; --json has them all."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return _one_line(", ".join(names[:most]), 2000) + more
+
+
+def _one_line(text: str, most: int = 160) -> str:
+    """Somebody else's text without what would steer a terminal, cut to a length."""
+    plain = "".join(letter if letter.isprintable() else " " for letter in text)
+    return plain if len(plain) <= most else f"{plain[:most]} ..."
 
 
 def _describe(bundle: Bundle, artifact: Artifact | None) -> str:

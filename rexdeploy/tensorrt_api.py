@@ -1,4 +1,4 @@
-"""One adapter for TensorRT 10.13 and later, TensorRT 11 and TensorRT-RTX: parse, build, prove.
+"""One adapter for TensorRT 10.13 and later, TensorRT 11 and TensorRT-RTX: parse, build, report.
 
 The two flavours share an API, and all of it that is used here exists in every supported version
 (a test checks that against the real bindings of 10.13, 10.16 and 11.4).
@@ -9,31 +9,29 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.manifest import BatchRange
+from rexdeploy.proof import FLOATING, TYPES
 
 Flavor = Literal["tensorrt", "rtx"]
 
 FLAVORS: tuple[Flavor, ...] = ("tensorrt", "rtx")
+TITLES: dict[Flavor, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
 RTX_MAGIC = b"vtrt"
-MIN_HALF_SHARE = 0.5
-"""Least share of Half layers in an FP16 engine, beside all its convolutions and products.
-
-ReXNets' have 1.0 (TensorRT-RTX 1.7); a tiny graph of four layers and a cast of its input has 0.8.
-"""
 MIN_VERSION = (10, 13)  # of full TensorRT; the first release tested
 
 _MODULES: dict[Flavor, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-_TITLES: dict[Flavor, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
 # Observed in engines of TensorRT-RTX 1.7 (the format is not documented).
 _RTX_TARGET_BITS = {"sm75": 1, "sm80": 2, "sm86": 4, "sm89": 8, "sm120": 16, "sm121": 32}
 _RTX_HEADER_BYTES = 64
-_FLOATING = ("Half", "BFloat16", "Float")
+# trtexec.cpp of TensorRT 10: the tag, a format of 0, and the version at byte 24.
+_FULL_MAGIC = b"ftrt"
+_FULL_HEADER_BYTES = 28
 # Square brackets nest one deep: tensors hold lists of numbers.
 _TENSORS = r"\[(?:[^\[\]]|\[[^\[\]]*\])*\]"
 _LAYER = re.compile(
@@ -60,29 +58,10 @@ class Layer:
         A convolution's weights tell: casts are fused into it, so that one in Float may well read
         Float and write Half. Without weights, Half if it reads or writes any.
         """
-        if self.weights in _FLOATING:
+        if self.weights in TYPES:
             return self.weights
         types = set(self.inputs) | set(self.outputs)
-        return next((name for name in _FLOATING if name in types), "/".join(sorted(types)))
-
-
-@dataclass(frozen=True)
-class PrecisionProof:
-    """What a built engine's own layer report says of its precision."""
-
-    layers: int  # that compute on floating-point data
-    half_layers: int
-    not_half: tuple[str, ...]  # layers that carry a convolution or product in another type
-    not_found: tuple[str, ...]  # convolutions and products of the graph that no layer names
-
-    @property
-    def half_share(self) -> float:
-        return self.half_layers / self.layers if self.layers else 0.0
-
-    @property
-    def is_fp16(self) -> bool:
-        """Whether every convolution and product is known to run in Half."""
-        return not self.not_half and not self.not_found and self.half_share >= MIN_HALF_SHARE
+        return next((name for name in FLOATING if name in types), "/".join(sorted(types)))
 
 
 @dataclass(frozen=True)
@@ -108,13 +87,13 @@ class PlanHeader:
     """What can be read off a plan without a GPU."""
 
     flavor: Flavor
-    version: str | None  # None where the format does not tell (full TensorRT)
-    targets: tuple[str, ...]
+    version: str | None  # None where the plan is of no format that we know
+    targets: tuple[str, ...]  # RTX only
 
 
 def load(flavor: Flavor) -> Any:
     """The flavour's Python module; raises BackendUnavailable if it is missing or too old."""
-    title, module_name = _TITLES[flavor], _MODULES[flavor]
+    title, module_name = TITLES[flavor], _MODULES[flavor]
     extra = "rtx" if flavor == "rtx" else "tensorrt"
     try:
         module = importlib.import_module(module_name)
@@ -176,7 +155,7 @@ def build(onnx_model: bytes, settings: EngineSettings) -> BuiltEngine:
     builder's first one.
     """
     trt = load(settings.flavor)
-    title = _TITLES[settings.flavor]
+    title = TITLES[settings.flavor]
     with captured_log(trt) as log:
         builder = start(trt.Builder, log)
         # From TensorRT 11 on every network is strongly typed, flag or not; 10.x must be asked.
@@ -205,21 +184,6 @@ def build(onnx_model: bytes, settings: EngineSettings) -> BuiltEngine:
     return BuiltEngine(plan, layers)
 
 
-def prove(layers: Sequence[Layer], arithmetic_nodes: set[str]) -> PrecisionProof:
-    """Counts Half layers, and names those that compute `arithmetic_nodes` in another type.
-
-    `arithmetic_nodes` are the names of the ONNX graph's convolutions and matrix products.
-    """
-    floating = [layer for layer in layers if layer.precision in _FLOATING]
-    arithmetic = [layer for layer in layers if arithmetic_nodes & set(layer.onnx_nodes)]
-    return PrecisionProof(
-        layers=len(floating),
-        half_layers=sum(layer.precision == "Half" for layer in floating),
-        not_half=tuple(layer.name for layer in arithmetic if layer.precision != "Half"),
-        not_found=tuple(sorted(arithmetic_nodes.difference(*(x.onnx_nodes for x in layers)))),
-    )
-
-
 def parse_layers(report: str) -> tuple[Layer, ...]:
     """Reads TensorRT's one-line-per-layer report (its inspector's, or RTX's build log's)."""
     layers = []
@@ -238,21 +202,31 @@ def parse_layers(report: str) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+def is_plan(data: bytes) -> bool:
+    """Whether the bytes begin as an engine of either flavour does."""
+    return data[:4] in (RTX_MAGIC, _FULL_MAGIC)
+
+
 def read_header(plan: bytes) -> PlanHeader:
     """Flavour, version and targets of a serialised engine, without a GPU.
 
-    Full TensorRT documents no magic number: whatever is not RTX's is taken for it. Raises
-    UsageError for an RTX plan that is cut short.
+    Whatever is not RTX's is taken for full TensorRT's, whose own trtexec (--getPlanVersionOnly)
+    reads the version at the same place. Raises UsageError for a plan that is cut short.
     """
+    version = ".".join(str(byte) for byte in plan[24:28])
     if plan[:4] != RTX_MAGIC:
-        return PlanHeader("tensorrt", None, ())
+        is_known = plan[:8] == _FULL_MAGIC + bytes(4)
+        if is_known and len(plan) < _FULL_HEADER_BYTES:
+            raise UsageError(
+                f"a truncated TensorRT engine: got {len(plan)} bytes; copy or build it again"
+            )
+        return PlanHeader("tensorrt", version if is_known else None, ())
     size = int.from_bytes(plan[16:24], "little")
     if len(plan) < _RTX_HEADER_BYTES or len(plan) != size:
         raise UsageError(
             f"a truncated TensorRT-RTX engine: got {len(plan)} bytes, expected {size}; "
             "copy or build it again"
         )
-    version = ".".join(str(plan[24 + index]) for index in range(4))
     mask = int.from_bytes(plan[32:36], "little")
     targets = tuple(name for name, bit in _RTX_TARGET_BITS.items() if mask & bit)
     return PlanHeader("rtx", version, targets)

@@ -24,6 +24,7 @@ from rexdeploy.compare import Comparison, Signal, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
+    TYPE_NAMES,
     Artifact,
     BatchRange,
     ModelSpec,
@@ -32,8 +33,9 @@ from rexdeploy.manifest import (
     to_json,
 )
 from rexdeploy.parity import LIMITS, Rows, run_batches
-from rexdeploy.precision import parse, precision_of
+from rexdeploy.precision import emulate_bf16, parse, precision_of, products
 from rexdeploy.progress import Report, silent
+from rexdeploy.proof import PrecisionProof, prove
 from rexdeploy.tensorrt_api import RTX_MAGIC
 
 Float32 = npt.NDArray[np.float32]
@@ -75,6 +77,7 @@ class Verification:
     images: str
     batches: tuple[int, ...]
     signal: float  # of the reference, in logits
+    proofs: dict[str, PrecisionProof]  # by file: a graph's types, or what a build reported
     edges: tuple[Comparison, ...]  # each file against what it was made from
     totals: tuple[Comparison, ...]  # each file against the reference, where that is another
     skipped: tuple[Skipped, ...]
@@ -96,6 +99,7 @@ class _Candidate:
     batch: BatchRange | None
     parent: str  # a file's name, or REFERENCE
     backends: tuple[str, ...]
+    proof: PrecisionProof | None = None  # a graph's own types, or what an engine's build reported
 
 
 def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> Verification:
@@ -127,10 +131,11 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         images=described,
         batches=tuple(sorted(judge.batches)),
         signal=signal.size,
+        proofs={item.file: item.proof for item in candidates if item.proof},
         edges=tuple(judge.edges),
         totals=tuple(judge.totals),
         skipped=tuple(judge.skipped),
-        failures=tuple(judge.failures(options.require)),
+        failures=(*judge.failures(options.require), *_unproven(candidates)),
     )
 
 
@@ -175,13 +180,17 @@ class _Judge:
 
     def run(self, candidate: _Candidate, name: str) -> None:
         """Compares a candidate's logits with its parent's and with the reference's."""
-        label = f"{candidate.file} ({name})"
+        label, model = f"{candidate.file} ({name})", candidate.model
+        if candidate.precision == "bf16" and name == "onnxruntime":
+            # It has no bfloat16 arithmetic on a CPU (1.32), only casts.
+            label = f"{candidate.file} ({name}, bfloat16 emulated)"
+            model = emulate_bf16(parse(model, candidate.file)).SerializeToString()
         sizes = (candidate.batch or self._default_range).samples()
         if candidate.kind == "onnx" and candidate.batch is None:
             # On a CPU: what an engine takes at once may not fit this machine's memory.
             sizes = [size for size in sizes if size <= MAX_GRAPH_BATCH] or [MAX_GRAPH_BATCH]
         try:
-            backend = open_backend(name, candidate.model, self._spec)
+            backend = open_backend(name, model, self._spec)
         except BackendUnavailable as error:
             self.skipped.append(Skipped(candidate.parent, label, name, str(error)))
             return
@@ -312,19 +321,22 @@ def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[_C
             backends = _backends_of(artifact, options)
             if backends:
                 model = bundle.read(artifact)
-                # A graph's types decide its limit, not what the manifest says of them.
-                is_graph = kind == "onnx"
+                precision, proof = artifact.precision, artifact.proof
+                if kind == "onnx":  # its types decide its limit, not what the manifest says of them
+                    graph = parse(model, artifact.file)
+                    found = products(graph)
+                    proof = prove(found, found, TYPE_NAMES[precision] if precision else None)
+                    precision = precision_of(graph)
                 candidates.append(
                     _Candidate(
                         artifact.file,
                         model,
                         kind,
-                        precision_of(parse(model, artifact.file))
-                        if is_graph
-                        else artifact.precision,
+                        precision,
                         artifact.batch,
                         reference_name if parent.endswith(".safetensors") else parent,
                         backends,
+                        proof,
                     )
                 )
     return candidates
@@ -389,6 +401,15 @@ def _backends_of(artifact: Artifact, options: VerifyOptions) -> tuple[str, ...]:
 def _is_meant(asked: str, backend: str) -> bool:
     """Whether a backend is the one asked for; "tensorrt" means an engine of either flavour."""
     return backend == asked or (asked == "tensorrt" and backend in ENGINE_BACKENDS)
+
+
+def _unproven(candidates: Sequence[_Candidate]) -> list[str]:
+    """Files that are not in the precision that their manifest says, whatever their logits."""
+    return [
+        f"{item.file} is not in the precision that the manifest says: {item.proof.summary}"
+        for item in candidates
+        if item.proof is not None and not item.proof.holds
+    ]
 
 
 def _range_of(candidates: Sequence[_Candidate]) -> BatchRange:

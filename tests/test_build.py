@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def test_the_chain_of_hashes_leads_from_the_engine_to_the_weights(v1_original: B
     for artifact in v1_original.manifest.artifacts:
         assert sha256(v1_original.read(artifact)) == artifact.sha256
     assert engine.file == "fp16.rtx-sm89.engine"
-    assert engine.built_with["half_share"] == "100%"
+    assert engine.proof is not None
+    assert (engine.proof.wanted, engine.proof.share("Half")) == ("Half", 1)
     assert engine.batch == BatchRange(1, 2, 8)
 
 
@@ -105,7 +107,8 @@ def test_an_fp16_build_that_is_really_fp32_fails_and_writes_nothing(v1_bundle: B
 
 def test_a_float32_build_has_no_half_layer(v1_bundle: Bundle) -> None:
     engine = build(v1_bundle, replace(OPTIONS, fp16=False)).engine
-    assert (engine.precision, engine.built_with["half_layers"]) == ("fp32", "0")
+    assert engine.proof is not None
+    assert (engine.precision, set(engine.proof.layers)) == ("fp32", {"Float"})
     assert engine.file == "fp32.rtx-sm89.engine"
 
 
@@ -126,7 +129,8 @@ def test_engines_are_built_from_the_form_with_plain_shortcuts(v1_bundle: Bundle)
     assert (plain.file, plain.kind, plain.precision) == ("fp32.tensorrt.onnx", "onnx", "fp32")
     assert bundle.manifest.find("onnx") == bundle.manifest.find("onnx", "fp32") == root
     for engine in (result.engine, _artifact(bundle, "engine", "fp16")):
-        assert int(engine.built_with["layers"]) <= 120
+        assert engine.proof is not None
+        assert sum(engine.proof.layers.values()) <= 120
         graph = files[engine.parent_sha256 or ""]
         assert nodes_of(onnx.load_from_string(bundle.read(graph)), "Concat") == []
     assert plain.parent_sha256 == root.sha256
@@ -170,6 +174,57 @@ def test_a_graph_that_was_not_aligned_is_built_as_it_is(v1_bundle: Bundle) -> No
     again = build(_relabelled(half.bundle, align="16"), OPTIONS)
     assert not again.reused
     assert not nodes_of(_model(again.bundle, "fp16"), "Concat")
+
+
+@pytest.fixture(scope="module")
+def bf16_original(v1_original: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The V1 bundle with a bfloat16 graph and engine, too."""
+    folder = tmp_path_factory.mktemp("bf16") / "v1"
+    shutil.copytree(v1_original.path, folder)
+    return build(Bundle.open(folder), replace(OPTIONS, fp16=False, bf16=True)).bundle
+
+
+def test_a_bfloat16_build_is_proven_and_its_graph_is_verified_by_emulation(
+    bf16_original: Bundle,
+) -> None:
+    engine = _artifact(bf16_original, "engine", "bf16")
+    assert engine.file == "bf16.rtx-sm89.engine"
+    assert engine.proof is not None
+    assert engine.proof.wanted == "BFloat16"
+    assert engine.proof.holds
+    assert engine.proof.macs.keys() == {"BFloat16"}
+    result = verify(bf16_original, VerifyOptions(samples=6))
+    assert result.passed, result.failures
+    label = "bf16.onnx (onnxruntime, bfloat16 emulated)"
+    (edge,) = (edge for edge in result.edges if edge.candidate == label)
+    assert edge.reference == PLAIN
+    assert 0.1 < edge.error < edge.limit  # it did round, by 3 bits more than float16
+    assert build(bf16_original, replace(OPTIONS, fp16=False, bf16=True)).reused
+
+
+def test_swapped_channels_in_the_bfloat16_graph_break_its_edge(
+    bf16_original: Bundle, tmp_path: Path
+) -> None:
+    graph = _model(bf16_original, "bf16")
+    (stem,) = (t for t in graph.graph.initializer if t.name == nodes_of(graph, "Conv")[0].input[1])
+    values = np.frombuffer(stem.raw_data, "<u2").reshape(stem.dims)
+    stem.raw_data = values[:, ::-1].tobytes()
+    path = tmp_path / "swapped.onnx"
+    path.write_bytes(graph.SerializeToString())
+    result = verify(bf16_original, VerifyOptions(samples=6, candidate=path))
+    assert "swapped.onnx (onnxruntime, bfloat16 emulated): error" in result.failures[0]
+
+
+def test_both_precisions_or_a_graph_in_another_are_refused(v1_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="got --fp16 and --bf16, expected one of them"):
+        build(v1_bundle, replace(OPTIONS, bf16=True))
+    half = _artifact(v1_bundle, "onnx", "fp16")
+    weights = v1_bundle.manifest.find("weights")
+    assert weights is not None
+    lone = replace(half, file="fp32.onnx", parent_sha256=weights.sha256)
+    bundle = v1_bundle.update(lone, files={lone.file: v1_bundle.read(half)})
+    with pytest.raises(UsageError, match="fp32.onnx is a graph in fp16; --bf16 needs one in"):
+        build(bundle, replace(OPTIONS, fp16=False, bf16=True))
 
 
 def test_a_damaged_graph_is_refused(v1_bundle: Bundle) -> None:
@@ -254,7 +309,8 @@ def test_somebodys_own_graph_gets_a_bundle_an_engine_and_a_verification(
     assert (bundle.manifest.model.family, bundle.manifest.model.num_classes) == ("onnx", 7)
     assert bundle.path == tmp_path / "mine"
     result = build(source, OPTIONS)
-    assert result.engine.built_with["half_layers"] == "4"
+    assert result.engine.proof is not None
+    assert result.engine.proof.layers["Half"] == 4
     verification = verify(result.bundle, VerifyOptions(samples=6))
     assert verification.passed
     assert [edge.reference for edge in verification.edges] == ["model.onnx"]

@@ -14,14 +14,14 @@ PACKAGE = Path(rexdeploy.__path__[0])
 
 # A module imports lower levels only: steps meet through the bundle, not through calls.
 LEVELS = [
-    {"errors", "progress", "gpu"},
+    {"errors", "progress", "gpu", "proof"},
     {"manifest"},
     {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api"},
     {"models", "graph", "console"},
     {"backends"},
     {"parity", "peers", "roofline"},
     {"subjects"},
-    {"export", "build", "verify", "bench", "classify", "doctor"},
+    {"export", "build", "verify", "bench", "classify", "doctor", "inspection"},
     {"__init__", "show", "plot"},
     {"cli"},
     {"__main__"},

@@ -8,12 +8,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rexdeploy import images
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.precision import precision_of, to_fp16
+from rexdeploy.precision import emulate_bf16, precision_of, to_bf16, to_fp16
 from tests.helpers import edit_weights, nodes_of
 
 IR_VERSION = 10
@@ -115,6 +116,73 @@ def test_an_open_bound_stays_open() -> None:
     np.testing.assert_allclose(
         _run(to_fp16(_model([node], bounds)), X), np.maximum(X, 0), atol=1e-2
     )
+
+
+def test_our_graph_is_bfloat16_throughout_and_float32_outside(v1_original: Bundle) -> None:
+    graph = v1_original.manifest.find("onnx", "fp32")
+    assert graph is not None
+    model = onnx.load_from_string(v1_original.read(graph))
+    half = to_bf16(model)
+    assert precision_of(half) == "bf16"
+    assert [entry.version for entry in half.opset_import] == [22]
+    assert [
+        value.type.tensor_type.elem_type for value in (*half.graph.input, *half.graph.output)
+    ] == [TensorProto.FLOAT] * 2
+    assert len(nodes_of(half, "Cast")) == 2
+    assert not [t.name for t in half.graph.initializer if t.data_type == TensorProto.FLOAT]
+    assert half.metadata_props == model.metadata_props
+    assert [node.name for node in model.graph.node] == [
+        node.name for node in half.graph.node if node.op_type != "Cast"
+    ]
+
+
+def test_bfloat16_weights_are_the_nearest_ones() -> None:
+    """Bit for bit torch's rounding, ties to even, subnormals, the largest and open bounds."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 0x7F7F0000, 5000, dtype=np.uint32)
+    ties = np.array([0x3F808000, 0x3F818000, 0x3F80FFFF, 1, 0x8000, 0x7F800000], np.uint32)
+    values = np.concatenate([ties, ties | 0x80000000, bits]).view(np.float32)[:4800]
+    values = values.reshape(600, 1, 1, 8, 1)  # beside x's [2, 3, 8, 8]
+    node = helper.make_node("Mul", ["x", "w"], ["y"], name="mul")
+    half = to_bf16(_model([node], {"w": values}))
+    (weight,) = half.graph.initializer
+    expected = torch.from_numpy(values).bfloat16().view(torch.int16)
+    assert weight.raw_data == expected.numpy().tobytes()
+
+
+def test_a_weight_beyond_bfloat16_is_an_error() -> None:
+    node = helper.make_node("Mul", ["x", "w"], ["y"], name="mul")
+    huge = np.array([np.finfo(np.float32).max], dtype=np.float32)
+    with pytest.raises(VerificationFailed, match="beyond bfloat16's 3.3895e\\+38"):
+        to_bf16(_model([node], {"w": huge}))
+
+
+def test_the_emulation_rounds_every_tensor_to_bfloat16() -> None:
+    """Against torch, which computes each of these in float32 and rounds the result."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
+        helper.make_node("Add", ["c", "c"], ["d"], name="add"),
+        helper.make_node("Mul", ["d", "x1"], ["y"], name="mul"),
+    ]
+    scale = np.full((1, 4, 1, 1), 1.0009765625, np.float32)  # 1 in bfloat16
+    emulated = emulate_bf16(to_bf16(_model(nodes, {"w": KERNEL, "x1": scale})))
+    onnx.checker.check_model(emulated, full_check=True)
+    got = torch.from_numpy(_run(emulated, X))
+    assert torch.equal(got, got.bfloat16().float())
+    exact = torch.nn.functional.conv2d(
+        torch.from_numpy(X).bfloat16().float(), torch.from_numpy(KERNEL).bfloat16().float()
+    )
+    torch.testing.assert_close(got, 2 * exact.bfloat16().float(), rtol=2**-8, atol=1e-6)
+    assert not torch.allclose(got, 2 * exact, rtol=1e-4, atol=1e-6)
+
+
+def test_a_graph_that_cannot_reach_bfloat16s_opset_is_refused() -> None:
+    """Upsample went away in opset 10."""
+    scales = np.array([1, 1, 2, 2], dtype=np.float32)
+    model = _model([helper.make_node("Upsample", ["x", "s"], ["y"], name="up")], {"s": scales})
+    model.opset_import[0].version = 7
+    with pytest.raises(UsageError, match="cannot be brought from opset 7 to 22, which bfloat16"):
+        to_bf16(model)
 
 
 def test_control_flow_is_refused() -> None:

@@ -13,12 +13,12 @@ from rexdeploy import tensorrt_api
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.manifest import BatchRange, Precision
-from rexdeploy.precision import ARITHMETIC_OPS, to_fp16
+from rexdeploy.precision import products, to_fp16
+from rexdeploy.proof import Product, prove
 from rexdeploy.tensorrt_api import (
     BuiltEngine,
     EngineSettings,
     parse_layers,
-    prove,
     read_header,
 )
 
@@ -33,9 +33,12 @@ def _graph(bundle: Bundle, precision: Precision) -> bytes:
     return bundle.read(artifact)
 
 
-def _convolutions(model: bytes) -> set[str]:
-    graph = onnx.load_from_string(model).graph
-    return {node.name for node in graph.node if node.op_type in ARITHMETIC_OPS}
+def _products(model: bytes) -> list[Product]:
+    return products(onnx.load_from_string(model))
+
+
+def _named(*names: str) -> list[Product]:
+    return [Product(name, "Half", 1000) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +52,28 @@ def engines(v1_original: Bundle) -> dict[str, BuiltEngine]:
 def test_an_fp16_graph_gives_an_engine_that_is_provably_half(
     engines: dict[str, BuiltEngine], v1_original: Bundle
 ) -> None:
-    convolutions = _convolutions(_graph(v1_original, "fp16"))
-    proof = prove(engines["fp16"].layers, convolutions)
-    assert len(convolutions) == 76
-    assert (proof.not_half, proof.not_found) == ((), ())
-    assert proof.half_share == 1
-    assert proof.is_fp16
+    convolutions = _products(_graph(v1_original, "fp16"))
+    for wanted in ("Half", None):
+        proof = prove(engines["fp16"].layers, convolutions, wanted)
+        assert (proof.differing, proof.not_found) == ((), ())
+        assert proof.share("Half") == 1
+        assert proof.macs == {"Half": sum(product.macs or 0 for product in convolutions)}
+        assert proof.holds
 
 
 def test_an_fp32_engine_is_not_taken_for_half(
     engines: dict[str, BuiltEngine], v1_original: Bundle
 ) -> None:
     """The trap of the field: a build that "sets fp16" and gives float32."""
-    proof = prove(engines["fp32"].layers, _convolutions(_graph(v1_original, "fp32")))
-    assert proof.half_layers == 0
-    assert len(proof.not_half) >= 70
-    assert not proof.is_fp16
+    convolutions = _products(_graph(v1_original, "fp32"))
+    proof = prove(engines["fp32"].layers, convolutions, "Half")
+    assert proof.layers["Half"] == 0
+    assert len(proof.differing) >= 70
+    assert not proof.holds
+    assert proof.summary.startswith("0 of ")
+    # Against its own graph's types it is what was asked for; against another graph's it is not.
+    assert prove(engines["fp32"].layers, convolutions).holds
+    assert not prove(engines["fp32"].layers, _products(_graph(v1_original, "fp16"))).holds
 
 
 def test_one_float_convolution_among_half_ones_is_named() -> None:
@@ -94,10 +103,14 @@ def test_one_float_convolution_among_half_ones_is_named() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     built = tensorrt_api.build(model.SerializeToString(), SETTINGS)
-    proof = prove(built.layers, {node.name for node in nodes if node.op_type == "Conv"})
-    assert proof.half_share > 0.5
-    assert not proof.is_fp16
-    assert len(proof.not_half) == 1, built.layers
+    found = products(model)
+    proof = prove(built.layers, found, "Half")
+    assert proof.share("Half") > 0.5
+    assert not proof.holds
+    assert len(proof.differing) == 1, built.layers
+    assert proof.macs["Float"] == 62 * 62 * 32 * 3 * 9
+    assert proof.macs["Half"] == sum((62 - 2 * i) ** 2 * 32 * 32 * 9 for i in range(1, 13))
+    assert prove(built.layers, found).holds  # mixed, as the graph asks
 
 
 def test_an_engine_with_no_known_convolution_is_not_proven() -> None:
@@ -106,8 +119,9 @@ def test_an_engine_with_no_known_convolution_is_not_proven() -> None:
         "Outputs: [ { Name: y, Datatype: Half }], TacticName: , Metadata: "
     )
     assert layers[0].precision == "Half"
-    assert not prove(layers, {"conv"}).is_fp16
-    assert not prove((), set()).is_fp16
+    assert prove(layers, _named("conv"), "Half").not_found == ("conv",)
+    assert not prove(layers, _named("conv"), "Half").holds
+    assert not prove((), [], "Half").holds
 
 
 def test_the_report_of_full_tensorrt_is_read_too() -> None:
@@ -127,7 +141,8 @@ def test_the_report_of_full_tensorrt_is_read_too() -> None:
     first, second = parse_layers(report)
     assert (first.precision, first.onnx_nodes) == ("Half", ("node_Conv_1", "silu"))
     assert (second.precision, second.onnx_nodes) == ("Float", ("node_Gemm_2",))
-    assert prove((first, second), {"node_Conv_1", "node_Gemm_2"}).not_half == ("pool",)
+    proof = prove((first, second), _named("node_Conv_1", "node_Gemm_2"), "Half")
+    assert (proof.differing, proof.macs) == (("pool",), {"Half": 1000, "Float": 1000})
 
 
 def test_a_plans_header_tells_version_and_targets(engines: dict[str, BuiltEngine]) -> None:
@@ -154,6 +169,42 @@ def test_arbitrary_bytes_have_a_header_or_are_refused(data: bytes) -> None:
         except UsageError:
             continue
         assert header.flavor in tensorrt_api.FLAVORS
+
+
+def test_a_full_tensorrt_plan_tells_its_version_where_trtexec_reads_it() -> None:
+    plan = b"ftrt" + bytes(20) + bytes([10, 13, 3, 9]) + bytes(100)
+    assert read_header(plan) == tensorrt_api.PlanHeader("tensorrt", "10.13.3.9", ())
+    assert read_header(b"ftrt\1" + plan[5:]).version is None  # a format that we do not know
+    with pytest.raises(UsageError, match="a truncated TensorRT engine: got 27 bytes"):
+        read_header(plan[:27])
+
+
+def test_int8_weights_make_an_int8_layer() -> None:
+    """A quantised convolution (Q/DQ): the graph's type and the engine's layer say Int8."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.integers(-127, 127, (64, 64, 3, 3)).astype(np.int8),
+        "scale": np.float32(0.02),
+        "zero": np.int8(0),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], name="q"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"], name="d"),
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["e"], name="e"),
+        helper.make_node("Conv", ["d", "e"], ["y"], name="conv"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64, 32, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 64, 30, 30])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    found = products(model)
+    assert found == [Product("conv", "Int8", 30 * 30 * 64 * 64 * 9)]
+    built = tensorrt_api.build(model.SerializeToString(), SETTINGS)
+    assert prove(built.layers, found).macs == {"Int8": 30 * 30 * 64 * 64 * 9}
 
 
 @pytest.mark.parametrize("model", [b"", b"garbage", b"\x08\x0a" * 50])
@@ -213,8 +264,9 @@ def test_foreign_graphs_convert_and_build_too() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     built = tensorrt_api.build(to_fp16(model).SerializeToString(), SETTINGS)
-    proof = prove(built.layers, {"node_of_c", "node_of_y_fp16"})
-    assert proof.is_fp16, built.layers
+    found = products(to_fp16(model))
+    assert [product.name for product in found] == ["node_of_c", "node_of_y_fp16"]
+    assert prove(built.layers, found, "Half").holds, built.layers
 
 
 def test_a_flavor_that_is_not_installed_names_its_extra() -> None:

@@ -176,6 +176,11 @@ def test_a_sound_bundle_passes_and_the_engine_is_skipped_in_sight(v1_bundle: Bun
     engine = "fp16.rtx-sm89.engine (tensorrt-rtx)"
     assert (engine in ran) != (engine in skipped)
     assert all(skipped.values())
+    assert {file: list(proof.macs) for file, proof in result.proofs.items()} == {
+        "fp32.onnx": ["Float"],
+        "fp16.onnx": ["Half"],
+        "fp16.rtx-sm89.engine": ["Half"],
+    }
     store(v1_bundle, result)
     written = Bundle.open(v1_bundle.path).manifest.find("report")
     assert written is not None
@@ -306,6 +311,30 @@ def test_a_graphs_own_types_decide_its_limit(
     result = verify(Bundle.open(bundle.path), FAST)
     assert result.edges[0].limit == 0.001
     assert not result.passed
+
+
+def test_one_convolution_in_float32_is_not_float16_whatever_its_logits(
+    v1_bundle: Bundle,
+) -> None:
+    def stem_in_float32(model: ModelProto) -> ModelProto:
+        model = _copy(model)
+        stem = nodes_of(model, "Conv")[0]
+        at = list(model.graph.node).index(stem)
+        casts = [
+            helper.make_node("Cast", [name], [f"{name}_full"], to=TensorProto.FLOAT)
+            for name in stem.input
+        ]
+        back = helper.make_node("Cast", ["stem_full"], [stem.output[0]], to=TensorProto.FLOAT16)
+        stem.input[:] = [f"{name}_full" for name in stem.input]
+        stem.output[:] = ["stem_full"]
+        nodes = list(model.graph.node)
+        del model.graph.node[:]
+        model.graph.node.extend([*nodes[:at], *casts, *nodes[at : at + 1], back, *nodes[at + 1 :]])
+        return model
+
+    result = verify(_plant(v1_bundle, "fp16", stem_in_float32), FAST)
+    assert len(result.failures) == 1
+    assert "fp16.onnx is not in the precision that the manifest says: 82 of" in result.failures[0]
 
 
 def test_preprocessing_that_was_edited_in_the_manifest_is_noticed(v1_bundle: Bundle) -> None:

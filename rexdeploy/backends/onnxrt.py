@@ -14,8 +14,6 @@ from rexdeploy.manifest import ModelSpec
 Float32 = npt.NDArray[np.float32]
 
 _CUDA = "CUDAExecutionProvider"
-# TF32 is on by default and rounds float32 products to 10 bits: not parity.
-_CUDA_OPTIONS = {"use_tf32": "0"}
 
 
 class OnnxRuntimeBackend:
@@ -25,38 +23,8 @@ class OnnxRuntimeBackend:
         self, model: bytes, spec: ModelSpec, cuda: bool = False, threads: int | None = None
     ) -> None:
         self.name = "onnxruntime-cuda" if cuda else "onnxruntime"
-        try:
-            import onnxruntime as ort
-        except ImportError:
-            raise BackendUnavailable(
-                "onnxruntime is not installed: pip install 'rexdeploy[cpu]', or 'rexdeploy[gpu]' "
-                "on a machine with an NVIDIA GPU"
-            ) from None
-        if cuda and _CUDA not in ort.get_available_providers():
-            raise BackendUnavailable(
-                "this onnxruntime is the CPU build; with an NVIDIA GPU: "
-                "pip uninstall onnxruntime && pip install 'rexdeploy[gpu]'"
-            )
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # its warnings are about its own optimisations
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            # Idle threads of one session would otherwise spin while another one is timed.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-
-        def start(providers: list[Any]) -> Any:
-            try:
-                return ort.InferenceSession(model, options, providers=providers)
-            except Exception as error:  # onnxruntime's errors share no public base class
-                raise UsageError(
-                    f"not an ONNX model that onnxruntime can load ({_first_line(error)})"
-                ) from None
-
-        self._open = start
-        self._session = start([(_CUDA, _CUDA_OPTIONS) if cuda else "CPUExecutionProvider"])
-        if cuda and _CUDA not in self._session.get_providers():
-            # Without a usable GPU, onnxruntime quietly runs on the CPU instead.
-            raise BackendUnavailable("onnxruntime found no usable NVIDIA GPU, driver or cuDNN")
+        self._model = model
+        self._session = load_session(model, cuda, threads)
         _check_signature(self._session.get_inputs(), self._session.get_outputs(), spec)
         self._input = self._session.get_inputs()[0].name
         self._batch = self._session.get_inputs()[0].shape[0]
@@ -82,7 +50,7 @@ class OnnxRuntimeBackend:
 
         session = self._session
         if cuda_graph:  # recorded at a session's first run, for its one shape
-            session = self._open([(_CUDA, {**_CUDA_OPTIONS, "enable_cuda_graph": "1"})])
+            session = load_session(self._model, cuda=True, cuda_graph=True)
         inputs = ort.OrtValue.ortvalue_from_numpy(images, "cuda", 0)
         outputs = ort.OrtValue.ortvalue_from_numpy(self.run(images), "cuda", 0)
         binding = session.io_binding()
@@ -96,6 +64,47 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         self._session = None
+
+
+def load_session(
+    model: bytes, cuda: bool = False, threads: int | None = None, cuda_graph: bool = False
+) -> Any:
+    """An onnxruntime session of the model; `cuda_graph` records its first run to replay it.
+
+    Raises BackendUnavailable where onnxruntime or the GPU is missing, UsageError where onnxruntime
+    cannot run such a model.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise BackendUnavailable(
+            "onnxruntime is not installed: pip install 'rexdeploy[cpu]', or 'rexdeploy[gpu]' "
+            "on a machine with an NVIDIA GPU"
+        ) from None
+    if cuda and _CUDA not in ort.get_available_providers():
+        raise BackendUnavailable(
+            "this onnxruntime is the CPU build; with an NVIDIA GPU: "
+            "pip uninstall onnxruntime && pip install 'rexdeploy[gpu]'"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # its warnings are about its own optimisations
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        # Idle threads of one session would otherwise spin while another one is timed.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        # TF32 is on by default and rounds float32 products to 10 bits: not parity.
+        settings = {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}
+        provider = (_CUDA, settings) if cuda else "CPUExecutionProvider"
+        session = ort.InferenceSession(model, options, providers=[provider])
+    except Exception as error:  # onnxruntime's errors share no public base class
+        raise UsageError(
+            f"not an ONNX model that onnxruntime can load ({_first_line(error)})"
+        ) from None
+    if cuda and _CUDA not in session.get_providers():
+        # Without a usable GPU, onnxruntime quietly runs on the CPU instead.
+        raise BackendUnavailable("onnxruntime found no usable NVIDIA GPU, driver or cuDNN")
+    return session
 
 
 def _check_signature(inputs: Sequence[Any], outputs: Sequence[Any], spec: ModelSpec) -> None:

@@ -23,7 +23,8 @@ class TensorRTBackend:
         self.name = "tensorrt-rtx" if flavor == "rtx" else "tensorrt"
         trt = load(flavor)
         header = read_header(plan)
-        if header.version is not None and header.version != trt.__version__:
+        # Full TensorRT decides by itself: it runs engines of some neighbouring versions.
+        if header.flavor == "rtx" and header.version != trt.__version__:
             raise BackendUnavailable(
                 f"the engine was built by TensorRT-RTX {header.version} and this machine has "
                 f"{trt.__version__}; build it again: rexdeploy build-trt"

@@ -1,0 +1,129 @@
+"""In which type a model computes: the share of its layers and of its arithmetic in each.
+
+One proof for a built engine, by its own layer report, and for an ONNX graph, by its types.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+FLOATING = ("Half", "BFloat16", "Float")
+TYPES = ("Int8", *FLOATING)
+"""The types that arithmetic is counted in, by TensorRT-RTX's names, the widest last."""
+MIN_SHARE = 0.5
+"""Least share of layers in the type that was asked for, beside all convolutions and products.
+
+ReXNets' have 1.0 (TensorRT-RTX 1.7); a tiny graph of four layers and a cast of its input has 0.8.
+"""
+
+
+class Layer(Protocol):
+    """Something that computes: a layer of an engine, or a node of a graph."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def precision(self) -> str:
+        """The type it computes in, one of TYPES, or another type that counts for nothing."""
+
+    @property
+    def onnx_nodes(self) -> tuple[str, ...]:
+        """Names of the graph's nodes that it carries out."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A convolution or matrix product of an ONNX graph; as a Layer, the graph's own."""
+
+    name: str
+    precision: str  # its weights' type in the graph, by TensorRT-RTX's names
+    macs: int | None  # multiply-accumulates for one image; None where shapes do not tell
+
+    @property
+    def onnx_nodes(self) -> tuple[str, ...]:
+        return (self.name,)
+
+
+@dataclass(frozen=True)
+class PrecisionProof:
+    """What a model's layers say of the types it computes in."""
+
+    wanted: str | None  # the type that was asked for; None: each product in its graph's own type
+    layers: dict[str, int]  # how many compute in each type
+    macs: dict[str, int] = field(default_factory=dict)  # of one image, by type; empty: not known
+    differing: tuple[str, ...] = ()  # layers with a product in another type than was asked for
+    not_found: tuple[str, ...] = ()  # products of the graph that no layer names
+
+    def __post_init__(self) -> None:
+        counts = [*self.layers.items(), *self.macs.items()]
+        if any(kind not in TYPES or count < 0 for kind, count in counts):
+            raise ValueError(f"impossible proof of precision {self}")
+
+    def share(self, kind: str) -> float:
+        """The share of layers that compute in a type, 0 to 1."""
+        total = sum(self.layers.values())
+        return self.layers.get(kind, 0) / total if total else 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether every product is known to run in the type that was asked for."""
+        in_type = self.wanted is None or self.share(self.wanted) >= MIN_SHARE
+        return not self.differing and not self.not_found and in_type
+
+    @property
+    def summary(self) -> str:
+        """`129 of 129 layers in Half (100%), 100% of 0.88 GMACs in Half`; the asked type first."""
+        parts = []
+        for counts, unit in ((self.layers, "layers"), (self.macs, "GMACs")):
+            total = sum(counts.values())
+            for kind in sorted(counts, key=lambda name: (name != self.wanted, -counts[name])):
+                share = f"{counts[kind] / total:.0%}" if total else "0%"
+                parts.append(
+                    f"{counts[kind]} of {total} layers in {kind} ({share})"
+                    if unit == "layers"
+                    else f"{share} of {total / 1e9:.3g} GMACs in {kind}"
+                )
+        return ", ".join(parts) or "no layer computes on numbers"
+
+
+def prove(
+    layers: Sequence[Layer], products: Iterable[Product], wanted: str | None = None
+) -> PrecisionProof:
+    """Counts layers and multiply-accumulates by type, and names those of another type than asked.
+
+    Asked for is `wanted` for every product, or, where that is None, each product's type in its
+    graph: TensorRT takes the graph's types literally.
+    """
+    known = {product.name: product for product in products}
+    counted = Counter({wanted: 0} if wanted else {})
+    counted.update(layer.precision for layer in layers if layer.precision in TYPES)
+    carried: dict[str, str] = {}  # the type of every product that a layer names
+    differing = []
+    for layer in layers:
+        named = [known[name] for name in layer.onnx_nodes if name in known]
+        if any(layer.precision != (wanted or product.precision) for product in named):
+            differing.append(layer.name)
+        for product in named:
+            # In two layers at once, the wider type counts: no share may look better than it is.
+            kinds = {layer.precision, carried.get(product.name, layer.precision)}
+            carried[product.name] = max(kinds, key=_width)
+    macs: Counter[str] = Counter()
+    for name, kind in carried.items():
+        if kind in TYPES:
+            macs[kind] += known[name].macs or 0
+    is_counted = all(product.macs is not None for product in known.values())
+    return PrecisionProof(
+        wanted=wanted,
+        layers=dict(counted),
+        macs=dict(macs) if is_counted else {},
+        differing=tuple(differing),
+        not_found=tuple(sorted(known.keys() - carried.keys())),
+    )
+
+
+def _width(kind: str) -> int:
+    return TYPES.index(kind) if kind in TYPES else len(TYPES)
