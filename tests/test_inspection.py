@@ -30,7 +30,9 @@ def test_an_engine_in_its_bundle_shows_the_proof_of_its_build(v1_original: Bundl
     assert result.header is not None
     assert result.header.targets == ("sm89",)
     assert result.place is not None
-    assert result.place.chain == ("weights.safetensors", "fp32.onnx", "fp16.onnx", ENGINE)
+    assert result.place.chain == (
+        "weights.safetensors", "fp32.onnx", "fp32.tensorrt.onnx", "fp16.onnx", ENGINE,
+    )  # fmt: skip
     assert result.place.artifact.sha256 == result.sha256
     assert result.proof is not None
     assert result.proof.share("Half") == 1

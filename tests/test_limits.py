@@ -36,7 +36,7 @@ def test_every_defect_larger_than_rounding_is_over_the_limit(precision: Precisio
 
 
 def test_the_documented_table_is_the_measurement() -> None:
-    text = (ROOT / "docs" / "limits.md").read_text()
+    text = (ROOT / "artifacts" / "limits" / "README.md").read_text()
     shown = re.findall(r"^\| (rexnet\S*) \| ([\d.]+) \| (\d+) \|(.*)\|$", text, re.MULTILINE)
     assert [(family, float(width), int(seed)) for family, width, seed, _ in shown] == [
         (network["family"], network["width"], network["seed"]) for network in NETWORKS

@@ -68,7 +68,8 @@ def test_a_networks_arithmetic_is_the_published_one_and_its_padding(v1_original:
     total = sum(product.macs or 0 for product in found)
     published = zoo.cost("rexnet", 1.0).macs
     assert {product.precision for product in found} == {"Half"}
-    assert published < total < 1.15 * published
+    # Padded to 16 it is 1.11 times as much; one width for a shortcut chain makes it 1.22.
+    assert published < total < 1.25 * published
 
 
 def test_products_in_branches_are_counted_and_their_cost_is_not_known() -> None:
