@@ -311,6 +311,17 @@ def verify(
         list[str] | None,
         typer.Option(help="Fail if this backend cannot run; repeatable.", show_default=False),
     ] = None,
+    localize: Annotated[
+        bool,
+        typer.Option(
+            "--localize",
+            help="Walk the graphs' blocks; name the first that is wrong, and the node.",
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the walk's errors; a .png or .svg."),
+    ] = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
@@ -322,9 +333,15 @@ def verify(
     \b
     Example:
     rexdeploy verify --images photos/ --require tensorrt
-    rexdeploy verify --candidate other.onnx
+    rexdeploy verify --candidate other.onnx --localize
     """
     check_json(json)
+    if plot is not None:
+        from rexdeploy.plot import check_plot, plot_localizations
+
+        check_plot(plot)
+        if not localize:
+            raise UsageError("--plot draws what --localize finds: give both")
     from rexdeploy.bundle import Bundle
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.verify import VerifyOptions
@@ -337,11 +354,14 @@ def verify(
         candidate=candidate,
         backends=tuple(backend or ()),
         require=tuple(require or ()),
+        localize=localize,
     )
     with progress(quiet) as report:
         result = run(opened, options, report)
     try:
         emit(json, lambda: result)
+        if plot is not None:
+            plot_localizations(result.localizations, plot)
         if not quiet and json != Path("-"):
             show_verification(opened, result)
         if candidate is None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rexdeploy.build import BuildResult
     from rexdeploy.bundle import Bundle
     from rexdeploy.export import ExportResult
+    from rexdeploy.localize import Localization
     from rexdeploy.manifest import Artifact
     from rexdeploy.models.zoo import Cost, Published
     from rexdeploy.verify import Verification
@@ -81,12 +82,46 @@ def show_verification(bundle: Bundle, result: Verification) -> None:
     print_table(columns, lines)
     for skip in result.skipped:
         say(f"skipped {skip.candidate}: {skip.reason}")
+    for localization in result.localizations:
+        show_localization(localization)
+    for reason in result.not_localized:
+        say(f"not walked: {reason}")
     if not result.failures:
         unproven = f"; NOT verified: {len(result.skipped)} skipped" if result.skipped else ""
         edges = "1 edge is within its limit"
         if len(result.edges) > 1:
             edges = f"{len(result.edges)} edges are within their limits"
         say(f"passed: {edges}{unproven}")
+
+
+def show_localization(result: Localization) -> None:
+    """The error block by block, and the first block and node that add more than their share."""
+    say(
+        "",
+        f"{result.reference} -> {result.candidate} block by block, {result.images} images: of the "
+        "tensor's spread; and of its size,",
+        "when the block is given the reference's own input",
+    )
+    lines = [
+        (
+            block.name,
+            f"{block.total:.1e}",
+            f"{block.own:.1e}",
+            f"{result.limit:g}",
+            "OVER" if block.name in result.over else "ok",
+        )
+        for block in result.blocks
+    ]
+    print_table(("block", "error so far", "its own", "limit", ""), lines)
+    culprit = result.culprit
+    if culprit is None:
+        say(f"{result.candidate}: no block stands out")
+        return
+    weight = f", weights {culprit.node.weight}" if culprit.node.weight else ""
+    say(
+        f"{result.candidate}: leaves {result.reference} in {culprit.block}, first at node "
+        f"{culprit.node.name} ({culprit.node.op_type}{weight})"
+    )
 
 
 def show_benchmark(result: Benchmark) -> None:

@@ -22,6 +22,7 @@ from rexdeploy.backends import (
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.compare import Comparison, Signal, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.localize import Localization, localize
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
     Artifact,
@@ -35,6 +36,7 @@ from rexdeploy.parity import LIMITS, Rows, run_batches
 from rexdeploy.precision import parse, precision_of
 from rexdeploy.progress import Report, silent
 from rexdeploy.tensorrt_api import RTX_MAGIC
+from rexdeploy.walk import GraphWalk, TorchWalk, Walk
 
 Float32 = npt.NDArray[np.float32]
 
@@ -54,6 +56,7 @@ class VerifyOptions:
     candidate: Path | None = None  # judge this file instead of the bundle's own
     backends: tuple[str, ...] = ()  # empty: every one that a file's kind allows
     require: tuple[str, ...] = ()  # backends whose absence is a failure
+    localize: bool = False  # compare every graph with its parent block by block, too
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class Verification:
     totals: tuple[Comparison, ...]  # each file against the reference, where that is another
     skipped: tuple[Skipped, ...]
     failures: tuple[str, ...]  # why the whole does not pass; empty if it does
+    localizations: tuple[Localization, ...] = ()  # block by block, if asked for; no verdict
+    not_localized: tuple[str, ...] = ()  # the files that could not be, and why
 
     @property
     def passed(self) -> bool:
@@ -121,6 +126,11 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         for backend in candidate.backends:
             report(f"running {candidate.file} ({backend})")
             judge.run(candidate, backend)
+    localizations, not_localized = (
+        _localize(bundle, candidates, pool, reference_name, report)
+        if options.localize
+        else ((), ())
+    )
     return Verification(
         model=spec.title,
         files={candidate.file: sha256(candidate.model) for candidate in candidates},
@@ -131,6 +141,8 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         totals=tuple(judge.totals),
         skipped=tuple(judge.skipped),
         failures=tuple(judge.failures(options.require)),
+        localizations=localizations,
+        not_localized=not_localized,
     )
 
 
@@ -240,6 +252,58 @@ class _Judge:
             signal=self._signal,
             limit=LIMITS[precision or "fp16"],
         )
+
+
+def _localize(
+    bundle: Bundle,
+    candidates: Sequence[_Candidate],
+    pool: Float32,
+    reference_name: str,
+    report: Report,
+) -> tuple[tuple[Localization, ...], tuple[str, ...]]:
+    """Every graph against its parent, block by block, and why some cannot be.
+
+    The graphs that pass as well: what a limit on logits hides, a block's own error can show.
+    """
+    walks: dict[str, Walk] = {}
+    found, unable = [], []
+    for candidate in candidates:
+        if candidate.kind != "onnx":
+            unable.append(
+                f"{candidate.file}: an engine does not show its inner tensors; its graph's blocks "
+                "preview its rounding"
+            )
+            continue
+        report(f"walking the blocks of {candidate.file}")
+        try:
+            if not walks:
+                walks[reference_name] = _reference_walk(bundle, reference_name)
+            walk = GraphWalk(parse(candidate.model, candidate.file))
+            walks[candidate.file] = walk
+            parent = candidate.parent if candidate.parent in walks else reference_name
+            found.append(
+                localize(
+                    walks[parent],
+                    walk,
+                    pool,
+                    names=(parent, candidate.file),
+                    precision=candidate.precision,
+                )
+            )
+        except RexdeployError as error:
+            unable.append(f"{candidate.file}: {error}")
+    return tuple(found), tuple(unable)
+
+
+def _reference_walk(bundle: Bundle, name: str) -> Walk:
+    """The reference of `_reference`, block by block."""
+    if name == REFERENCE:
+        weights = bundle.manifest.find("weights")
+        assert weights is not None  # _reference has read it
+        return TorchWalk(bundle.read(weights), bundle.manifest.model)
+    graph = bundle.manifest.find("onnx")
+    assert graph is not None
+    return GraphWalk(parse(bundle.read(graph), name))
 
 
 def _check_options(options: VerifyOptions) -> None:

@@ -16,19 +16,20 @@ PACKAGE = Path(rexdeploy.__path__[0])
 LEVELS = [
     {"errors", "progress", "gpu"},
     {"manifest"},
-    {"bundle", "images", "compare", "precision", "tensorrt_api"},
+    {"bundle", "images", "compare", "precision", "blocks", "tensorrt_api"},
     {"models", "graph", "console"},
     {"backends"},
-    {"parity"},
+    {"parity", "walk"},
+    {"localize"},
     {"export", "build", "verify", "bench", "classify", "doctor"},
-    {"__init__", "show"},
+    {"__init__", "show", "plot"},
     {"cli"},
     {"__main__"},
 ]
 # Importing one of these at module level is for the modules named.
 HEAVY = {
     "torch": {"export", "graph", "models"},
-    "onnx": {"export", "graph", "build", "verify", "precision"},
+    "onnx": {"export", "graph", "build", "verify", "precision", "blocks", "walk"},
     "safetensors": {"export", "models"},
     "onnxruntime": set[str](),
     "onnxsim": set[str](),
@@ -37,6 +38,7 @@ HEAVY = {
     "cuda": set[str](),
     "huggingface_hub": set[str](),
     "rich": set[str](),
+    "matplotlib": set[str](),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from rexdeploy.manifest import ModelSpec
 Float32 = npt.NDArray[np.float32]
 
 _CUDA = "CUDAExecutionProvider"
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxRuntimeBackend:
@@ -73,6 +74,33 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         self._session = None
+
+
+def run_graph(model: bytes, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, Float32]:
+    """Every output of an ONNX graph on the CPU, as float32, by name.
+
+    What is fed is cast to the type of the graph's input. Raises BackendUnavailable without
+    onnxruntime, RexdeployError where it cannot run the graph.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise BackendUnavailable(
+            "onnxruntime is not installed: pip install 'rexdeploy[cpu]'"
+        ) from None
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        typed = {
+            value.name: feeds[value.name].astype(_NUMPY_TYPES[value.type])
+            for value in session.get_inputs()
+        }
+        names = [value.name for value in session.get_outputs()]
+        values = session.run(names, typed)
+    except Exception as error:  # onnxruntime's errors share no public base class
+        raise RexdeployError(f"onnxruntime cannot run the graph ({_first_line(error)})") from None
+    return {name: np.asarray(value, np.float32) for name, value in zip(names, values, strict=True)}
 
 
 def _check_signature(inputs: Sequence[Any], outputs: Sequence[Any], spec: ModelSpec) -> None:
