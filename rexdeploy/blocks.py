@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -84,6 +85,40 @@ def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
     for name in dict.fromkeys(names):
         if name not in known:
             copy.graph.output.append(helper.make_tensor_value_info(name, types[name], None))
+    return copy
+
+
+def literal(model: ModelProto) -> ModelProto:
+    """A copy of the graph that onnxruntime computes in the graph's own types.
+
+    Between float16 nodes that it has no float16 code for, onnxruntime (1.32, on x86, at every
+    optimisation level) keeps float32 and rounds nothing: an overflow that an engine would have is
+    not seen. Two Concats of one tensor, which it has in float16 and does not remove, make it round;
+    a single one between other nodes it would do in float32 as well.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    halves = {
+        value.name
+        for value in [*inferred.value_info, *inferred.output]
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16
+        and len(value.type.tensor_type.shape.dim)  # Concat takes no scalars
+    }
+    nodes = []
+    for node in copy.graph.node:
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if name in halves:
+                stages = [f"{name}/unrounded", f"{name}/rounded", name]
+                node.output[index] = stages[0]
+                nodes += [
+                    helper.make_node("Concat", [source], [target], axis=0)
+                    for source, target in itertools.pairwise(stages)
+                ]
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del copy.graph.node[:]
+    copy.graph.node.extend(kept)
     return copy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,9 +23,16 @@ from rexdeploy.manifest import (
     Preprocess,
     WeightsOrigin,
 )
-from rexdeploy.precision import ARITHMETIC_OPS, parse, precision_of, to_fp16
+from rexdeploy.precision import (
+    ARITHMETIC_OPS,
+    kept_float32,
+    node_name,
+    parse,
+    precision_of,
+    to_fp16,
+)
 from rexdeploy.progress import Report, silent
-from rexdeploy.tensorrt_api import FLAVORS, EngineSettings, Flavor, PrecisionProof
+from rexdeploy.tensorrt_api import FLAVORS, EngineSettings, Flavor, Layer, PrecisionProof
 
 MAX_WORKSPACE_MIB = 1 << 20
 
@@ -96,8 +104,11 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     report(f"building a {graph_artifact.precision} engine with {trt.__name__} {trt.__version__}")
     built = tensorrt_api.build(data, settings)
     report("proving its precision")
-    proof = tensorrt_api.prove(built.layers, _arithmetic_nodes(graph))
+    # A mixed graph (of tune-precision) has convolutions that are to be float32, and must be.
+    kept = kept_float32(graph) if graph_artifact.precision == "fp16" else set[str]()
+    proof = tensorrt_api.prove(built.layers, _arithmetic_nodes(graph) - kept)
     _check_precision(proof, graph_artifact.precision)
+    _check_kept(built.layers, kept)
 
     target = built_with["targets"].replace(" and newer", "plus").replace(" ", "-")
     engine = Artifact(
@@ -329,12 +340,26 @@ def _same_engine(
 
 
 def _arithmetic_nodes(graph: ModelProto) -> set[str]:
-    """Their names; TensorRT's parser calls a nameless node after its first output."""
-    return {
-        node.name or f"node_of_{node.output[0]}"
-        for node in graph.graph.node
-        if node.op_type in ARITHMETIC_OPS
-    }
+    return {node_name(node) for node in graph.graph.node if node.op_type in ARITHMETIC_OPS}
+
+
+def _check_kept(layers: Sequence[Layer], kept: set[str]) -> None:
+    """Raises VerificationFailed if the engine computes in Half what its graph has in float32.
+
+    TensorRT-RTX 1.7.1 fuses the casts around a lone convolution into a Half one.
+    """
+    lost = [
+        layer.name
+        for layer in layers
+        if kept & set(layer.onnx_nodes) and layer.precision != "Float"
+    ]
+    missing = kept.difference(*(layer.onnx_nodes for layer in layers))
+    if lost or missing:
+        names = ", ".join([*lost, *sorted(missing)][:3])
+        raise VerificationFailed(
+            f"the engine does not keep in float32 what the graph does: {names}; nothing was "
+            "written: build without --fp16"
+        )
 
 
 def _check_precision(proof: PrecisionProof, precision: Precision | None) -> None:

@@ -7,7 +7,7 @@ is decided here. Our own conversion, since the known converters clamp weights si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -22,8 +22,10 @@ _FLOAT, _HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 _FP16_MAX = float(np.finfo(np.float16).max)
 
 
-def to_fp16(model: ModelProto) -> ModelProto:
+def to_fp16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
     """A copy of `model` in float16, but for its inputs and outputs, which stay float32.
+
+    The nodes named in `keep` (see `node_name`) stay float32 as well, with casts around them.
 
     Every operator that ONNX defines for float16 is converted; others (and inputs such as Resize's
     scales) stay float32 behind casts. Raises UsageError for graphs with control flow and
@@ -31,7 +33,7 @@ def to_fp16(model: ModelProto) -> ModelProto:
     """
     converted = ModelProto()
     converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    _Conversion(converted).run()
+    _Conversion(converted, keep).run()
     onnx.checker.check_model(converted, full_check=True)
     return converted
 
@@ -55,11 +57,38 @@ def precision_of(model: ModelProto) -> Precision | None:
     return "fp16" if types == {_HALF} else None
 
 
+def node_name(node: NodeProto) -> str:
+    """A node's name; TensorRT's parser calls a nameless node after its first output."""
+    return node.name or f"node_of_{node.output[0]}"
+
+
+def beyond_fp16(model: ModelProto) -> set[str]:
+    """The nodes that have a weight which float16 cannot hold."""
+    large = {
+        tensor.name
+        for tensor in model.graph.initializer
+        if tensor.data_type == _FLOAT and _largest(tensor) > _FP16_MAX
+    }
+    return {node_name(node) for node in model.graph.node if large & set(node.input)}
+
+
+def kept_float32(model: ModelProto) -> set[str]:
+    """The names of the convolutions and matrix products whose weights are float32."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    types = _element_types(graph)
+    return {
+        node_name(node)
+        for node in graph.node
+        if node.op_type in ARITHMETIC_OPS and types.get(node.input[1]) == _FLOAT
+    }
+
+
 class _Conversion:
     """One pass over a topologically sorted graph, in place."""
 
-    def __init__(self, model: ModelProto) -> None:
+    def __init__(self, model: ModelProto, keep: Collection[str]) -> None:
         self.graph = model.graph
+        self.keep = keep
         self.opsets = {entry.domain: entry.version for entry in model.opset_import}
         self.types = _element_types(self.graph)
         self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
@@ -87,7 +116,7 @@ class _Conversion:
                 f"node '{node.name}' is control flow ({node.op_type}), which --fp16 does not "
                 "convert; export the graph in float16 from its framework and leave out --fp16"
             )
-        halves = self._half_parameters(node)
+        halves = set() if node_name(node) in self.keep else self._half_parameters(node)
         for index, name in enumerate(node.input):
             if self.types.get(name) in (_FLOAT, _HALF):
                 wanted = _HALF if ("in", index) in halves else _FLOAT
@@ -160,14 +189,22 @@ class _Conversion:
 
 def _half_weight(tensor: TensorProto, name: str) -> TensorProto:
     values = numpy_helper.to_array(tensor)
-    # An infinite bound (an open Clip) is meant; a finite value that overflows is a broken weight.
-    largest = float(np.abs(values[np.isfinite(values)]).max(initial=0))
+    largest = _largest(tensor)
     if largest > _FP16_MAX:
         raise VerificationFailed(
             f"weight '{tensor.name}' has a value of {largest:.3g}, beyond float16's "
             f"{_FP16_MAX:g}; deploy this network in float32 (leave out --fp16)"
         )
     return numpy_helper.from_array(values.astype(np.float16), name)
+
+
+def _largest(tensor: TensorProto) -> float:
+    """The largest absolute value that is finite.
+
+    An infinite bound (an open Clip) is meant; a finite value that overflows is a broken weight.
+    """
+    values = numpy_helper.to_array(tensor)
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0))
 
 
 def _cast(source: str, target: str, to: int) -> NodeProto:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from rexdeploy.backends import (
     has_onnxruntime_cuda,
     open_backend,
 )
+from rexdeploy.blocks import literal
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.compare import Comparison, Signal, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
@@ -112,7 +112,7 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
     _check_options(options)
     spec = bundle.manifest.model
     _check_preprocess(bundle)
-    pool, described = _images(options, spec)
+    pool, described = images.pool(options.images, options.samples, spec.preprocess)
     report("running the reference")
     reference_name, reference = _reference(bundle, pool)
     signal = Signal.of(reference)
@@ -193,7 +193,10 @@ class _Judge:
             # On a CPU: what an engine takes at once may not fit this machine's memory.
             sizes = [size for size in sizes if size <= MAX_GRAPH_BATCH] or [MAX_GRAPH_BATCH]
         try:
-            backend = open_backend(name, candidate.model, self._spec)
+            model = candidate.model
+            if name == "onnxruntime" and candidate.precision != "fp32":
+                model = literal(parse(model, candidate.file)).SerializeToString()
+            backend = open_backend(name, model, self._spec)
         except BackendUnavailable as error:
             self.skipped.append(Skipped(candidate.parent, label, name, str(error)))
             return
@@ -313,19 +316,6 @@ def _check_options(options: VerifyOptions) -> None:
     for name in (*options.backends, *options.require):
         if name not in known:
             raise UsageError(f"backend: got '{name}', expected one of {', '.join(known)}")
-
-
-def _images(options: VerifyOptions, spec: ModelSpec) -> tuple[Float32, str]:
-    """The images to compare over, and how to describe them."""
-    if options.images is None:
-        return (
-            images.synthetic(options.samples, spec.preprocess, seed=1),
-            f"{options.samples} synthetic images",
-        )
-    found = images.find(options.images)
-    step = max(1, math.ceil(len(found) / options.samples))  # spread over all subfolders
-    paths = found[::step]
-    return images.load_batch(paths, spec.preprocess), f"{len(paths)} images of {options.images}"
 
 
 def _reference(bundle: Bundle, pool: Float32) -> tuple[str, Float32]:

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
-from rexdeploy.backends.onnxrt import run_graph
+from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.backends.pytorch import PyTorchBackend
-from rexdeploy.blocks import Block, find_blocks, floating_outputs, subgraph, with_outputs
+from rexdeploy.blocks import Block, find_blocks, floating_outputs, literal, subgraph, with_outputs
 from rexdeploy.manifest import ModelSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -62,9 +62,11 @@ class GraphWalk:
         self.batch: int = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0: any
 
     def outputs(self, images: Float32) -> list[Float32]:
-        copy = with_outputs(self.model, [block.output for block in self.blocks])
-        values = run_graph(copy.SerializeToString(), {self.blocks[0].input: images})
-        return [values[block.output] for block in self.blocks]
+        names = [block.output for block in self.blocks]
+        copy = literal(with_outputs(self.model, names))
+        session = GraphSession(copy.SerializeToString())
+        values = session.run({self.blocks[0].input: images}, names)
+        return [values[name] for name in names]
 
     def inside(self, index: int, x: Float32) -> list[Float32]:
         return [tensor.value for tensor in self.tensors(index, x)]
@@ -96,7 +98,8 @@ class GraphWalk:
     def _run(self, block: Block, outputs: list[str], x: Float32) -> dict[str, Float32]:
         # Only shapes are read of the extra inputs, and of these the batch size is what varies.
         feeds = dict.fromkeys((block.input, *block.extra_inputs), x)
-        return run_graph(subgraph(self.model, block, outputs).SerializeToString(), feeds)
+        graph = literal(subgraph(self.model, block, outputs))
+        return GraphSession(graph.SerializeToString()).run(feeds, outputs)
 
 
 class TorchWalk:

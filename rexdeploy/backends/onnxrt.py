@@ -76,31 +76,47 @@ class OnnxRuntimeBackend:
         self._session = None
 
 
-def run_graph(model: bytes, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, Float32]:
-    """Every output of an ONNX graph on the CPU, as float32, by name.
+class GraphSession:
+    """An ONNX graph with any outputs on the CPU.
 
-    What is fed is cast to the type of the graph's input. Raises BackendUnavailable without
-    onnxruntime, RexdeployError where it cannot run the graph.
+    Raises BackendUnavailable without onnxruntime, RexdeployError where it cannot load the graph.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError:
-        raise BackendUnavailable(
-            "onnxruntime is not installed: pip install 'rexdeploy[cpu]'"
-        ) from None
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        typed = {
-            value.name: feeds[value.name].astype(_NUMPY_TYPES[value.type])
-            for value in session.get_inputs()
+
+    def __init__(self, model: bytes) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            raise BackendUnavailable(
+                "onnxruntime is not installed: pip install 'rexdeploy[cpu]'"
+            ) from None
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise RexdeployError(
+                f"onnxruntime cannot load the graph ({_first_line(error)})"
+            ) from None
+
+    def run(self, feeds: Mapping[str, Float32], outputs: Sequence[str]) -> dict[str, Float32]:
+        """The tensors `outputs` as float32; what is fed is cast to the type of the graph's input.
+
+        Raises RexdeployError where the graph fails.
+        """
+        with np.errstate(over="ignore"):  # what float16 cannot hold is infinite
+            typed = {
+                value.name: feeds[value.name].astype(_NUMPY_TYPES[value.type])
+                for value in self._session.get_inputs()
+            }
+        try:
+            values = self._session.run(list(outputs), typed)
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise RexdeployError(
+                f"onnxruntime cannot run the graph ({_first_line(error)})"
+            ) from None
+        return {
+            name: np.asarray(value, np.float32) for name, value in zip(outputs, values, strict=True)
         }
-        names = [value.name for value in session.get_outputs()]
-        values = session.run(names, typed)
-    except Exception as error:  # onnxruntime's errors share no public base class
-        raise RexdeployError(f"onnxruntime cannot run the graph ({_first_line(error)})") from None
-    return {name: np.asarray(value, np.float32) for name, value in zip(names, values, strict=True)}
 
 
 def _check_signature(inputs: Sequence[Any], outputs: Sequence[Any], spec: ModelSpec) -> None:
