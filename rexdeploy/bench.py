@@ -119,7 +119,8 @@ class Benchmark:
 def bench(subjects: Sequence[Subject], options: BenchOptions, report: Report = silent) -> Benchmark:
     """Times every network on every backend, batch size and number of threads.
 
-    Each round runs every competitor once, so that a machine that drifts hits all of them alike.
+    Each round times every competitor once, so that a machine that drifts hits all of them alike,
+    and after an untimed run, as a server that runs one network would find its caches.
     Ctrl-C ends it with the rounds that are complete. Raises UsageError for unusable options and
     BackendUnavailable where nothing can run.
     """
@@ -356,6 +357,7 @@ def _time(
                 report(f"timing {rounds} rounds" if number else "warming up")
             times = []
             for task in tasks:
+                task()  # the one before it has left its own weights in the caches
                 started = time.perf_counter()
                 task()
                 times.append(1e3 * (time.perf_counter() - started))

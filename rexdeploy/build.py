@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -12,6 +11,7 @@ from onnx import ModelProto
 from rexdeploy import gpu, tensorrt_api
 from rexdeploy.bundle import Bundle, check_writable, commit, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
+from rexdeploy.forms import Source, engine_form
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
     FORMAT,
@@ -24,17 +24,9 @@ from rexdeploy.manifest import (
     Preprocess,
     WeightsOrigin,
 )
-from rexdeploy.precision import (
-    parse,
-    precision_of,
-    products,
-    read_with_external_data,
-    to_bf16,
-    to_fp16,
-)
+from rexdeploy.precision import parse, precision_of, products, read_with_external_data
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
-from rexdeploy.shortcuts import to_plain_adds
 from rexdeploy.tensorrt_api import FLAVORS, EngineSettings, Flavor
 
 MAX_WORKSPACE_MIB = 1 << 20
@@ -65,19 +57,6 @@ class BuildResult:
     reused: bool  # answered from the bundle, nothing was built
 
 
-@dataclass(frozen=True)
-class Source:
-    """What an engine is built from: a bundle, and files that are not in it yet."""
-
-    bundle: Bundle
-    new_files: dict[str, bytes] = field(default_factory=dict)
-    is_new: bool = False  # the bundle is yet to be written
-
-    def read(self, artifact: Artifact) -> bytes:
-        """An artifact's bytes, wherever they are; raises UsageError."""
-        return self.new_files.get(artifact.file) or self.bundle.read(artifact)
-
-
 def build(source: Source | Bundle, options: BuildOptions, report: Report = silent) -> BuildResult:
     """Builds an engine into a bundle, or finds the one that these settings would give.
 
@@ -95,9 +74,10 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     root_graph = bundle.manifest.find("onnx")
     if root_graph is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
-    graph_artifact, data, made = _graphs(source, root_graph, options, report)
-    new_graphs = [artifact for artifact, _ in made.values()]
-    files = {**source.new_files, **{name: content for name, (_, content) in made.items()}}
+    wanted: Precision | None = "fp16" if options.fp16 else "bf16" if options.bf16 else None
+    form = engine_form(source, root_graph, wanted, options.command, report)
+    graph_artifact, data = form.artifact, form.data
+    files = {**source.new_files, **form.files}
     graph = parse(data, graph_artifact.file)
     settings = EngineSettings(
         flavor,
@@ -108,15 +88,16 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     built_with = _built_with(settings, trt.__version__)
     engine = _same_engine(source, graph_artifact, settings, built_with)
     if engine is not None and not options.force:
-        if made:  # the engine was whole, its graph was not
-            bundle = bundle.update(*new_graphs, files=files)
+        if form.made:  # the engine was whole, its graph was not
+            bundle = bundle.update(*form.made, files=files)
         return BuildResult(bundle, engine, reused=True)
 
     report(f"building a {graph_artifact.precision} engine with {trt.__name__} {trt.__version__}")
     built = tensorrt_api.build(data, settings)
     report("proving its precision")
-    wanted = TYPE_NAMES[graph_artifact.precision] if graph_artifact.precision else None
-    proof = prove(built.layers, products(graph), wanted)
+    # A mixed graph (of tune-precision) is to be computed in each product's own type.
+    kind = TYPE_NAMES[graph_artifact.precision] if graph_artifact.precision else None
+    proof = prove(built.layers, products(graph), kind)
     _check_precision(proof)
 
     target = built_with["targets"].replace(" and newer", "plus").replace(" ", "-")
@@ -134,9 +115,9 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     report(f"writing {bundle.path / engine.file}")
     files[engine.file] = built.plan
     if source.is_new:
-        manifest = bundle.manifest.with_artifacts(*new_graphs, engine)
+        manifest = bundle.manifest.with_artifacts(*form.made, engine)
         return BuildResult(commit(bundle.path, lambda _: manifest, files), engine, reused=False)
-    return BuildResult(bundle.update(*new_graphs, engine, files=files), engine, reused=False)
+    return BuildResult(bundle.update(*form.made, engine, files=files), engine, reused=False)
 
 
 def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
@@ -252,66 +233,6 @@ def _can_load(flavor: Flavor) -> bool:
     except BackendUnavailable:
         return False
     return True
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A form of a graph that is kept as a file of its own."""
-
-    file: str
-    precision: Precision | None
-    make: Callable[[ModelProto], ModelProto]
-    notes: dict[str, str]  # for built_with
-
-
-def _graphs(
-    source: Source, root: Artifact, options: BuildOptions, report: Report
-) -> tuple[Artifact, bytes, dict[str, tuple[Artifact, bytes]]]:
-    """The graph to build from, and those on the way to it that had to be made, by file.
-
-    Each step is a file, so that `verify` can hold each to a limit of its own: TensorRT's form of
-    the shortcuts is exact, float16 is not.
-    """
-    steps = []
-    if root.built_with.get("align", "off") != "off":  # our own export, of a known structure
-        notes = {"shortcuts": "plain adds"}
-        steps.append(_Step("fp32.tensorrt.onnx", root.precision, to_plain_adds, notes))
-    wanted: Precision | None = "fp16" if options.fp16 else "bf16" if options.bf16 else None
-    if wanted is not None and root.precision != wanted:
-        if root.precision not in ("fp32", None):
-            raise UsageError(
-                f"{root.file} is a graph in {root.precision}; --{wanted} needs one in float32"
-            )
-        convert = to_fp16 if wanted == "fp16" else to_bf16
-        steps.append(_Step(f"{wanted}.onnx", wanted, convert, {}))
-    artifact, data = root, source.read(root)
-    made: dict[str, tuple[Artifact, bytes]] = {}
-    for step in steps:
-        existing = source.bundle.manifest.find_file(step.file)
-        if existing is not None and existing.parent_sha256 == artifact.sha256:
-            try:
-                artifact, data = existing, source.read(existing)
-                continue
-            except UsageError as error:
-                report(f"making it again, since {error}")
-        report(f"making {step.file}")
-        graph = parse(data, artifact.file)
-        changed = step.make(graph)
-        if changed == graph:
-            continue  # every shortcut is a plain Add already
-        data = changed.SerializeToString(deterministic=True)
-        artifact = Artifact(
-            "onnx",
-            step.file,
-            sha256(data),
-            parent_sha256=artifact.sha256,
-            precision=step.precision,
-            batch=root.batch,
-            built_with={"onnx": onnx.__version__} | step.notes,
-            command=options.command,
-        )
-        made[step.file] = artifact, data
-    return artifact, data, made
 
 
 def _batch(asked: BatchRange | None, fixed: BatchRange | None) -> BatchRange:

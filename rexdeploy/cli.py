@@ -20,6 +20,7 @@ from rexdeploy.show import (
     show_inspection,
     show_models,
     show_published_table,
+    show_tuning,
     show_verification,
 )
 
@@ -318,6 +319,17 @@ def verify(
         list[str] | None,
         typer.Option(help="Fail if this backend cannot run; repeatable.", show_default=False),
     ] = None,
+    localize: Annotated[
+        bool,
+        typer.Option(
+            "--localize",
+            help="Walk the graphs' blocks; name the first that is wrong, and the node.",
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the walk's errors; a .png or .svg."),
+    ] = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
@@ -329,9 +341,15 @@ def verify(
     \b
     Example:
     rexdeploy verify --images photos/ --require tensorrt
-    rexdeploy verify --candidate other.onnx
+    rexdeploy verify --candidate other.onnx --localize
     """
     check_json(json)
+    if plot is not None:
+        from rexdeploy.plot import check_plot, plot_localizations
+
+        check_plot(plot)
+        if not localize:
+            raise UsageError("--plot draws what --localize finds: give both")
     from rexdeploy.bundle import Bundle
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.verify import VerifyOptions
@@ -344,11 +362,14 @@ def verify(
         candidate=candidate,
         backends=tuple(backend or ()),
         require=tuple(require or ()),
+        localize=localize,
     )
     with progress(quiet) as report:
         result = run(opened, options, report)
     try:
         emit(json, lambda: result)
+        if plot is not None:
+            plot_localizations(result.localizations, plot)
         if not quiet and json != Path("-"):
             show_verification(opened, result)
         if candidate is None:
@@ -356,6 +377,62 @@ def verify(
     finally:  # whatever becomes of the output, the exit code is the verdict's
         if result.failures:
             raise VerificationFailed("; ".join(result.failures))
+
+
+@app.command("tune-precision")
+def tune_precision(
+    bundle: BundleArgument = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Images to tune over [default: synthetic ones]."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many images at the most.")] = 8,
+    max_blocks: Annotated[int, typer.Option(help="How many blocks may stay float32.")] = 6,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Find the few blocks that float16 cannot do without float32.
+
+    For a network whose FP16 graph overflows or leaves its limit. The mixed graph takes the place
+    of the bundle's fp16.onnx, and build-trt --fp16 builds it. Interrupted, the same command goes
+    on where it was. Exit code 3: no set of so few blocks is enough.
+
+    \b
+    Example:
+    rexdeploy tune-precision rexnet_1.5 --images photos/
+    """
+    check_json(json)
+    from rexdeploy.bundle import Bundle
+    from rexdeploy.errors import VerificationFailed
+    from rexdeploy.tune import TuneOptions, tune
+
+    options = TuneOptions(images, samples, max_blocks, _command())
+    opened = Bundle.find(bundle)
+    with progress(quiet) as report:
+        result = tune(opened, options, report)
+    try:
+        emit(
+            json,
+            lambda: {
+                "bundle": str(result.bundle.path),
+                "images": result.images,
+                "healed": result.healed,
+                "limit": result.limit,
+                "plain": result.plain,
+                "best": result.best,
+                "written": result.written,
+                "ranges": result.ranges,
+            },
+        )
+        if not quiet and json != Path("-"):
+            show_tuning(result)
+    finally:
+        if not result.healed:
+            raise VerificationFailed(
+                f"no {max_blocks} blocks in float32 bring the FP16 graph within its limit of "
+                f"{result.limit:g}; the best found: {', '.join(result.best.float32)} (error "
+                f"{result.best.rank:.2g}); nothing was written: deploy it in float32"
+            )
 
 
 @app.command()

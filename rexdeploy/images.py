@@ -101,6 +101,18 @@ def find(folder: Path) -> list[Path]:
     return paths
 
 
+def pool(folder: Path | None, count: int, spec: Preprocess) -> tuple[Float32, str]:
+    """Images to compare networks over, float32 `[N, 3, height, width]`, and how to describe them.
+
+    At most `count` of a folder's, spread over all its subfolders, or as many synthetic ones.
+    """
+    if folder is None:
+        return synthetic(count, spec, seed=1), f"{count} synthetic images"
+    found = find(folder)
+    paths = found[:: max(1, math.ceil(len(found) / count))]
+    return load_batch(paths, spec), f"{len(paths)} images of {folder}"
+
+
 def synthetic(count: int, spec: Preprocess, seed: int = 0) -> Float32:
     """Seeded images that differ in colour, brightness and texture: float32 `[count, 3, H, W]`.
 

@@ -18,8 +18,8 @@ LIMITS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.5, "bf16": 3.0}
 """Largest allowed error in units of signal.
 
 Chosen between what honest graphs measure over families, widths and seeds, and the least that a
-defect larger than rounding does: artifacts/limits/README.md has the table. The widest honest error is
-lite's in every precision. Trained weights are not measured yet.
+defect larger than rounding does: artifacts/limits/README.md has the table. The widest honest error
+is lite's in every precision. Trained weights are not measured yet.
 """
 
 

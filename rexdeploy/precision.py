@@ -8,7 +8,7 @@ is decided here. Our own conversion, since the known converters clamp weights si
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,10 @@ _LOW_TYPES: dict[int, tuple[str, str]] = {
 BF16_OPSET = 22  # the first in which ONNX defines Conv for bfloat16
 
 
-def to_fp16(model: ModelProto) -> ModelProto:
+def to_fp16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
     """A copy of `model` in float16, but for its inputs and outputs, which stay float32.
+
+    The nodes named in `keep` (see `node_name`) stay float32 as well, with casts around them.
 
     Every operator that ONNX defines for float16 is converted; others (and inputs such as Resize's
     scales) stay float32 behind casts. Raises UsageError for graphs with control flow and
@@ -50,7 +52,7 @@ def to_fp16(model: ModelProto) -> ModelProto:
     """
     converted = ModelProto()
     converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    _Conversion(converted).run()
+    _Conversion(converted, _HALF, keep).run()
     onnx.checker.check_model(converted, full_check=True)
     return converted
 
@@ -72,7 +74,7 @@ def to_bf16(model: ModelProto) -> ModelProto:
             ) from None
     converted = ModelProto()
     converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    _Conversion(converted, _BF16).run()
+    _Conversion(converted, _BF16, ()).run()
     onnx.checker.check_model(converted, full_check=True)
     return converted
 
@@ -156,7 +158,7 @@ def products(model: ModelProto) -> list[Product]:
         producers = {name: node for node in part.node for name in node.output}
         found += [
             Product(
-                node.name or f"node_of_{node.output[0]}",
+                node_name(node),
                 _stored_type(node.input[1], types, producers),
                 _macs(node, shapes) if part is graph else None,  # a branch may run, or not
             )
@@ -182,13 +184,29 @@ def describe(model: ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(inputs), tuple(line(value) for value in model.graph.output)
 
 
+def node_name(node: NodeProto) -> str:
+    """A node's name; TensorRT's parser calls a nameless node after its first output."""
+    return node.name or f"node_of_{node.output[0]}"
+
+
+def beyond_fp16(model: ModelProto) -> set[str]:
+    """The nodes that have a weight which float16 cannot hold."""
+    large = {
+        tensor.name
+        for tensor in model.graph.initializer
+        if tensor.data_type == _FLOAT and _largest(tensor) > _FP16_MAX
+    }
+    return {node_name(node) for node in model.graph.node if large & set(node.input)}
+
+
 class _Conversion:
     """One pass over a topologically sorted graph, in place, from float32 to the type `low`."""
 
-    def __init__(self, model: ModelProto, low: int = _HALF) -> None:
+    def __init__(self, model: ModelProto, low: int, keep: Collection[str]) -> None:
         self.low = low
         self.suffix, self.schema_type = _LOW_TYPES[low]
         self.graph = model.graph
+        self.keep = keep
         self.opsets = {entry.domain: entry.version for entry in model.opset_import}
         self.types = _element_types(self.graph)
         self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
@@ -217,7 +235,7 @@ class _Conversion:
                 "not convert; export the graph in that type from its framework and leave out "
                 f"--{self.suffix}"
             )
-        halves = self._half_parameters(node)
+        halves = set() if node_name(node) in self.keep else self._half_parameters(node)
         for index, name in enumerate(node.input):
             if self.types.get(name) in (_FLOAT, self.low):
                 wanted = self.low if ("in", index) in halves else _FLOAT
@@ -306,14 +324,22 @@ def _bf16_weight(tensor: TensorProto, name: str) -> TensorProto:
 def _checked(tensor: TensorProto, kind: str, limit: float) -> npt.NDArray[Any]:
     """The tensor's values; raises VerificationFailed for any that the type cannot hold."""
     values = numpy_helper.to_array(tensor)
-    # An infinite bound (an open Clip) is meant; a finite value that overflows is a broken weight.
-    largest = float(np.abs(values[np.isfinite(values)]).max(initial=0))
+    largest = _largest(tensor)
     if largest > limit:
         raise VerificationFailed(
             f"weight '{tensor.name}' has a value of {largest:.3g}, beyond {kind}'s "
             f"{limit:g}; deploy this network in float32"
         )
     return values
+
+
+def _largest(tensor: TensorProto) -> float:
+    """The largest absolute value that is finite.
+
+    An infinite bound (an open Clip) is meant; a finite value that overflows is a broken weight.
+    """
+    values = numpy_helper.to_array(tensor)
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0))
 
 
 def _cast(source: str, target: str, to: int) -> NodeProto:

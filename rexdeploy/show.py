@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from rexdeploy.bundle import Bundle
     from rexdeploy.export import ExportResult
     from rexdeploy.inspection import Inspection
+    from rexdeploy.localize import Localization
     from rexdeploy.manifest import Artifact
     from rexdeploy.models.zoo import Cost, PaperRow, Published
+    from rexdeploy.ranges import Ranges
+    from rexdeploy.tune import Trial, Tuning
     from rexdeploy.verify import Verification
 
 
@@ -114,12 +117,93 @@ def show_verification(bundle: Bundle, result: Verification) -> None:
     print_table(columns, lines)
     for skip in result.skipped:
         say(f"skipped {skip.candidate}: {skip.reason}")
+    for localization in result.localizations:
+        show_localization(localization)
+    for reason in result.not_localized:
+        say(f"not walked: {reason}")
     if not result.failures:
         unproven = f"; NOT verified: {len(result.skipped)} skipped" if result.skipped else ""
         edges = "1 edge is within its limit"
         if len(result.edges) > 1:
             edges = f"{len(result.edges)} edges are within their limits"
         say(f"passed: {edges}{unproven}")
+
+
+def show_localization(result: Localization) -> None:
+    """The error block by block, and the first block and node that add more than their share."""
+    say(
+        "",
+        f"{result.reference} -> {result.candidate} block by block, {result.images} images: of the "
+        "tensor's spread; and of its size,",
+        "when the block is given the reference's own input",
+    )
+    lines = [
+        (
+            block.name,
+            f"{block.total:.1e}",
+            f"{block.own:.1e}",
+            f"{result.limit:g}",
+            "OVER" if block.name in result.over else "ok",
+        )
+        for block in result.blocks
+    ]
+    print_table(("block", "error so far", "its own", "limit", ""), lines)
+    culprit = result.culprit
+    if culprit is None:
+        say(f"{result.candidate}: no block stands out")
+        return
+    weight = f", weights {culprit.node.weight}" if culprit.node.weight else ""
+    say(
+        f"{result.candidate}: leaves {result.reference} in {culprit.block}, first at node "
+        f"{culprit.node.name} ({culprit.node.op_type}{weight})"
+    )
+
+
+def show_ranges(result: Ranges) -> None:
+    """Every block's largest values, and what float16 makes of them."""
+    lines = [
+        (
+            block.name,
+            f"{block.output:.4g}",
+            f"{block.inside:.4g}",
+            f"{block.inside / result.fp16_max:.1%}",
+            f"{block.inside / result.bf16_max:.0e}",
+            f"{block.node.name} ({block.node.op_type})",
+            block.verdict,
+        )
+        for block in result.blocks
+    ]
+    columns = ("block", "output", "inside", "of FP16", "of BF16", "largest at", "in FP16")
+    print_table(columns, lines)
+    say(
+        f"Largest absolute values over {result.images} images; FP16 holds {result.fp16_max:g}, "
+        f"BF16 {result.bf16_max:.2g}"
+    )
+
+
+def show_tuning(result: Tuning) -> None:
+    """The ranges, what was found, and what comes next."""
+    show_ranges(result.ranges)
+    resumed = f", {result.resumed} more from an earlier run" if result.resumed else ""
+    say(
+        f"{result.bundle.path}: {result.images}, {result.trials} trials{resumed}",
+        f"  plain FP16: {_error_of(result.plain)} (limit {result.limit:g})",
+    )
+    if not result.best.float32:
+        say("  nothing has to stay float32", "next: rexdeploy build-trt --fp16")
+    elif result.healed:
+        say(
+            f"  in float32: {', '.join(result.best.float32)}",
+            f"  mixed: {_error_of(result.best)}",
+            f"  written: {result.bundle.path / (result.written or '')}",
+            "next: rexdeploy build-trt --fp16",
+        )
+
+
+def _error_of(trial: Trial) -> str:
+    if trial.error is None:
+        return "NaN or infinite logits"
+    return f"error {trial.error:.2g} of the signal"
 
 
 def show_benchmark(result: Benchmark) -> None:

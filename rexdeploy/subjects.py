@@ -75,7 +75,7 @@ class BundleSubject:
     def file(self, backend: str, fp16: bool) -> ModelFile | None:
         manifest = self.bundle.manifest
         if backend in ONNX_BACKENDS:
-            artifact = manifest.find("onnx", "fp16") if fp16 else manifest.find("onnx")
+            artifact = manifest.find_file("fp16.onnx") if fp16 else manifest.find("onnx")
         else:
             engines = [
                 artifact

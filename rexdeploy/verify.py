@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,11 @@ from rexdeploy.backends import (
     has_onnxruntime_cuda,
     open_backend,
 )
+from rexdeploy.blocks import literal
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.compare import Comparison, Signal, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.localize import Localization, localize
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
     TYPE_NAMES,
@@ -37,6 +38,7 @@ from rexdeploy.precision import emulate_bf16, parse, precision_of, products
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
 from rexdeploy.tensorrt_api import RTX_MAGIC
+from rexdeploy.walk import GraphWalk, TorchWalk, Walk
 
 Float32 = npt.NDArray[np.float32]
 
@@ -56,6 +58,7 @@ class VerifyOptions:
     candidate: Path | None = None  # judge this file instead of the bundle's own
     backends: tuple[str, ...] = ()  # empty: every one that a file's kind allows
     require: tuple[str, ...] = ()  # backends whose absence is a failure
+    localize: bool = False  # compare every graph with its parent block by block, too
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Verification:
     totals: tuple[Comparison, ...]  # each file against the reference, where that is another
     skipped: tuple[Skipped, ...]
     failures: tuple[str, ...]  # why the whole does not pass; empty if it does
+    localizations: tuple[Localization, ...] = ()  # block by block, if asked for; no verdict
+    not_localized: tuple[str, ...] = ()  # the files that could not be, and why
 
     @property
     def passed(self) -> bool:
@@ -111,7 +116,7 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
     _check_options(options)
     spec = bundle.manifest.model
     _check_preprocess(bundle)
-    pool, described = _images(options, spec)
+    pool, described = images.pool(options.images, options.samples, spec.preprocess)
     report("running the reference")
     reference_name, reference = _reference(bundle, pool)
     signal = Signal.of(reference)
@@ -125,6 +130,11 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         for backend in candidate.backends:
             report(f"running {candidate.file} ({backend})")
             judge.run(candidate, backend)
+    localizations, not_localized = (
+        _localize(bundle, candidates, pool, reference_name, report)
+        if options.localize
+        else ((), ())
+    )
     return Verification(
         model=spec.title,
         files={candidate.file: sha256(candidate.model) for candidate in candidates},
@@ -136,6 +146,8 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         totals=tuple(judge.totals),
         skipped=tuple(judge.skipped),
         failures=(*judge.failures(options.require), *_unproven(candidates)),
+        localizations=localizations,
+        not_localized=not_localized,
     )
 
 
@@ -185,6 +197,8 @@ class _Judge:
             # It has no bfloat16 arithmetic on a CPU (1.32), only casts.
             label = f"{candidate.file} ({name}, bfloat16 emulated)"
             model = emulate_bf16(parse(model, candidate.file)).SerializeToString()
+        elif candidate.precision != "fp32" and name == "onnxruntime":
+            model = literal(parse(model, candidate.file)).SerializeToString()
         sizes = (candidate.batch or self._default_range).samples()
         if candidate.kind == "onnx" and candidate.batch is None:
             # On a CPU: what an engine takes at once may not fit this machine's memory.
@@ -251,6 +265,58 @@ class _Judge:
         )
 
 
+def _localize(
+    bundle: Bundle,
+    candidates: Sequence[_Candidate],
+    pool: Float32,
+    reference_name: str,
+    report: Report,
+) -> tuple[tuple[Localization, ...], tuple[str, ...]]:
+    """Every graph against its parent, block by block, and why some cannot be.
+
+    The graphs that pass as well: what a limit on logits hides, a block's own error can show.
+    """
+    walks: dict[str, Walk] = {}
+    found, unable = [], []
+    for candidate in candidates:
+        if candidate.kind != "onnx":
+            unable.append(
+                f"{candidate.file}: an engine does not show its inner tensors; its graph's blocks "
+                "preview its rounding"
+            )
+            continue
+        report(f"walking the blocks of {candidate.file}")
+        try:
+            if not walks:
+                walks[reference_name] = _reference_walk(bundle, reference_name)
+            walk = GraphWalk(parse(candidate.model, candidate.file))
+            walks[candidate.file] = walk
+            parent = candidate.parent if candidate.parent in walks else reference_name
+            found.append(
+                localize(
+                    walks[parent],
+                    walk,
+                    pool,
+                    names=(parent, candidate.file),
+                    precision=candidate.precision,
+                )
+            )
+        except RexdeployError as error:
+            unable.append(f"{candidate.file}: {error}")
+    return tuple(found), tuple(unable)
+
+
+def _reference_walk(bundle: Bundle, name: str) -> Walk:
+    """The reference of `_reference`, block by block."""
+    if name == REFERENCE:
+        weights = bundle.manifest.find("weights")
+        assert weights is not None  # _reference has read it
+        return TorchWalk(bundle.read(weights), bundle.manifest.model)
+    graph = bundle.manifest.find("onnx")
+    assert graph is not None
+    return GraphWalk(parse(bundle.read(graph), name))
+
+
 def _check_options(options: VerifyOptions) -> None:
     if not MIN_SAMPLES <= options.samples <= MAX_SAMPLES:
         raise UsageError(f"samples: got {options.samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
@@ -258,19 +324,6 @@ def _check_options(options: VerifyOptions) -> None:
     for name in (*options.backends, *options.require):
         if name not in known:
             raise UsageError(f"backend: got '{name}', expected one of {', '.join(known)}")
-
-
-def _images(options: VerifyOptions, spec: ModelSpec) -> tuple[Float32, str]:
-    """The images to compare over, and how to describe them."""
-    if options.images is None:
-        return (
-            images.synthetic(options.samples, spec.preprocess, seed=1),
-            f"{options.samples} synthetic images",
-        )
-    found = images.find(options.images)
-    step = max(1, math.ceil(len(found) / options.samples))  # spread over all subfolders
-    paths = found[::step]
-    return images.load_batch(paths, spec.preprocess), f"{len(paths)} images of {options.images}"
 
 
 def _reference(bundle: Bundle, pool: Float32) -> tuple[str, Float32]:

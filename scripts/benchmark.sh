@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Writes artifacts/benchmarks/cpu-*.json and their pictures: each network in every form on every CPU
 # backend, torch.compile, and the published comparison tables. Some twenty minutes on two cores,
-# which nothing else should use meanwhile. ROUNDS=N sets the rounds (default 12).
+# which nothing else should use meanwhile. ROUNDS=N sets the rounds (default 10).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 out=$root/artifacts/benchmarks
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-rounds=${ROUNDS:-12}
+rounds=${ROUNDS:-10}
 
 bench() { # NAME ARGUMENT...: one result and its picture
     rexdeploy bench "${@:2}" --rounds "$rounds" --json "$out/$1.json" --plot "$out/$1.svg"

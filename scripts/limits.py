@@ -3,7 +3,7 @@
     python scripts/limits.py artifacts/limits/limits.json [SEEDS]
 
 Untrained networks with recalibrated batch norms, channels padded as `export` pads them, over
-`verify`'s own synthetic images, in ONNX Runtime on a CPU (bfloat16 emulated: every tensor rounded).
+`verify`'s own synthetic images, in ONNX Runtime on a CPU (every tensor of a 16-bit graph rounded).
 Each network is exported once; other seeds swap its weights. With the first seed and small widths,
 beside each honest error stand those of defects that are larger than rounding, in the same graph:
 every limit must lie between.
@@ -25,6 +25,7 @@ import torch
 from onnx import ModelProto, numpy_helper
 
 from rexdeploy import images
+from rexdeploy.blocks import literal
 from rexdeploy.compare import Signal, compare
 from rexdeploy.graph import MIN_OPSET, export_graph, simplify
 from rexdeploy.manifest import ModelSpec, Preprocess, WeightsOrigin
@@ -40,13 +41,13 @@ CALIBRATION_IMAGES = 16
 PREPROCESS = Preprocess()
 PRECISIONS = {
     "fp32": lambda model: model,
-    "fp16": to_fp16,
+    "fp16": lambda model: literal(to_fp16(model)),
     "bf16": lambda model: emulate_bf16(to_bf16(model)),
 }
 
 
 def main() -> None:
-    """Writes the file after every network, and goes on where an interrupted run ended."""
+    """Writes the file after every network, goes on where an interrupted run ended, prints a table."""
     out, seeds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5
     rows = json.loads(out.read_text())["networks"] if out.exists() else []
     graphs: dict[tuple[str, float], ModelProto] = {}
@@ -63,6 +64,11 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
         document = {"machine": machine(), "images": IMAGES, "networks": rows}
         out.write_text(json.dumps(document, indent=1) + "\n")
+    for row in rows:
+        cells = [row["family"], f"{row['width']:.1f}", str(row["seed"]), f"{row['fp32']['error']:.1e}"]
+        for precision in ("fp16", "bf16"):
+            cells += [f"{row[precision]['error']:.2f}", f"{row[precision]['top1']:.0%}"]
+        print("|", " | ".join(cells), "|")
 
 
 def network(family: str, width: float, seed: int) -> RexNet:

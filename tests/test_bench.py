@@ -39,7 +39,7 @@ def test_competitors_take_turns_after_a_warm_up() -> None:
     samples, interrupted = module._time(
         [lambda: calls.append("a"), lambda: calls.append("b")], 3, lambda message: None
     )
-    assert calls == ["a", "b"] * (WARMUP_ROUNDS + 3)
+    assert calls == ["a", "a", "b", "b"] * (WARMUP_ROUNDS + 3)  # an untimed run before each
     assert [len(taken) for taken in samples] == [3, 3]
     assert not interrupted
 
@@ -50,13 +50,13 @@ def test_ctrl_c_keeps_the_complete_rounds() -> None:
     def interrupt() -> None:
         nonlocal calls
         calls += 1
-        if calls == WARMUP_ROUNDS + 3:
+        if calls == 2 * (WARMUP_ROUNDS + 2) + 1:
             raise KeyboardInterrupt
 
     samples, interrupted = module._time([lambda: None, interrupt], 10, lambda message: None)
     assert [len(taken) for taken in samples] == [2, 2]
     assert interrupted
-    calls = WARMUP_ROUNDS + 2
+    calls = 2 * (WARMUP_ROUNDS + 2)
     with pytest.raises(KeyboardInterrupt):  # before the first complete round there is nothing
         module._time([interrupt], 10, lambda message: None)
 

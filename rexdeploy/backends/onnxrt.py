@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from rexdeploy.manifest import ModelSpec
 Float32 = npt.NDArray[np.float32]
 
 _CUDA = "CUDAExecutionProvider"
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxRuntimeBackend:
@@ -105,6 +106,39 @@ def load_session(
         # Without a usable GPU, onnxruntime quietly runs on the CPU instead.
         raise BackendUnavailable("onnxruntime found no usable NVIDIA GPU, driver or cuDNN")
     return session
+
+
+class GraphSession:
+    """An ONNX graph with any outputs on the CPU.
+
+    Raises BackendUnavailable without onnxruntime, RexdeployError where it cannot load the graph.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        try:
+            self._session = load_session(model)
+        except UsageError as error:  # a copy that we made, not somebody's file
+            raise RexdeployError(str(error)) from None
+
+    def run(self, feeds: Mapping[str, Float32], outputs: Sequence[str]) -> dict[str, Float32]:
+        """The tensors `outputs` as float32; what is fed is cast to the type of the graph's input.
+
+        Raises RexdeployError where the graph fails.
+        """
+        with np.errstate(over="ignore"):  # what float16 cannot hold is infinite
+            typed = {
+                value.name: feeds[value.name].astype(_NUMPY_TYPES[value.type])
+                for value in self._session.get_inputs()
+            }
+        try:
+            values = self._session.run(list(outputs), typed)
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise RexdeployError(
+                f"onnxruntime cannot run the graph ({_first_line(error)})"
+            ) from None
+        return {
+            name: np.asarray(value, np.float32) for name, value in zip(outputs, values, strict=True)
+        }
 
 
 def _check_signature(inputs: Sequence[Any], outputs: Sequence[Any], spec: ModelSpec) -> None:

@@ -1,0 +1,271 @@
+"""Finds a ReXNet's blocks in an ONNX graph by its structure, whatever its tensors are called."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from rexdeploy.errors import UsageError
+
+FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+# What may stand between a convolution and its activation's output, in any exporter's writing.
+_LINEAR = {"BatchNormalization", "Cast", "Identity"}
+_ACTIVATION = {"Sigmoid", "Mul", "Clip", "Relu", "Min", "Max", "HardSwish", "HardSigmoid", "Swish"}
+_POOLS = {"GlobalAveragePool", "AveragePool", "ReduceMean"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A link of the chain that a ReXNet is: all of the image passes through `input` and `output`.
+
+    `extra_inputs` are earlier tensors of which the block reads the shape (the batch size) only.
+    """
+
+    name: str  # "stem", "block 1", ..., "head" (1x1 convolution, activation), "classifier"
+    input: str  # names of tensors
+    output: str
+    nodes: tuple[int, ...]  # positions in the graph, ascending
+    extra_inputs: tuple[str, ...]
+
+
+def find_blocks(model: ModelProto) -> tuple[Block, ...]:
+    """The graph's stem, bottlenecks, head and classifier, in order.
+
+    A bottleneck is what lies between the inputs of one depthwise convolution's expansion and the
+    next one's: names play no part, so that the graphs of other exporters and of other code, padded
+    or not, in float16 or mixed, are cut at the same places. Raises UsageError for a graph that is
+    no such chain.
+    """
+    graph = _Graph(model)
+    depthwise = [node for node in graph.nodes if _is_depthwise(node)]
+    pools = [node for node in graph.nodes if node.op_type in _POOLS]
+    if not depthwise or not pools:
+        raise UsageError(
+            f"no blocks found: got {len(depthwise)} depthwise convolutions and {len(pools)} "
+            "average pools, expected a ReXNet classifier"
+        )
+    head = graph.expansion(pools[-1].input[0])
+    if head is None:
+        raise UsageError(
+            "no blocks found: expected a 1x1 convolution with an activation before the last "
+            "average pool, as a ReXNet classifier has"
+        )
+    starts = [graph.entry(node) for node in depthwise]
+    cuts = [
+        graph.input,
+        *starts,
+        graph.uncast(head.input[0]),
+        graph.uncast(pools[-1].input[0]),
+        model.graph.output[0].name,
+    ]
+    numbered = [f"block {number}" for number in range(1, len(depthwise) + 1)]
+    names = ["stem", *numbered, "head", "classifier"]
+    blocks: list[Block] = []
+    before: set[int] = set()
+    for name, start, end in zip(names, cuts[:-1], cuts[1:], strict=True):
+        nodes, extra = graph.between(start, end, before)
+        if not nodes:
+            raise UsageError(f"no blocks found: nothing lies between '{start}' and '{end}'")
+        blocks.append(Block(name, start, end, tuple(sorted(nodes)), tuple(sorted(extra))))
+        before |= nodes
+    return tuple(blocks)
+
+
+def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
+    """A copy of the graph that also puts out the tensors `names`, as far as they are floating."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    types = element_types(model)
+    known = {value.name for value in copy.graph.output}
+    for name in dict.fromkeys(names):
+        if name not in known:
+            copy.graph.output.append(helper.make_tensor_value_info(name, types[name], None))
+    return copy
+
+
+def literal(model: ModelProto) -> ModelProto:
+    """A copy of the graph that onnxruntime computes in the graph's own types.
+
+    Between float16 nodes that it has no float16 code for, onnxruntime (1.32, on x86, at every
+    optimisation level) keeps float32 and rounds nothing: an overflow that an engine would have is
+    not seen. Two Concats of one tensor, which it has in float16 and does not remove, make it round;
+    a single one between other nodes it would do in float32 as well.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    halves = {
+        value.name
+        for value in [*inferred.value_info, *inferred.output]
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16
+        and len(value.type.tensor_type.shape.dim)  # Concat takes no scalars
+    }
+    nodes = []
+    for node in copy.graph.node:
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if name in halves:
+                stages = [f"{name}/unrounded", f"{name}/rounded", name]
+                node.output[index] = stages[0]
+                nodes += [
+                    helper.make_node("Concat", [source], [target], axis=0)
+                    for source, target in itertools.pairwise(stages)
+                ]
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del copy.graph.node[:]
+    copy.graph.node.extend(kept)
+    return copy
+
+
+def subgraph(model: ModelProto, block: Block, outputs: Sequence[str]) -> ModelProto:
+    """One block as a graph of its own, from its input (and extra inputs) to `outputs`."""
+    types = element_types(model)
+    nodes = [model.graph.node[position] for position in block.nodes]
+    used = {name for node in nodes for name in node.input}
+    graph = helper.make_graph(
+        nodes,
+        block.name,
+        [_value(name, types) for name in (block.input, *block.extra_inputs)],
+        [_value(name, types) for name in outputs],
+        [tensor for tensor in model.graph.initializer if tensor.name in used],
+    )
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def floating_outputs(model: ModelProto, block: Block) -> dict[str, NodeProto]:
+    """The block's floating-point tensors, with the node that makes each, in the graph's order."""
+    types = element_types(model)
+    nodes = (model.graph.node[position] for position in block.nodes)
+    return {name: node for node in nodes for name in node.output if types.get(name) in FLOATING}
+
+
+def element_types(model: ModelProto) -> dict[str, int]:
+    """The element type of every tensor that shape inference reaches."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        types[value.name] = value.type.tensor_type.elem_type
+    return types
+
+
+class _Graph:
+    """Who makes and who reads each tensor."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.nodes: list[NodeProto] = list(model.graph.node)
+        weights = {tensor.name for tensor in model.graph.initializer}
+        inputs = [value.name for value in model.graph.input if value.name not in weights]
+        if len(inputs) != 1 or len(model.graph.output) != 1:
+            raise UsageError(
+                f"no blocks found: got {len(inputs)} inputs and {len(model.graph.output)} "
+                "outputs, expected one of each"
+            )
+        self.input = inputs[0]
+        self._makers = {
+            name: position for position, node in enumerate(self.nodes) for name in node.output
+        }
+        self._image: set[int] = set()  # nodes whose values depend on the image's
+        for position, node in enumerate(self.nodes):
+            if any(self._is_image(name) for name in _data_inputs(node)):
+                self._image.add(position)
+
+    def maker(self, tensor: str) -> NodeProto | None:
+        position = self._makers.get(tensor)
+        return None if position is None else self.nodes[position]
+
+    def uncast(self, tensor: str) -> str:
+        """The tensor before any casts: where a mixed graph's shortcut may branch off, too."""
+        maker = self.maker(tensor)
+        while maker is not None and maker.op_type == "Cast":
+            tensor = maker.input[0]
+            maker = self.maker(tensor)
+        return tensor
+
+    def entry(self, depthwise: NodeProto) -> str:
+        """Where a depthwise convolution's bottleneck begins."""
+        expansion = self.expansion(depthwise.input[0])
+        return self.uncast((expansion or depthwise).input[0])
+
+    def expansion(self, tensor: str) -> NodeProto | None:
+        """The 1x1 convolution whose activation `tensor` is; None if it is anything else.
+
+        A projection is no expansion: nothing but a shortcut follows it, and no activation.
+        """
+        activated = False
+        sources: set[int] = set()
+        pending = [tensor]
+        while pending:
+            position = self._makers.get(pending.pop())
+            if position not in self._image:
+                continue
+            node = self.nodes[position]
+            if node.op_type in _LINEAR or node.op_type in _ACTIVATION:
+                activated |= node.op_type in _ACTIVATION
+                pending += node.input
+            else:
+                sources.add(position)
+        found = [self.nodes[position] for position in sources]
+        if not activated or len(found) != 1 or not _is_pointwise(found[0]):
+            return None
+        return found[0]
+
+    def between(self, start: str, end: str, before: set[int]) -> tuple[set[int], set[str]]:
+        """The nodes from one tensor to another, and tensors further up whose shape they read.
+
+        Raises UsageError if image data reaches `end` by a way that leaves `start` out.
+        """
+        nodes: set[int] = set()
+        extra: set[str] = set()
+        pending = [] if start == end else [end]
+        while pending:
+            position = self._makers.get(pending.pop())
+            if position is None or position in nodes:
+                continue
+            nodes.add(position)
+            node = self.nodes[position]
+            for name in node.input:
+                is_earlier = name == self.input or self._makers.get(name) in before
+                if name == start:
+                    continue
+                if not (is_earlier and self._is_image(name)):
+                    pending.append(name)
+                elif name in _data_inputs(node):
+                    raise UsageError(
+                        f"no blocks found: tensor '{name}' bypasses '{start}', so the graph is no "
+                        "chain of ReXNet's blocks"
+                    )
+                else:
+                    extra.add(name)
+        return nodes, extra
+
+    def _is_image(self, tensor: str) -> bool:
+        return tensor == self.input or self._makers.get(tensor) in self._image
+
+
+def _data_inputs(node: NodeProto) -> list[str]:
+    """The inputs whose values the node works on, and not their shape or type alone."""
+    if node.op_type == "Shape":
+        return []
+    return list(node.input[:1] if node.op_type == "CastLike" else node.input)
+
+
+def _is_depthwise(node: NodeProto) -> bool:
+    return node.op_type == "Conv" and next(_attribute(node, "group"), 1) > 1
+
+
+def _is_pointwise(node: NodeProto) -> bool:
+    kernel = next((list(a.ints) for a in node.attribute if a.name == "kernel_shape"), [1, 1])
+    return node.op_type == "Conv" and not _is_depthwise(node) and set(kernel) == {1}
+
+
+def _attribute(node: NodeProto, name: str) -> Iterator[int]:
+    return (attribute.i for attribute in node.attribute if attribute.name == name)
+
+
+def _value(name: str, types: dict[str, int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, types[name], None)

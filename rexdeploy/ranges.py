@@ -1,0 +1,76 @@
+"""How large a network's values become, block by block, against what float16 can hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto
+
+from rexdeploy.walk import GraphWalk, Node
+
+Float32 = npt.NDArray[np.float32]
+
+FP16_MAX = 65504.0
+BF16_MAX = 3.3895e38  # float32's range, at 8 bits of precision
+NEAR = 0.25
+"""Share of float16's limit from which on other images may well pass it."""
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """The largest absolute values of one block, in float32."""
+
+    name: str
+    output: float
+    inside: float  # of any tensor of the block
+    node: Node  # that makes the largest one
+
+    @property
+    def verdict(self) -> str:
+        """What becomes of it in float16."""
+        if not self.inside <= FP16_MAX:
+            return "OVERFLOWS"
+        return "near" if self.inside > NEAR * FP16_MAX else "ok"
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Every block's largest values over the images."""
+
+    images: int
+    blocks: tuple[BlockRange, ...]
+    fp16_max: float = FP16_MAX
+    bf16_max: float = BF16_MAX
+
+
+def measure_ranges(model: ModelProto, images: Float32) -> Ranges:
+    """Runs a float32 graph block by block over all images (float32 `[N, 3, H, W]`).
+
+    A graph of a fixed batch size sees its first batch only. Raises UsageError for a graph without
+    ReXNet's blocks, RexdeployError where it cannot be run.
+    """
+    walk = GraphWalk(model)
+    size = walk.batch or 1  # one image at a time: all of a block's tensors are kept
+    found: dict[int, BlockRange] = {}
+    for start in range(0, len(images) if not walk.batch else 1, size):
+        x = images[np.arange(start, start + size) % len(images)]
+        for index, block in enumerate(walk.blocks):
+            tensors = walk.tensors(index, x)
+            x = next(tensor.value for tensor in tensors if tensor.name == block.output)
+            peaks = [_peak(tensor.value) for tensor in tensors]
+            top = int(np.argmax(peaks))
+            now = BlockRange(block.name, _peak(x), peaks[top], tensors[top].node)
+            before = found.get(index, now)
+            larger = now if now.inside > before.inside else before
+            found[index] = BlockRange(
+                block.name, max(now.output, before.output), larger.inside, larger.node
+            )
+    return Ranges(len(images) if not walk.batch else size, tuple(found.values()))
+
+
+def _peak(value: Float32) -> float:
+    """The largest absolute value; infinite if any is not a number."""
+    peak = float(np.abs(value).max(initial=0))
+    return peak if np.isfinite(peak) else float("inf")

@@ -1,0 +1,288 @@
+"""Localizing: the block and node of every planted defect, and none in a sound graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from rexdeploy import images
+from rexdeploy.blocks import find_blocks
+from rexdeploy.bundle import Bundle
+from rexdeploy.errors import UsageError
+from rexdeploy.localize import Localization, localize
+from rexdeploy.manifest import Precision, Preprocess
+from rexdeploy.models.rexnet import LinearBottleneck, ReXNetV1
+from rexdeploy.verify import VerifyOptions, verify
+from rexdeploy.walk import GraphWalk, TorchWalk, Walk
+from tests import test_verify as planted
+from tests.helpers import (
+    Float32,
+    assert_refused,
+    edit_weights,
+    nodes_of,
+    reacting,
+    run_cli,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network in torch and as two graphs, and images to run it on."""
+
+    torch: Walk
+    fp32: ModelProto
+    fp16: ModelProto
+    pool: Float32
+
+    def walk(self, candidate: ModelProto, precision: Precision) -> Localization:
+        """Against what the candidate was made from."""
+        reference = self.torch if precision == "fp32" else GraphWalk(self.fp32)
+        return localize(
+            reference,
+            GraphWalk(candidate),
+            self.pool,
+            names=("reference", "candidate"),
+            precision=precision,
+        )
+
+
+def _case(bundle: Bundle) -> Case:
+    spec = bundle.manifest.model
+    weights = bundle.manifest.find("weights")
+    assert weights is not None
+    return Case(
+        TorchWalk(bundle.read(weights), spec),
+        planted._graph(bundle, "fp32"),
+        planted._graph(bundle, "fp16"),
+        images.synthetic(2, spec.preprocess, seed=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def v1(v1_original: Bundle) -> Case:
+    return _case(v1_original)
+
+
+@pytest.fixture(scope="module")
+def lite(lite_original: Bundle) -> Case:
+    return _case(lite_original)
+
+
+def _culprit(result: Localization) -> tuple[str, str]:
+    assert result.culprit is not None, result
+    return result.culprit.block, result.culprit.node.name
+
+
+def test_no_block_of_a_sound_graph_stands_out(v1: Case, lite: Case) -> None:
+    for case in (v1, lite):
+        for precision, graph in (("fp32", case.fp32), ("fp16", case.fp16)):
+            before = graph.SerializeToString(deterministic=True)
+            result = case.walk(graph, precision)  # type: ignore[arg-type]
+            assert result.culprit is None
+            assert result.over == ()
+            largest = max(block.own for block in result.blocks)
+            assert result.limit / 50 < largest < result.limit / 1.5
+            assert result.blocks[-1].total > result.blocks[0].total
+            assert graph.SerializeToString(deterministic=True) == before
+    assert [block.name for block in result.blocks] == [
+        "stem",
+        *(f"block {number}" for number in range(1, 17)),
+        "head",
+        "classifier",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("precision", "conv", "block"),
+    [
+        ("fp32", 0, "stem"),
+        ("fp32", 9, "block 3"),  # `rest`, the second part of a projection
+        ("fp32", 42, "block 10"),
+        ("fp32", 77, "block 16"),  # in a squeeze-excitation
+        ("fp32", 82, "classifier"),
+        ("fp16", 0, "stem"),
+        ("fp16", 35, "block 8"),
+        ("fp16", 70, "block 15"),
+        ("fp16", 81, "head"),
+    ],
+)
+def test_a_weight_tensor_off_by_one_percent_is_named(
+    v1: Case, precision: Precision, conv: int, block: str
+) -> None:
+    graph = v1.fp32 if precision == "fp32" else v1.fp16
+    node = nodes_of(graph, "Conv")[conv]
+    wrong = edit_weights(graph, [node.input[1]], lambda values: values * np.float32(1.01))
+    result = v1.walk(wrong, precision)
+    assert _culprit(result) == (block, node.name)
+    assert result.over == (block,)  # what comes after it is right, given the right input
+    assert result.culprit is not None
+    assert result.culprit.node.weight == node.input[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("defect", "block", "op_type"),
+    [
+        (planted._swapped_channels, "stem", "Conv"),
+        (planted._dropped_se, "block 4", "Identity"),
+        (planted._shifted_rows, "classifier", "Slice"),
+        (planted._constant_output, "classifier", "Mul"),
+    ],
+)
+def test_a_structural_defect_is_named(
+    v1: Case,
+    precision: Precision,
+    defect: Callable[[ModelProto], ModelProto],
+    block: str,
+    op_type: str,
+) -> None:
+    result = v1.walk(defect(v1.fp32 if precision == "fp32" else v1.fp16), precision)
+    assert result.culprit is not None
+    assert (result.culprit.block, result.culprit.node.op_type) == (block, op_type)
+
+
+def test_forgotten_normalisation_is_found_before_the_stem(v1: Case) -> None:
+    result = v1.walk(planted._forgotten_normalisation(v1.fp32), "fp32")
+    assert result.culprit is not None
+    assert result.culprit.block == "stem"
+    assert result.culprit.node.weight == "own_std"
+
+
+def test_an_overflow_in_float16_is_named(lite: Case) -> None:
+    node = nodes_of(lite.fp16, "Conv")[30]
+    wrong = edit_weights(lite.fp16, [node.input[1]], lambda values: np.full_like(values, 6e4))
+    result = lite.walk(wrong, "fp16")
+    assert result.culprit is not None
+    assert result.culprit.node.name == node.name
+
+
+def test_the_first_of_two_defects_is_named_and_both_are_marked(lite: Case) -> None:
+    convs = nodes_of(lite.fp32, "Conv")
+    wrong = edit_weights(
+        lite.fp32, [convs[40].input[1], convs[10].input[1]], lambda values: values * 2
+    )
+    result = lite.walk(wrong, "fp32")
+    assert _culprit(result)[1] == convs[10].name
+    assert len(result.over) == 2
+
+
+def _in_place(block: LinearBottleneck, x: Tensor) -> Tensor:
+    """The shortcut as published, which exports as ScatterND between transposes."""
+    out: Tensor = block.out(x)
+    if block.block.has_shortcut:
+        out[:, : block.block.in_channels] += x
+    return out
+
+
+def test_somebody_elses_graph_of_the_same_blocks(
+    monkeypatch: pytest.MonkeyPatch, v1_original: Bundle
+) -> None:
+    """Unoptimised, batch norms apart, shapes and constants computed, other names and sizes."""
+    torch.manual_seed(5)
+    model = reacting(ReXNetV1(width_mult=0.5, classes=7), size=64)
+    spec = replace(v1_original.manifest.model, width=0.5, num_classes=7)
+    expected = TorchWalk(safetensors.torch.save(dict(model.state_dict())), spec)
+    with monkeypatch.context() as patched:
+        patched.setattr(LinearBottleneck, "forward", _in_place)
+        graph = _exported(model)
+    assert len(nodes_of(graph, "ScatterND")) > 5
+    assert len(nodes_of(graph, "BatchNormalization")) > 50
+    pool = images.synthetic(2, Preprocess(64, 64), seed=1)
+    case = Case(expected, graph, graph, pool)
+    assert case.walk(graph, "fp32").culprit is None
+    norm = nodes_of(graph, "BatchNormalization")[20]
+    wrong = edit_weights(graph, [norm.input[1]], lambda values: values * 1.01)
+    result = case.walk(wrong, "fp32")
+    assert result.culprit is not None
+    assert result.culprit.node.weight == norm.input[1]
+    with pytest.raises(UsageError, match="has 16 bottlenecks and reference 15; expected the same"):
+        localize(
+            _Shorter(graph),
+            GraphWalk(graph),
+            pool,
+            names=("reference", "candidate"),
+            precision="fp32",
+        )
+
+
+class _Shorter(GraphWalk):
+    def outputs(self, images: Float32) -> list[Float32]:
+        return super().outputs(images)[1:]
+
+
+def _exported(model: torch.nn.Module) -> ModelProto:
+    program = torch.onnx.export(
+        model,
+        (torch.zeros(2, 3, 64, 64),),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        optimize=False,
+        verbose=False,
+    )
+    assert program is not None
+    exported: ModelProto = program.model_proto
+    return exported
+
+
+def test_a_graph_that_is_no_rexnet_is_refused(v1: Case) -> None:
+    kernel = numpy_helper.from_array(np.ones((4, 3, 1, 1), dtype=np.float32), "w")
+    plain = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Conv", ["x", "w"], ["y"])],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            [kernel],
+        ),
+        opset_imports=[helper.make_opsetid("", 18)],
+    )
+    with pytest.raises(UsageError, match="got 0 depthwise convolutions and 0 average pools"):
+        find_blocks(plain)
+    bypassed = ModelProto()
+    bypassed.CopyFrom(v1.fp32)
+    # A second shortcut, from before the block to behind it; both ends have 32 channels.
+    chain = find_blocks(v1.fp32)
+    nodes_of(bypassed, "Concat")[0].input[0] = chain[2].input
+    with pytest.raises(UsageError, match="bypasses .*, so the graph is no chain"):
+        find_blocks(bypassed)
+
+
+def test_the_command_names_block_and_node_and_draws_them(
+    lite_bundle: Bundle, tmp_path: Path
+) -> None:
+    planted._plant(lite_bundle, "fp32", planted._weight_off_by_one_percent)
+    result = run_cli(
+        "verify", "--samples", "2", "--localize", "--plot", "walk.png", "--json", "out.json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.code == 3
+    assert "fp32.onnx: leaves torch in block 1, first at node node_conv2d_2 (Conv, " in result.out
+    assert (tmp_path / "walk.png").read_bytes().startswith(b"\x89PNG")
+    assert '"localizations": [' in (tmp_path / "out.json").read_text()
+
+
+def test_an_engine_is_not_walked_and_says_so(v1_original: Bundle) -> None:
+    engine = v1_original.path / "fp16.rtx-sm89.engine"
+    result = verify(v1_original, VerifyOptions(samples=2, candidate=engine, localize=True))
+    assert result.localizations == ()
+    assert "an engine does not show its inner tensors" in result.not_localized[0]
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_first(
+    lite_bundle: Bundle, tmp_path: Path
+) -> None:
+    for arguments, message in (
+        (("--localize", "--plot", "walk.txt"), "expected a file name that ends in .png or .svg"),
+        (("--localize", "--plot", "no/walk.png"), "expected a file in a folder"),
+        (("--plot", "walk.png"), "--plot draws what --localize finds: give both"),
+    ):
+        assert_refused(run_cli("verify", *arguments, cwd=tmp_path), message)
+    assert lite_bundle.manifest.find("report") is None

@@ -1,0 +1,178 @@
+"""Precision tuning: it heals what float16 breaks, with few blocks, and goes on where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto
+
+from rexdeploy.blocks import find_blocks
+from rexdeploy.build import BuildOptions, build
+from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.precision import parse, precision_of, products, to_fp16
+from rexdeploy.tune import STATE, TuneOptions, tune
+from rexdeploy.verify import VerifyOptions, verify
+from tests import test_verify as planted
+from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
+
+OPTIONS = TuneOptions(samples=4)
+ENGINE = BuildOptions(fp16=True, flavor="rtx", targets=("sm89",))
+
+
+def _scaled(model: ModelProto, first: int, second: int, by: float) -> ModelProto:
+    """One convolution's output times `by`, which the weights of a later one undo.
+
+    Between them stands a ReLU, or a SiLU on values so large that it is one.
+    """
+    convs = nodes_of(model, "Conv")
+    grown = edit_weights(model, convs[first].input[1:3], lambda values: values * np.float32(by))
+    return edit_weights(grown, [convs[second].input[1]], lambda values: values / np.float32(by))
+
+
+def _overflowing_se(model: ModelProto) -> ModelProto:
+    """The squeezed vector of block 10 passes 65504; the network is what it was."""
+    inside = {model.graph.node[position].name for position in find_blocks(model)[10].nodes}
+    numbers = [i for i, node in enumerate(nodes_of(model, "Conv")) if node.name in inside]
+    return _scaled(model, numbers[2], numbers[3], 5e4)
+
+
+def _overflowing_head(model: ModelProto) -> ModelProto:
+    """The last features pass 65504, and so do some of the weights that make them."""
+    return _scaled(model, -2, -1, 2e6)
+
+
+def _file(bundle: Bundle, name: str) -> ModelProto:
+    artifact = bundle.manifest.find_file(name)
+    assert artifact is not None
+    return parse(bundle.read(artifact), name)
+
+
+def _kept(model: ModelProto) -> set[str]:
+    """The convolutions and matrix products that are float32."""
+    return {product.name for product in products(model) if product.precision == "Float"}
+
+
+def test_an_overflowing_se_is_healed_by_its_block(v1_bundle: Bundle) -> None:
+    bundle = planted._plant(v1_bundle, "fp32", _overflowing_se)
+    result = tune(bundle, OPTIONS)
+    assert result.plain.error is None
+    assert result.best.float32 == ("block 10",)
+    assert result.healed
+    assert 0 < (result.best.error or 0) < result.limit
+    assert [block.name for block in result.ranges.blocks if block.verdict == "OVERFLOWS"] == [
+        "block 10"
+    ]
+    graph = result.bundle.manifest.find_file("fp16.onnx")
+    assert graph is not None
+    assert graph.built_with["float32"] == "block 10"
+    mixed = _file(result.bundle, "fp16.onnx")
+    assert precision_of(mixed) is graph.precision is None
+    kept = _kept(mixed)
+    assert len(kept) == 5  # its convolutions
+    assert result.bundle.manifest.find("engine") is None  # it was of the plain graph
+    verified = verify(result.bundle, VerifyOptions(samples=4))
+    assert verified.passed, verified.failures
+    assert verified.edges[-1].candidate == "fp16.onnx (onnxruntime)"
+    assert verified.edges[-1].limit == result.limit
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    built = build(result.bundle, ENGINE)
+    assert built.engine.parent_sha256 == graph.sha256
+    assert built.engine.file == "mixed.rtx-sm89.engine"
+    assert built.engine.proof is not None
+    assert built.engine.proof.holds
+    assert 0.8 < built.engine.proof.share("Half") < 1
+
+
+def test_an_interrupted_search_of_an_overflowing_head_goes_on(v1_bundle: Bundle) -> None:
+    """Head and classifier: the tensor between them is what float16 cannot hold."""
+    bundle = planted._plant(v1_bundle, "fp32", _overflowing_head)
+
+    def interrupt(message: str) -> None:
+        if message.startswith("trial 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(bundle, OPTIONS, interrupt)
+    steps: list[str] = []
+    result = tune(Bundle.open(bundle.path), OPTIONS, steps.append)
+    assert result.best.float32 == ("head", "classifier")
+    assert result.healed
+    assert result.resumed == 2
+    assert any("trial 3: " in step for step in steps)
+    assert not any("trial 2: " in step for step in steps)
+    again = tune(result.bundle, OPTIONS)
+    assert again.trials == 0
+    assert again.best == result.best
+    few = tune(again.bundle, TuneOptions(samples=3, max_blocks=1))
+    assert few.resumed == 0  # other images are another search
+    assert not few.healed
+    assert few.written is None
+
+
+def test_what_cannot_be_healed_ends_with_the_best_set_and_exit_3(
+    v1_bundle: Bundle, tmp_path: Path
+) -> None:
+    bundle = planted._plant(v1_bundle, "fp32", _overflowing_head)
+    result = run_cli(
+        "tune-precision", "--samples", "3", "--max-blocks", "1", "--json", "out.json", cwd=tmp_path
+    )
+    assert result.code == 3
+    assert len(result.error_lines) == 1
+    assert "the best found: head" in result.error_lines[0]
+    assert "nothing was written" in result.error_lines[0]
+    assert "OVERFLOWS" in result.out
+    assert '"healed": false' in (tmp_path / "out.json").read_text()
+    assert Bundle.open(bundle.path).manifest.find_file("fp16.onnx") is None  # went with its parent
+
+
+def test_a_sound_network_keeps_nothing(lite_bundle: Bundle, tmp_path: Path) -> None:
+    before = lite_bundle.manifest
+    result = run_cli("tune-precision", "--samples", "2", cwd=tmp_path)
+    assert result.code == 0
+    assert "nothing has to stay float32" in result.out
+    after = Bundle.open(lite_bundle.path).manifest
+    assert {item.file for item in after.artifacts} - {STATE} == {
+        item.file for item in before.artifacts
+    }
+
+
+def test_an_engine_that_undoes_what_was_kept_is_refused(lite_bundle: Bundle) -> None:
+    """TensorRT-RTX makes Half again of a lone convolution between casts."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    full = _file(lite_bundle, "fp32.tensorrt.onnx")
+    single = nodes_of(full, "Conv")[20].name
+    data = to_fp16(full, {single}).SerializeToString()
+    half = lite_bundle.manifest.find_file("fp16.onnx")
+    assert half is not None
+    mixed = replace(half, sha256=sha256(data), precision=None)
+    bundle = lite_bundle.update(mixed, files={half.file: data})
+    assert _kept(_file(bundle, half.file)) == {single}
+    with pytest.raises(VerificationFailed, match="the engine is not in its graph's types"):
+        build(bundle, ENGINE)
+
+
+def test_unusable_requests_are_refused(lite_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="samples: got 1, expected 2 to"):
+        tune(lite_bundle, TuneOptions(samples=1))
+    with pytest.raises(UsageError, match="max blocks: got 0"):
+        tune(lite_bundle, TuneOptions(max_blocks=0))
+    assert_refused(
+        run_cli("tune-precision", "--images", "nowhere", cwd=tmp_path), "expected a folder"
+    )
+    half = planted._plant(lite_bundle, "fp32", lambda model: to_fp16(model))
+    with pytest.raises(UsageError, match="is not a float32 graph"):
+        tune(half, OPTIONS)
+
+
+def test_kept_nodes_are_float32_and_the_others_half(lite_original: Bundle) -> None:
+    full = planted._graph(lite_original, "fp32")
+    kept = {node.name for node in nodes_of(full, "Conv")[3:6]}
+    mixed = to_fp16(full, kept)
+    onnx.checker.check_model(mixed, full_check=True)
+    assert _kept(mixed) == kept
+    assert _kept(to_fp16(full)) == set()
