@@ -388,10 +388,16 @@ def tune_precision(
     ] = None,
     samples: Annotated[int, typer.Option(help="How many images at the most.")] = 8,
     max_blocks: Annotated[int, typer.Option(help="How many blocks may stay float32.")] = 6,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="What runs the trials: onnxruntime, or on a GPU tensorrt or tensorrt-rtx."
+        ),
+    ] = "onnxruntime",
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Find the few blocks that float16 cannot do without float32.
+    """Find the few blocks, and nodes in them, that must stay in float32.
 
     For a network whose FP16 graph overflows or leaves its limit. The mixed graph takes the place
     of the bundle's fp16.onnx, and build-trt --fp16 builds it. Interrupted, the same command goes
@@ -406,7 +412,7 @@ def tune_precision(
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.tune import TuneOptions, tune
 
-    options = TuneOptions(images, samples, max_blocks, _command())
+    options = TuneOptions(images, samples, max_blocks, backend, _command())
     opened = Bundle.find(bundle)
     with progress(quiet) as report:
         result = tune(opened, options, report)

@@ -26,6 +26,7 @@ class BlockRange:
     output: float
     inside: float  # of any tensor of the block
     node: Node  # that makes the largest one
+    over: tuple[str, ...] = ()  # names of the nodes whose results float16 cannot hold
 
     @property
     def verdict(self) -> str:
@@ -61,11 +62,20 @@ def measure_ranges(model: ModelProto, images: Float32) -> Ranges:
             x = next(tensor.value for tensor in tensors if tensor.name == block.output)
             peaks = [_peak(tensor.value) for tensor in tensors]
             top = int(np.argmax(peaks))
-            now = BlockRange(block.name, _peak(x), peaks[top], tensors[top].node)
+            over = tuple(
+                tensor.node.name
+                for tensor, peak in zip(tensors, peaks, strict=True)
+                if peak > FP16_MAX
+            )
+            now = BlockRange(block.name, _peak(x), peaks[top], tensors[top].node, over)
             before = found.get(index, now)
             larger = now if now.inside > before.inside else before
             found[index] = BlockRange(
-                block.name, max(now.output, before.output), larger.inside, larger.node
+                block.name,
+                max(now.output, before.output),
+                larger.inside,
+                larger.node,
+                tuple(dict.fromkeys((*before.over, *now.over))),
             )
     return Ranges(len(images) if not walk.batch else size, tuple(found.values()))
 

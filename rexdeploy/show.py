@@ -193,11 +193,16 @@ def show_tuning(result: Tuning) -> None:
         say("  nothing has to stay float32", "next: rexdeploy build-trt --fp16")
     elif result.healed:
         say(
-            f"  in float32: {', '.join(result.best.float32)}",
+            f"  in float32: {_kept(result.best)}",
             f"  mixed: {_error_of(result.best)}",
             f"  written: {result.bundle.path / (result.written or '')}",
             "next: rexdeploy build-trt --fp16",
         )
+
+
+def _kept(trial: Trial) -> str:
+    blocks = ", ".join(trial.float32)
+    return f"{blocks}; of these {', '.join(trial.nodes)}" if trial.nodes else blocks
 
 
 def _error_of(trial: Trial) -> str:

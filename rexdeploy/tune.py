@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,18 +15,26 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto
 
-from rexdeploy import images
-from rexdeploy.backends import open_backend
+from rexdeploy import images, tensorrt_api
+from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend
 from rexdeploy.blocks import literal
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.compare import Signal, compare
-from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.forms import Source, engine_form
 from rexdeploy.localize import localize
-from rexdeploy.manifest import Artifact, ModelSpec, to_json
+from rexdeploy.manifest import Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.parity import LIMITS, run_batches
-from rexdeploy.precision import beyond_fp16, node_name, parse, precision_of, to_fp16
+from rexdeploy.precision import (
+    beyond_fp16,
+    node_name,
+    parse,
+    precision_of,
+    products,
+    to_fp16,
+)
 from rexdeploy.progress import Report, silent
+from rexdeploy.proof import prove
 from rexdeploy.ranges import Ranges, measure_ranges
 from rexdeploy.walk import GraphWalk
 
@@ -35,6 +44,7 @@ STATE = "tune.json"
 MIXED = "fp16.onnx"  # in place of the plain one, so that all that takes a float16 graph takes it
 MAX_BLOCKS = 6  # of a ReXNet's 19: with more in float32 there is little left to gain from float16
 MIN_SAMPLES, MAX_SAMPLES = 2, 256
+TRIAL_BACKENDS = ("onnxruntime", *ENGINE_BACKENDS)
 _BATCH = 4
 
 
@@ -45,6 +55,7 @@ class TuneOptions:
     images: Path | None = None  # None: seeded synthetic images
     samples: int = 8
     max_blocks: int = MAX_BLOCKS
+    backend: str = "onnxruntime"  # that runs the trials; with an engine's, each is built first
     command: str = "rexdeploy tune-precision"
 
 
@@ -54,6 +65,7 @@ class Trial:
 
     float32: tuple[str, ...]  # the blocks that it keeps
     error: float | None  # of the logits, in units of signal; None where they are not finite
+    nodes: tuple[str, ...] = ()  # of these blocks, the nodes that it keeps; empty: all of them
 
     @property
     def rank(self) -> float:
@@ -93,8 +105,9 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
     """Searches, and writes the mixed graph into the bundle in place of its float16 one.
 
     Blocks are ranked by what float16 does to each alone, taken into the set until the whole graph
-    is within the limit, and put back one by one where it stays so. Every trial is a run of the
-    whole graph, kept in the bundle: an interrupted search goes on where it was.
+    is within the limit, and put back one by one where it stays so; then, of these blocks, only the
+    nodes at values that float16 cannot hold, if an engine can be proven to keep them. Every trial
+    is a run of the whole graph, kept in the bundle: an interrupted search goes on where it was.
 
     Raises UsageError where the bundle has no float32 graph of ReXNet's blocks, or where nothing can
     be judged. Without a cure nothing is written: the result's `healed` is False.
@@ -103,6 +116,10 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
         raise UsageError(f"samples: got {options.samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
     if options.max_blocks < 1:
         raise UsageError(f"max blocks: got {options.max_blocks}, expected at least 1")
+    if options.backend not in TRIAL_BACKENDS:
+        raise UsageError(
+            f"backend: got '{options.backend}', expected one of {', '.join(TRIAL_BACKENDS)}"
+        )
     root = bundle.manifest.find("onnx")
     if root is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
@@ -116,14 +133,18 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
     pool, described = images.pool(options.images, options.samples, spec.preprocess)
     report("measuring the blocks' ranges")
     ranges = measure_ranges(model, pool)
-    search = _Search(bundle, root, model, pool, report)
+    search = _Search(bundle, root, model, pool, options, report)
     plain = search.judge(())
     best = plain
     if not search.passes(plain):
         report("measuring each block in float16 alone")
         best = _minimal(search, _by_sensitivity(model, pool), options.max_blocks)
+        if search.passes(best):
+            best = _fewer_nodes(search, best, _nodes_at_fault(model, ranges))
     written = None
-    if best.float32 and search.passes(best):
+    existing = bundle.manifest.find_file(MIXED)
+    is_mixed = existing is not None and "float32" in existing.built_with
+    if search.passes(best) and (best.float32 or is_mixed):
         written = search.write(best, options)
     return Tuning(
         search.bundle,
@@ -184,13 +205,44 @@ def _minimal(search: _Search, ranked: list[str], most: int) -> Trial:
     return trial
 
 
+def _nodes_at_fault(model: ModelProto, ranges: Ranges) -> set[str]:
+    """The nodes that write or read what float16 cannot hold."""
+    over = {name for block in ranges.blocks for name in block.over}
+    values = {
+        tensor for node in model.graph.node if node_name(node) in over for tensor in node.output
+    }
+    readers = {node_name(node) for node in model.graph.node if values & set(node.input)}
+    return over | readers | beyond_fp16(model)
+
+
+def _fewer_nodes(search: _Search, blocks: Trial, nodes: set[str]) -> Trial:
+    """The trial with only these of its nodes in float32, if that heals as well and is kept."""
+    if not nodes or not nodes < search.nodes_of(blocks):
+        return blocks  # rounding, not overflow, or more than the blocks that are enough
+    fewer = search.judge(blocks.float32, tuple(sorted(nodes)))
+    return fewer if search.passes(fewer) and search.is_kept(fewer) else blocks
+
+
+def _most_trials(most: int) -> int:
+    """None kept, doubling, bisecting, leaving one out at a time, and nodes instead of blocks."""
+    steps = math.ceil(math.log2(most)) if most > 1 else 0
+    return 1 + (1 + steps) + steps + (most - 1) + 1
+
+
 class _Search:
     """Runs mixed graphs, and remembers what came out."""
 
     def __init__(
-        self, bundle: Bundle, root: Artifact, model: ModelProto, pool: Float32, report: Report
+        self,
+        bundle: Bundle,
+        root: Artifact,
+        model: ModelProto,
+        pool: Float32,
+        options: TuneOptions,
+        report: Report,
     ) -> None:
         self.bundle, self.made = bundle, 0
+        self._backend, self._most = options.backend, _most_trials(options.max_blocks)
         self._root, self._model, self._pool, self._report = root, model, pool, report
         self._spec: ModelSpec = bundle.manifest.model
         self._blocks = _nodes_by_block(model)
@@ -206,7 +258,8 @@ class _Search:
             backend.close()
         self._signal = Signal.of(self._reference)
         key = hashlib.sha256(
-            f"{root.sha256} {self._limit} {onnx.__version__}".encode() + pool.tobytes()
+            f"{root.sha256} {self._limit} {onnx.__version__} {options.backend}".encode()
+            + pool.tobytes()
         ).hexdigest()
         self._state = _read_state(bundle, key)
         self.resumed = len(self._state.trials)
@@ -214,17 +267,29 @@ class _Search:
     def passes(self, trial: Trial) -> bool:
         return trial.rank <= self._limit
 
-    def judge(self, blocks: Iterable[str]) -> Trial:
-        """Runs the graph with these blocks in float32, or remembers what came of it."""
+    def nodes_of(self, trial: Trial) -> set[str]:
+        """The names of all nodes of the trial's blocks."""
+        return set[str]().union(*(self._blocks[name] for name in trial.float32))
+
+    def judge(self, blocks: Iterable[str], nodes: tuple[str, ...] = ()) -> Trial:
+        """Runs the graph with these blocks, or nodes of them, in float32.
+
+        What was run before, it remembers.
+        """
         kept = tuple(sorted(blocks, key=self._order.__getitem__))
         for known in self._state.trials:
-            if known.float32 == kept:
+            if (known.float32, known.nodes) == (kept, nodes):
                 return known
+        number = len(self._state.trials) + 1
         named = ", ".join(kept) or "nothing"
-        left = f" (each takes {np.mean(self._seconds):.0f} s)" if self._seconds else ""
-        self._report(f"trial {len(self._state.trials) + 1}: {named} in float32{left}")
+        if nodes:
+            named = f"{len(nodes)} nodes of {named}"
+        left = float(np.mean(self._seconds or [0])) * max(1, self._most - number + 1)
+        estimate = f", at most {left:.0f} s left" if left else ""
+        self._report(f"trial {number} of at most {self._most}: {named} in float32{estimate}")
         start = time.perf_counter()
-        trial = Trial(kept, self._error(kept))
+        trial = Trial(kept, None, nodes)
+        trial = replace(trial, error=self._error(trial))
         self._seconds.append(time.perf_counter() - start)
         self.made += 1
         self._state = replace(self._state, trials=(*self._state.trials, trial))
@@ -233,13 +298,34 @@ class _Search:
         self.bundle = self.bundle.update(state, files={STATE: data})
         return trial
 
-    def _error(self, blocks: tuple[str, ...]) -> float | None:
+    def is_kept(self, trial: Trial) -> bool:
+        """Whether an engine computes in float32 what the trial keeps: TensorRT-RTX may undo it."""
+        mixed = self._mixed(trial)
+        try:
+            self._report("proving that an engine keeps these nodes")
+            built = tensorrt_api.build(mixed.SerializeToString(), self._settings("rtx"))
+        except BackendUnavailable:
+            return False  # nobody knows without TensorRT-RTX: whole blocks are the safe choice
+        return prove(built.layers, products(mixed)).holds
+
+    def _settings(self, flavor: tensorrt_api.Flavor) -> tensorrt_api.EngineSettings:
+        batch = BatchRange(self._size, self._size, self._size)
+        return tensorrt_api.EngineSettings(flavor, batch, (), None)
+
+    def _open(self, mixed: ModelProto) -> Backend:
+        if self._backend == "onnxruntime":
+            return open_backend(self._backend, literal(mixed).SerializeToString(), self._spec)
+        flavor: tensorrt_api.Flavor = "rtx" if self._backend == "tensorrt-rtx" else "tensorrt"
+        built = tensorrt_api.build(mixed.SerializeToString(), self._settings(flavor))
+        return open_backend(self._backend, built.plan, self._spec)
+
+    def _error(self, trial: Trial) -> float | None:
         """Of the mixed graph's logits against the float32 graph's."""
         try:
-            mixed = self._mixed(blocks)
+            mixed = self._mixed(trial)
         except VerificationFailed:  # a weight that float16 cannot hold, outside these blocks
             return None
-        backend = open_backend("onnxruntime", literal(mixed).SerializeToString(), self._spec)
+        backend = self._open(mixed)
         try:
             rows = run_batches(backend, self._pool, [self._size])
         finally:
@@ -255,27 +341,27 @@ class _Search:
 
     def write(self, trial: Trial, options: TuneOptions) -> str:
         """Puts the mixed graph into the bundle; engines of the graph that it replaces go."""
-        data = self._mixed(trial.float32).SerializeToString(deterministic=True)
+        data = self._mixed(trial).SerializeToString(deterministic=True)
+        notes = {"float32": ", ".join(trial.float32), "error": f"{trial.rank:.2g}"}
+        if trial.nodes:
+            notes["float32_nodes"] = ", ".join(trial.nodes)
+        if not trial.float32:  # the plain graph again, after one that was mixed
+            notes = {}
         artifact = Artifact(
             "onnx",
             MIXED,
             sha256(data),
             parent_sha256=self._root.sha256,
-            precision=None,  # of its products, some are float32
+            precision=None if trial.float32 else "fp16",
             batch=self._root.batch,
-            built_with={
-                "onnx": onnx.__version__,
-                "float32": ", ".join(trial.float32),
-                "error": f"{trial.rank:.2g}",
-            },
+            built_with={"onnx": onnx.__version__} | notes,
             command=options.command,
         )
         self.bundle = self.bundle.update(artifact, files={artifact.file: data})
         return artifact.file
 
-    def _mixed(self, blocks: tuple[str, ...]) -> ModelProto:
-        kept = set[str]().union(*(self._blocks[name] for name in blocks))
-        return to_fp16(self._model, kept)
+    def _mixed(self, trial: Trial) -> ModelProto:
+        return to_fp16(self._model, trial.nodes or self.nodes_of(trial))
 
 
 def _read_state(bundle: Bundle, key: str) -> _State:

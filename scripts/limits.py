@@ -47,7 +47,7 @@ PRECISIONS = {
 
 
 def main() -> None:
-    """Writes the file after every network, goes on where an interrupted run ended, prints a table."""
+    """Writes the file after every network, goes on where a run was stopped, prints the table."""
     out, seeds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5
     rows = json.loads(out.read_text())["networks"] if out.exists() else []
     graphs: dict[tuple[str, float], ModelProto] = {}
@@ -65,7 +65,12 @@ def main() -> None:
         document = {"machine": machine(), "images": IMAGES, "networks": rows}
         out.write_text(json.dumps(document, indent=1) + "\n")
     for row in rows:
-        cells = [row["family"], f"{row['width']:.1f}", str(row["seed"]), f"{row['fp32']['error']:.1e}"]
+        cells = [
+            row["family"],
+            f"{row['width']:.1f}",
+            str(row["seed"]),
+            f"{row['fp32']['error']:.1e}",
+        ]
         for precision in ("fp16", "bf16"):
             cells += [f"{row[precision]['error']:.2f}", f"{row[precision]['top1']:.0%}"]
         print("|", " | ".join(cells), "|")
