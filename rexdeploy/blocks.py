@@ -124,14 +124,18 @@ def literal(model: ModelProto) -> ModelProto:
 
 def subgraph(model: ModelProto, block: Block, outputs: Sequence[str]) -> ModelProto:
     """One block as a graph of its own, from its input (and extra inputs) to `outputs`."""
-    types = element_types(model)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    # With their shapes: `literal` has to know which tensors are scalars.
+    values = {
+        value.name: value for value in [*inferred.input, *inferred.value_info, *inferred.output]
+    }
     nodes = [model.graph.node[position] for position in block.nodes]
     used = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
         nodes,
         block.name,
-        [_value(name, types) for name in (block.input, *block.extra_inputs)],
-        [_value(name, types) for name in outputs],
+        [values[block.input], *(_of_any_shape(values[name]) for name in block.extra_inputs)],
+        [values[name] for name in outputs],
         [tensor for tensor in model.graph.initializer if tensor.name in used],
     )
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
@@ -267,5 +271,6 @@ def _attribute(node: NodeProto, name: str) -> Iterator[int]:
     return (attribute.i for attribute in node.attribute if attribute.name == name)
 
 
-def _value(name: str, types: dict[str, int]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, types[name], None)
+def _of_any_shape(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+    """The same tensor where another is given in its place, of which only the batch size is read."""
+    return helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, None)

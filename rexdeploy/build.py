@@ -92,7 +92,8 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
             bundle = bundle.update(*form.made, files=files)
         return BuildResult(bundle, engine, reused=True)
 
-    report(f"building a {graph_artifact.precision} engine with {trt.__name__} {trt.__version__}")
+    precision = graph_artifact.precision or "mixed"
+    report(f"building a {precision} engine with {trt.__name__} {trt.__version__}")
     built = tensorrt_api.build(data, settings)
     report("proving its precision")
     # A mixed graph (of tune-precision) is to be computed in each product's own type.
@@ -103,7 +104,7 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     target = built_with["targets"].replace(" and newer", "plus").replace(" ", "-")
     engine = Artifact(
         "engine",
-        f"{graph_artifact.precision or 'mixed'}.{flavor}-{target}.engine",
+        f"{precision}.{flavor}-{target}.engine",
         sha256(built.plan),
         parent_sha256=graph_artifact.sha256,
         precision=graph_artifact.precision,
@@ -143,6 +144,11 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
         batch=BatchRange(shapes[0][0], shapes[0][0], shapes[0][0]) if shapes[0][0] else None,
         command=options.command,
     )
+    if artifact.precision == "bf16":
+        raise UsageError(
+            f"{path} is in bfloat16, which nothing here can run as a reference; give the float32 "
+            "graph, with --bf16"
+        )
     folder = root / path.stem
     if (folder / "manifest.json").exists():
         existing = Bundle.open(folder)

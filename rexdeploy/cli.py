@@ -437,7 +437,8 @@ def tune_precision(
             raise VerificationFailed(
                 f"no {max_blocks} blocks in float32 bring the FP16 graph within its limit of "
                 f"{result.limit:g}; the best found: {', '.join(result.best.float32)} (error "
-                f"{result.best.rank:.2g}); nothing was written: deploy it in float32"
+                f"{result.best.rank:.2g}); {result.overflowing} blocks hold values beyond float16; "
+                "nothing was written: try more --max-blocks, or build-trt --bf16"
             )
 
 
@@ -584,8 +585,13 @@ def bench(
 
     if table not in (None, "paper"):
         raise UsageError(f"table: got '{table}', expected paper")
-    if table and (bundles or compare):
-        raise UsageError("--table paper times its own networks: leave out bundles and --compare")
+    if table and (bundles or compare or batch != "1"):
+        raise UsageError(
+            "--table paper times its own networks at their own batch sizes: leave out bundles, "
+            "--compare and --batch"
+        )
+    if plot is not None and plot == json:
+        raise UsageError(f"got {plot} for --plot and --json, expected two files")
     if plot is not None:
         from rexdeploy.plot import check_plot
 
@@ -610,14 +616,15 @@ def bench(
         from rexdeploy.plot import plot_benchmark
 
         plot_benchmark(result, plot)
-    if quiet or json == Path("-"):
-        return
-    if table:
-        from rexdeploy.models.zoo import paper_rows
+    if not quiet and json != Path("-"):
+        if table:
+            from rexdeploy.models.zoo import paper_rows
 
-        show_published_table(result, paper_rows())
-    else:
-        show_benchmark(result)
+            show_published_table(result, paper_rows())
+        else:
+            show_benchmark(result)
+    if result.interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 @app.command()

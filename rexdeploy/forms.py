@@ -54,9 +54,10 @@ def engine_form(
         notes = {"shortcuts": "plain adds"}
         steps.append(_Step("fp32.tensorrt.onnx", root.precision, to_plain_adds, notes))
     if wanted is not None and root.precision != wanted:
-        if root.precision not in ("fp32", None):
+        if root.precision != "fp32":
             raise UsageError(
-                f"{root.file} is a graph in {root.precision}; --{wanted} needs one in float32"
+                f"{root.file} is a graph in {root.precision or 'mixed or other types'}; --{wanted} "
+                "needs one in float32"
             )
         convert = to_fp16 if wanted == "fp16" else to_bf16
         steps.append(_Step(f"{wanted}.onnx", wanted, convert, {}))

@@ -57,6 +57,15 @@ class Localization:
     culprit: Culprit | None  # None: no block stands out
 
     @property
+    def first_nonfinite(self) -> str | None:
+        """The first block at whose output the candidate's own run is not finite."""
+        return next((block.name for block in self.blocks if not np.isfinite(block.total)), None)
+
+    @property
+    def is_finite(self) -> bool:
+        return self.first_nonfinite is None
+
+    @property
     def over(self) -> tuple[str, ...]:
         """Every block that adds more than its share."""
         return tuple(block.name for block in self.blocks if not block.own <= self.limit)

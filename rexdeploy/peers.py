@@ -71,7 +71,7 @@ def timm_peer(name: str, size: int | None = None) -> Peer:
     """
     timm = _timm()
     if name not in timm.list_models():
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        near = difflib.get_close_matches(name, [*OWN_FORMS, *timm.list_models()], n=3)
         hint = f"near: {', '.join(near)}" if near else "timm.list_models() lists them"
         raise UsageError(
             f"compare: got '{name}', expected {', '.join(OWN_FORMS)} or a model of timm "

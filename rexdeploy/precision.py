@@ -328,7 +328,8 @@ def _checked(tensor: TensorProto, kind: str, limit: float) -> npt.NDArray[Any]:
     if largest > limit:
         raise VerificationFailed(
             f"weight '{tensor.name}' has a value of {largest:.3g}, beyond {kind}'s "
-            f"{limit:g}; deploy this network in float32"
+            f"{limit:g}; 'rexdeploy tune-precision' keeps such blocks in float32, and --bf16 holds "
+            "them"
         )
     return values
 

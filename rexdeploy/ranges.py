@@ -49,13 +49,13 @@ class Ranges:
 def measure_ranges(model: ModelProto, images: Float32) -> Ranges:
     """Runs a float32 graph block by block over all images (float32 `[N, 3, H, W]`).
 
-    A graph of a fixed batch size sees its first batch only. Raises UsageError for a graph without
+    Raises UsageError for a graph without
     ReXNet's blocks, RexdeployError where it cannot be run.
     """
     walk = GraphWalk(model)
     size = walk.batch or 1  # one image at a time: all of a block's tensors are kept
     found: dict[int, BlockRange] = {}
-    for start in range(0, len(images) if not walk.batch else 1, size):
+    for start in range(0, len(images), size):
         x = images[np.arange(start, start + size) % len(images)]
         for index, block in enumerate(walk.blocks):
             tensors = walk.tensors(index, x)
@@ -77,7 +77,7 @@ def measure_ranges(model: ModelProto, images: Float32) -> Ranges:
                 larger.node,
                 tuple(dict.fromkeys((*before.over, *now.over))),
             )
-    return Ranges(len(images) if not walk.batch else size, tuple(found.values()))
+    return Ranges(len(images), tuple(found.values()))
 
 
 def _peak(value: Float32) -> float:

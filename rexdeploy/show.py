@@ -149,8 +149,14 @@ def show_localization(result: Localization) -> None:
     ]
     print_table(("block", "error so far", "its own", "limit", ""), lines)
     culprit = result.culprit
-    if culprit is None:
+    if culprit is None and result.is_finite:
         say(f"{result.candidate}: no block stands out")
+        return
+    if culprit is None:
+        say(
+            f"{result.candidate}: NaN or infinite values from {result.first_nonfinite} on, though "
+            "no block makes them of the reference's own input"
+        )
         return
     weight = f", weights {culprit.node.weight}" if culprit.node.weight else ""
     say(
@@ -190,7 +196,16 @@ def show_tuning(result: Tuning) -> None:
         f"  plain FP16: {_error_of(result.plain)} (limit {result.limit:g})",
     )
     if not result.best.float32:
-        say("  nothing has to stay float32", "next: rexdeploy build-trt --fp16")
+        mixed = result.bundle.manifest.find_file("fp16.onnx")
+        earlier = mixed.built_with.get("float32") if mixed else None
+        say(
+            "  nothing has to stay float32",
+            f"  kept: the bundle's fp16.onnx, which an earlier search has mixed ({earlier} in "
+            "float32)"
+            if earlier
+            else None,
+            "next: rexdeploy build-trt --fp16",
+        )
     elif result.healed:
         say(
             f"  in float32: {_kept(result.best)}",
@@ -214,22 +229,23 @@ def _error_of(trial: Trial) -> str:
 def show_benchmark(result: Benchmark) -> None:
     """Percentiles of every competitor, its relative speed, and how near it is to the machine's."""
     _show_machine(result)
-    firsts = {(row.model, row.batch, row.threads): row for row in reversed(result.latencies)}
+    firsts = {(row.network, row.batch, row.threads): row for row in reversed(result.latencies)}
     columns = (
-        "network", "form", "backend", "batch", "threads", "p50 ms", "p90", "p99", "spread",
-        "images/s", "ratio", "of matrix", "of roofline",
+        "network", "form", "backend", "precision", "batch", "threads", "p50 ms", "p90", "p99",
+        "spread", "images/s", "ratio", "of matrix", "of roofline",
     )  # fmt: skip
     lines = [
         (
             row.network,
             row.form,
             row.backend if row.mode == "host" else f"{row.backend}, {row.mode}",
+            row.precision,
             str(row.batch),
             str(row.threads or "-"),
             *(f"{row.percentile_ms(percent):.2f}" for percent in (50, 90, 99)),
             f"{row.spread:.0%}",
             f"{row.images_per_s:.0f}",
-            f"{_ratio(firsts[row.model, row.batch, row.threads], row):.2f}",
+            f"{_ratio(firsts[row.network, row.batch, row.threads], row):.2f}",
             *(_share(limit, row) for limit in (row.matrix_ms, row.roofline_ms)),
         )
         for row in result.latencies
@@ -241,13 +257,16 @@ def show_benchmark(result: Benchmark) -> None:
 def show_published_table(result: Benchmark, rows: Sequence[PaperRow]) -> None:
     """The published comparison tables in their own layout, with this machine's latencies."""
     _show_machine(result)
-    backends = list(dict.fromkeys((row.backend, row.batch, row.mode) for row in result.latencies))
+    backends = list(
+        dict.fromkeys((row.backend, row.batch, row.threads, row.mode) for row in result.latencies)
+    )
     columns = (
         "Model", "Input Res.", "Top-1 acc.", "Top-5 acc.", "FLOPs/params.",
-        "published CPU/GPU", *(f"{name}, {batch}" for name, batch, _ in backends),
+        "published CPU/GPU",
+        *(f"{name}, batch {batch}, {threads or 'GPU'}" for name, batch, threads, _ in backends),
     )  # fmt: skip
     medians = {
-        (row.network, row.backend, row.batch, row.mode): row.percentile_ms(50)
+        (row.network, row.backend, row.batch, row.threads, row.mode): row.percentile_ms(50)
         for row in result.latencies
     }
     lines = [
@@ -266,8 +285,8 @@ def show_published_table(result: Benchmark, rows: Sequence[PaperRow]) -> None:
     say(
         "Published: CPU is a Xeon E5-2630 v4 with one image; GPU a V100 with 64 images, for the "
         "lites two M40.",
-        f"Here: medians of {result.rounds} rounds; untrained weights; ReXNets exported in the "
-        "aligned form.",
+        f"Here: medians of {result.rounds} rounds, by backend, batch and threads; untrained "
+        "weights; ReXNets exported in the aligned form.",
     )
     _show_end(result)
 

@@ -54,9 +54,9 @@ class Subject(Protocol):
 class BundleSubject:
     """A bundle's own files."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, network: str | None = None) -> None:
         self.bundle = bundle
-        self.network = bundle.path.name
+        self.network = network or bundle.path.name
         self.spec = bundle.manifest.model
         graph = bundle.manifest.find("onnx")
         padded = graph.built_with.get("align", "off") if graph else "off"
@@ -120,22 +120,26 @@ def compared(bundles: Sequence[Bundle], names: Sequence[str]) -> list[Subject]:
     models. Raises UsageError for an unknown name, or where a bundle has no such form, and
     BackendUnavailable where timm is missing.
     """
+    paths = [bundle.path.name for bundle in bundles]
+    owns = [
+        BundleSubject(bundle, name if paths.count(name) == 1 else str(bundle.path))
+        for bundle, name in zip(bundles, paths, strict=True)
+    ]
     if not names:
-        return [BundleSubject(bundle) for bundle in bundles]
+        return list(owns)
     from rexdeploy.models.rexnet import RexNet
     from rexdeploy.peers import OWN_FORMS, own_peer, timm_peer
 
     others = [PeerSubject(timm_peer(name)) for name in names if name not in OWN_FORMS]
     subjects: list[Subject] = []
-    for bundle in bundles:
-        own = BundleSubject(bundle)
+    for own in owns:
         subjects.append(own)
-        for name in names:
-            if name not in OWN_FORMS:
+        for name in dict.fromkeys(names):
+            if name not in OWN_FORMS or name == own.form:
                 continue
             if not isinstance(own.module, RexNet):
                 raise UsageError(
-                    f"compare: {bundle.path.name} holds somebody's own ONNX graph, which has no "
+                    f"compare: {own.network} holds somebody's own ONNX graph, which has no "
                     f"form '{name}'; name a timm model"
                 )
             subjects.append(PeerSubject(own_peer(name, own.network, own.module, own.spec)))

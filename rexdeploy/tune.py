@@ -15,10 +15,10 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto
 
-from rexdeploy import images, tensorrt_api
+from rexdeploy import gpu, images, tensorrt_api
 from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend
 from rexdeploy.blocks import literal
-from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.bundle import Bundle, check_writable, sha256
 from rexdeploy.compare import Signal, compare
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.forms import Source, engine_form
@@ -88,6 +88,11 @@ class Tuning:
     written: str | None  # the mixed graph's file; None if nothing was to heal, or no cure
 
     @property
+    def overflowing(self) -> int:
+        """How many blocks hold values that float16 cannot."""
+        return sum(bool(block.over) for block in self.ranges.blocks)
+
+    @property
     def healed(self) -> bool:
         """Whether the best graph is within the limit."""
         return self.best.rank <= self.limit
@@ -120,17 +125,19 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
         raise UsageError(
             f"backend: got '{options.backend}', expected one of {', '.join(TRIAL_BACKENDS)}"
         )
+    if options.backend in ENGINE_BACKENDS and gpu.detect() is None:
+        raise BackendUnavailable(f"no NVIDIA GPU driver on this machine, for {options.backend}")
     root = bundle.manifest.find("onnx")
     if root is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
+    pool, described = images.pool(options.images, options.samples, bundle.manifest.model.preprocess)
+    check_writable(bundle.path)
     form = engine_form(Source(bundle), root, None, options.command, report)
     if form.made:
         bundle = bundle.update(*form.made, files=form.files)
     root, model = form.artifact, parse(form.data, form.artifact.file)
     if precision_of(model) != "fp32":
         raise UsageError(f"{root.file} is not a float32 graph, so it leaves nothing to choose")
-    spec = bundle.manifest.model
-    pool, described = images.pool(options.images, options.samples, spec.preprocess)
     report("measuring the blocks' ranges")
     ranges = measure_ranges(model, pool)
     search = _Search(bundle, root, model, pool, options, report)
@@ -142,9 +149,7 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
         if search.passes(best):
             best = _fewer_nodes(search, best, _nodes_at_fault(model, ranges))
     written = None
-    existing = bundle.manifest.find_file(MIXED)
-    is_mixed = existing is not None and "float32" in existing.built_with
-    if search.passes(best) and (best.float32 or is_mixed):
+    if best.float32 and search.passes(best):
         written = search.write(best, options)
     return Tuning(
         search.bundle,
@@ -345,14 +350,12 @@ class _Search:
         notes = {"float32": ", ".join(trial.float32), "error": f"{trial.rank:.2g}"}
         if trial.nodes:
             notes["float32_nodes"] = ", ".join(trial.nodes)
-        if not trial.float32:  # the plain graph again, after one that was mixed
-            notes = {}
         artifact = Artifact(
             "onnx",
             MIXED,
             sha256(data),
             parent_sha256=self._root.sha256,
-            precision=None if trial.float32 else "fp16",
+            precision=None,  # of its products, some are float32
             batch=self._root.batch,
             built_with={"onnx": onnx.__version__} | notes,
             command=options.command,

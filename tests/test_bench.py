@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,19 @@ def test_peers_take_part_in_the_same_run(v1_original: Bundle) -> None:
         ("v1", "published"),
         ("mobilenetv3_small_050", "timm"),
     ]
+
+
+def test_bundles_of_one_name_and_the_float16_of_a_cpu(v1_bundle: Bundle, tmp_path: Path) -> None:
+    """Neither is dropped, and what computes in float32 is not timed as float16."""
+    other = tmp_path / "other" / "v1"
+    shutil.copytree(v1_bundle.path, other)
+    subjects = compared([v1_bundle, Bundle.open(other)], ["16"])  # 16 is the bundles' own form
+    result = bench(subjects, BenchOptions(rounds=1))
+    assert [row.network for row in result.latencies] == [str(v1_bundle.path), str(other)]
+    half = bench(subjects[:1], BenchOptions(("pytorch", "onnxruntime"), rounds=1, fp16=True))
+    assert [(row.backend, row.precision) for row in half.latencies] == [("pytorch", "fp16")]
+    assert half.latencies[0].roofline_ms is not None  # counted on the module, which is float32 yet
+    assert "it computes float16 graphs in float32" in half.skipped[0]
 
 
 def test_gpu_backends_are_skipped_with_a_reason_where_there_is_none(v1_original: Bundle) -> None:

@@ -269,6 +269,6 @@ def test_ctrl_c_during_a_benchmark_prints_what_it_has(v1_bundle: Bundle, tmp_pat
     time.sleep(1)
     os.kill(process.pid, signal.SIGINT)
     printed = process.stdout.read()
-    assert process.wait() == 0, process.stderr.read()
+    assert process.wait() == 130, process.stderr.read()
     assert "onnxruntime" in printed
     assert "interrupted after " in printed

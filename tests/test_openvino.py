@@ -40,6 +40,8 @@ def test_verify_runs_it_where_it_is_asked_for(v1_bundle: Bundle) -> None:
     assert result.code == 0, result.err
     assert "torch -> fp32.onnx (openvino)" in result.out
     assert "(onnxruntime)" not in result.out
+    reason = "OpenVINO computes in float32 here, which says nothing of a 16-bit graph"
+    assert f"skipped fp16.onnx (openvino): {reason}" in result.out
 
 
 def test_hostile_files_and_other_shapes_are_refused(v1_original: Bundle) -> None:

@@ -16,9 +16,13 @@ from rexdeploy.blocks import find_blocks
 from rexdeploy.build import BuildOptions, build
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
+from rexdeploy.images import synthetic
+from rexdeploy.localize import localize
+from rexdeploy.manifest import Preprocess
 from rexdeploy.precision import parse, precision_of, products, to_fp16
 from rexdeploy.tune import STATE, TuneOptions, tune
 from rexdeploy.verify import VerifyOptions, verify
+from rexdeploy.walk import GraphWalk
 from tests import test_verify as planted
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
 
@@ -61,6 +65,13 @@ def _kept(model: ModelProto) -> set[str]:
 
 def test_an_overflowing_se_is_healed_by_its_block(v1_bundle: Bundle) -> None:
     bundle = planted._plant(v1_bundle, "fp32", _overflowing_se)
+    model = _file(bundle, "fp32.onnx")
+    walked = localize(
+        GraphWalk(model), GraphWalk(to_fp16(model)), synthetic(4, Preprocess(), seed=1),
+        names=("float32", "float16"), precision="fp16",
+    )  # fmt: skip
+    assert walked.culprit is not None  # the weights fit: it is what they make that does not
+    assert walked.culprit.block == "block 10"
     result = tune(bundle, OPTIONS)
     assert result.plain.error is None
     assert result.best.float32 == ("block 10",)
@@ -143,16 +154,17 @@ def test_a_sound_network_keeps_nothing(lite_bundle: Bundle, tmp_path: Path) -> N
     assert {item.file for item in after.manifest.artifacts} - {STATE} == {
         item.file for item in before.artifacts
     }
-    # A graph that an earlier search has mixed, on other images say, gives way to the plain one.
+    # What an earlier search has mixed, on other images say, is not undone by images that pass.
     half = after.manifest.find_file("fp16.onnx")
     assert half is not None
     full = _file(after, "fp32.tensorrt.onnx")
     data = to_fp16(full, {nodes_of(full, "Conv")[3].name}).SerializeToString()
     mixed = replace(half, sha256=sha256(data), precision=None, built_with={"float32": "block 1"})
-    again = tune(after.update(mixed, files={half.file: data}), TuneOptions(samples=2))
-    plain = again.bundle.manifest.find_file("fp16.onnx")
-    assert plain is not None
-    assert (plain.sha256, plain.precision) == (half.sha256, "fp16")
+    after.update(mixed, files={half.file: data})
+    again = run_cli("tune-precision", "--samples", "2", cwd=tmp_path)
+    assert again.code == 0
+    assert "kept: the bundle's fp16.onnx, which an earlier search has mixed (block 1" in again.out
+    assert Bundle.open(lite_bundle.path).manifest.find_file("fp16.onnx") == mixed
 
 
 def test_an_engine_that_undoes_what_was_kept_is_refused(lite_bundle: Bundle) -> None:

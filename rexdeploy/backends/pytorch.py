@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -67,6 +68,8 @@ class PyTorchBackend:
             raise BackendUnavailable("PyTorch finds no NVIDIA GPU, or this is its CPU build")
         self._torch, self._options = torch, options
         self._type = torch.float16 if options.fp16 else torch.float32
+        if options.cuda or options.fp16 or options.channels_last:
+            model = copy.deepcopy(model)  # the caller's stays as and where it is
         model = model.to("cuda" if options.cuda else "cpu", self._type)
         if options.channels_last:
             model = model.to(memory_format=torch.channels_last)
