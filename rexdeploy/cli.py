@@ -253,8 +253,8 @@ def build_trt(
 ) -> None:
     """Build a TensorRT engine and prove its precision.
 
-    The proof is the built engine's own layer report: an --fp16 engine with a convolution in
-    float32 is an error.
+    The proof is the built engine's own layer report: an --fp16 or --bf16 engine with a
+    convolution in float32 is an error.
 
     \b
     Example:

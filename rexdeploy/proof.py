@@ -81,7 +81,7 @@ class PrecisionProof:
         for counts, unit in ((self.layers, "layers"), (self.macs, "GMACs")):
             total = sum(counts.values())
             for kind in sorted(counts, key=lambda name: (name != self.wanted, -counts[name])):
-                share = f"{counts[kind] / total:.0%}" if total else "0%"
+                share = _percent(counts[kind], total)
                 parts.append(
                     f"{counts[kind]} of {total} layers in {kind} ({share})"
                     if unit == "layers"
@@ -127,3 +127,11 @@ def prove(
 
 def _width(kind: str) -> int:
     return TYPES.index(kind) if kind in TYPES else len(TYPES)
+
+
+def _percent(count: int, total: int) -> str:
+    """A share that says 0 % and 100 % only where that is so."""
+    share = count / total if total else 0.0
+    if 0 < count < total:
+        return "<1%" if share < 0.01 else ">99%" if share > 0.99 else f"{share:.0%}"
+    return f"{share:.0%}"
