@@ -149,10 +149,11 @@ def bench(subjects: Sequence[Subject], options: BenchOptions, report: Report = s
         for probe, times in zip(probes, samples, strict=False)
     ]
     rates = _rates(probes)
+    layers = {id(subject): _layers(subject) for subject in subjects} if rates else {}
     latencies = tuple(
         _with_limits(
             replace(competitor.row, samples_ms=tuple(times)),
-            _layers(competitor.subject),
+            layers.get(id(competitor.subject)),
             rates.get(competitor.row.threads),
         )
         for competitor, times in zip(competitors, samples[len(probes) :], strict=True)
@@ -322,12 +323,14 @@ def _probes(
 
 
 def _rates(probes: Sequence[Probe]) -> dict[int | None, Rates]:
-    rates: dict[int | None, Rates] = {}
-    for product, copy in zip(probes[::2], probes[1::2], strict=True):
-        from rexdeploy.roofline import Rates
+    if not probes:
+        return {}
+    from rexdeploy.roofline import Rates
 
-        rates[product.threads] = Rates(product.rate, copy.rate)
-    return rates
+    return {
+        product.threads: Rates(product.rate, copy.rate)
+        for product, copy in zip(probes[::2], probes[1::2], strict=True)
+    }
 
 
 def _with_limits(row: Latency, layers: list[Layer] | None, rates: Rates | None) -> Latency:

@@ -10,6 +10,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from rexdeploy.errors import UsageError
+from rexdeploy.precision import element_types, graph_inputs
 
 FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -80,7 +81,7 @@ def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
     """A copy of the graph that also puts out the tensors `names`, as far as they are floating."""
     copy = ModelProto()
     copy.CopyFrom(model)
-    types = element_types(model)
+    types = element_types(onnx.shape_inference.infer_shapes(model).graph)
     known = {value.name for value in copy.graph.output}
     for name in dict.fromkeys(names):
         if name not in known:
@@ -143,18 +144,9 @@ def subgraph(model: ModelProto, block: Block, outputs: Sequence[str]) -> ModelPr
 
 def floating_outputs(model: ModelProto, block: Block) -> dict[str, NodeProto]:
     """The block's floating-point tensors, with the node that makes each, in the graph's order."""
-    types = element_types(model)
+    types = element_types(onnx.shape_inference.infer_shapes(model).graph)
     nodes = (model.graph.node[position] for position in block.nodes)
     return {name: node for node in nodes for name in node.output if types.get(name) in FLOATING}
-
-
-def element_types(model: ModelProto) -> dict[str, int]:
-    """The element type of every tensor that shape inference reaches."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    for value in [*graph.input, *graph.value_info, *graph.output]:
-        types[value.name] = value.type.tensor_type.elem_type
-    return types
 
 
 class _Graph:
@@ -162,8 +154,7 @@ class _Graph:
 
     def __init__(self, model: ModelProto) -> None:
         self.nodes: list[NodeProto] = list(model.graph.node)
-        weights = {tensor.name for tensor in model.graph.initializer}
-        inputs = [value.name for value in model.graph.input if value.name not in weights]
+        inputs = [value.name for value in graph_inputs(model)]
         if len(inputs) != 1 or len(model.graph.output) != 1:
             raise UsageError(
                 f"no blocks found: got {len(inputs)} inputs and {len(model.graph.output)} "

@@ -24,7 +24,7 @@ from rexdeploy.manifest import (
     Preprocess,
     WeightsOrigin,
 )
-from rexdeploy.precision import parse, precision_of, products, read_with_external_data
+from rexdeploy.precision import graph_inputs, parse, precision_of, products, read_with_external_data
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
 from rexdeploy.tensorrt_api import FLAVORS, EngineSettings, Flavor
@@ -164,7 +164,7 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
         family="onnx",
         width=None,
         num_classes=shapes[1][1],
-        input_name=_inputs(model)[0].name,
+        input_name=graph_inputs(model)[0].name,
         output_name=model.graph.output[0].name,
         preprocess=Preprocess(height=shapes[0][2], width=shapes[0][3]),
         weights=WeightsOrigin(path.name, artifact.sha256, trained=True),
@@ -175,7 +175,7 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
 
 def _check_classifier(model: ModelProto, path: Path) -> list[list[int]]:
     """Shapes of the input and the output (0 is dynamic); raises UsageError if they do not fit."""
-    inputs = _inputs(model)
+    inputs = graph_inputs(model)
     values = [*inputs, *model.graph.output]
     shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values]
     types = [value.type.tensor_type.elem_type for value in values]
@@ -196,12 +196,6 @@ def _check_classifier(model: ModelProto, path: Path) -> list[list[int]]:
     if last is not None and last.op_type in ("Softmax", "LogSoftmax"):
         raise UsageError(f"{path} ends in {last.op_type}; expected logits: export it without")
     return shapes
-
-
-def _inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
-    """What a caller feeds: older graphs list their weights among the inputs, too."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    return [value for value in model.graph.input if value.name not in weights]
 
 
 def _choose_flavor(options: BuildOptions) -> Flavor:

@@ -29,3 +29,8 @@ class VerificationFailed(RexdeployError):
     """A check ran and failed."""
 
     exit_code = 3
+
+
+def first_line(error: Exception, otherwise: str | None = None) -> str:
+    """The first line of a library's message; `otherwise`, or the error's type, if it has none."""
+    return (str(error).strip().splitlines() or [otherwise or type(error).__name__])[0]

@@ -94,7 +94,7 @@ def _place(path: Path, data: bytes) -> Place | None:
         return None
     bundle = Bundle.open(path.parent)
     artifacts = bundle.manifest.artifacts
-    artifact = next((item for item in artifacts if item.file == path.name), None)
+    artifact = bundle.manifest.find_file(path.name)
     if artifact is None:
         return None
     if sha256(data) != artifact.sha256:

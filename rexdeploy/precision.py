@@ -19,7 +19,7 @@ import onnx.version_converter
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.inliner import inline_local_functions
 
-from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.errors import UsageError, VerificationFailed, first_line
 from rexdeploy.manifest import TYPE_NAMES, Precision
 from rexdeploy.proof import Product
 
@@ -32,8 +32,8 @@ _TYPE_NAMES: dict[int, str] = {
     TensorProto.BFLOAT16: "BFloat16",
     TensorProto.INT8: "Int8",
 }
-_FP16_MAX = float(np.finfo(np.float16).max)
-_BF16_MAX = 3.3895e38
+FP16_MAX = float(np.finfo(np.float16).max)
+BF16_MAX = 3.3895e38  # float32's range, at 8 bits of precision
 _LOW_TYPES: dict[int, tuple[str, str]] = {
     _HALF: ("fp16", "tensor(float16)"),
     _BF16: ("bf16", "tensor(bfloat16)"),
@@ -50,11 +50,7 @@ def to_fp16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
     scales) stay float32 behind casts. Raises UsageError for graphs with control flow and
     VerificationFailed for weights beyond float16's range.
     """
-    converted = ModelProto()
-    converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    _Conversion(converted, _HALF, keep).run()
-    onnx.checker.check_model(converted, full_check=True)
-    return converted
+    return _converted(model, _HALF, keep)
 
 
 def to_bf16(model: ModelProto) -> ModelProto:
@@ -67,16 +63,12 @@ def to_bf16(model: ModelProto) -> ModelProto:
         try:
             model = onnx.version_converter.convert_version(model, BF16_OPSET)
         except Exception as error:  # the converter's errors are RuntimeErrors and C++'s
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            reason = first_line(error, "no reason given")
             raise UsageError(
                 f"the graph cannot be brought from opset {opset} to {BF16_OPSET}, which bfloat16 "
                 f"needs ({reason}); export it with --opset {BF16_OPSET}"
             ) from None
-    converted = ModelProto()
-    converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    _Conversion(converted, _BF16, ()).run()
-    onnx.checker.check_model(converted, full_check=True)
-    return converted
+    return _converted(model, _BF16)
 
 
 def emulate_bf16(model: ModelProto) -> ModelProto:
@@ -89,7 +81,7 @@ def emulate_bf16(model: ModelProto) -> ModelProto:
     emulated = ModelProto()
     emulated.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
     graph = emulated.graph
-    rounded = {name for name, kind in _element_types(graph).items() if kind == _BF16}
+    rounded = {name for name, kind in element_types(graph).items() if kind == _BF16}
     nodes: list[NodeProto] = []
     widened: set[str] = set()
     for node in graph.node:
@@ -120,7 +112,7 @@ def parse(data: bytes, name: str) -> ModelProto:
         model = onnx.load_from_string(data)
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, and more
-        reason = (str(error).strip().splitlines() or ["not a protobuf"])[0]
+        reason = first_line(error, "not a protobuf")
         raise UsageError(f"{name} is not a valid ONNX model ({reason})") from None
     return model
 
@@ -153,7 +145,7 @@ def products(model: ModelProto) -> list[Product]:
     found = []
     types: dict[str, int] = {}
     for part in _with_branches(graph):  # a branch may read what is around it
-        types |= _element_types(part)
+        types |= element_types(part)
         shapes = _shapes(part)
         producers = {name: node for node in part.node for name in node.output}
         found += [
@@ -170,9 +162,6 @@ def products(model: ModelProto) -> list[Product]:
 
 def describe(model: ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What goes in and out: `input float [batch, 3, 224, 224]`; "?" is a size that is not told."""
-    weights = {
-        tensor.name for tensor in model.graph.initializer
-    }  # older graphs list them as inputs
 
     def line(value: onnx.ValueInfoProto) -> str:
         tensor = value.type.tensor_type
@@ -180,8 +169,22 @@ def describe(model: ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
         kind = TensorProto.DataType.Name(tensor.elem_type).lower()
         return f"{value.name} {kind} [{', '.join(sizes)}]"
 
-    inputs = [line(value) for value in model.graph.input if value.name not in weights]
-    return tuple(inputs), tuple(line(value) for value in model.graph.output)
+    inputs, outputs = graph_inputs(model), model.graph.output
+    return tuple(map(line, inputs)), tuple(map(line, outputs))
+
+
+def graph_inputs(model: ModelProto) -> list[onnx.ValueInfoProto]:
+    """What a caller feeds: older graphs list their weights among the inputs, too."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in weights]
+
+
+def element_types(graph: GraphProto) -> dict[str, int]:
+    """The element type of every tensor that the graph tells."""
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        types[value.name] = value.type.tensor_type.elem_type
+    return types
 
 
 def node_name(node: NodeProto) -> str:
@@ -194,9 +197,17 @@ def beyond_fp16(model: ModelProto) -> set[str]:
     large = {
         tensor.name
         for tensor in model.graph.initializer
-        if tensor.data_type == _FLOAT and _largest(tensor) > _FP16_MAX
+        if tensor.data_type == _FLOAT and _largest(tensor) > FP16_MAX
     }
     return {node_name(node) for node in model.graph.node if large & set(node.input)}
+
+
+def _converted(model: ModelProto, low: int, keep: Collection[str] = ()) -> ModelProto:
+    converted = ModelProto()
+    converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    _Conversion(converted, low, keep).run()
+    onnx.checker.check_model(converted, full_check=True)
+    return converted
 
 
 class _Conversion:
@@ -208,7 +219,7 @@ class _Conversion:
         self.graph = model.graph
         self.keep = keep
         self.opsets = {entry.domain: entry.version for entry in model.opset_import}
-        self.types = _element_types(self.graph)
+        self.types = element_types(self.graph)
         self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
         self.nodes: list[NodeProto] = []
         self.cast_names: dict[tuple[str, int], str] = {}
@@ -309,12 +320,12 @@ class _Conversion:
 
 
 def _half_weight(tensor: TensorProto, name: str) -> TensorProto:
-    values = _checked(tensor, "float16", _FP16_MAX)
+    values = _checked(tensor, "float16", FP16_MAX)
     return numpy_helper.from_array(values.astype(np.float16), name)
 
 
 def _bf16_weight(tensor: TensorProto, name: str) -> TensorProto:
-    values = _checked(tensor, "bfloat16", _BF16_MAX).astype("<f4")
+    values = _checked(tensor, "bfloat16", BF16_MAX).astype("<f4")
     # numpy has no bfloat16: it is a float32's upper half, rounded to the nearest, ties to even.
     bits = values.view("<u4").astype(np.uint64)
     upper = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
@@ -352,13 +363,6 @@ def _formal(
 ) -> onnx.defs.OpSchema.FormalParameter:
     """The formal parameter of argument `index`; the last one may be variadic (Concat's inputs)."""
     return parameters[min(index, len(parameters) - 1)]
-
-
-def _element_types(graph: GraphProto) -> dict[str, int]:
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    for value in [*graph.input, *graph.value_info, *graph.output]:
-        types[value.name] = value.type.tensor_type.elem_type
-    return types
 
 
 def _with_branches(graph: GraphProto) -> Iterator[GraphProto]:

@@ -8,12 +8,11 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
+from rexdeploy.precision import BF16_MAX, FP16_MAX
 from rexdeploy.walk import GraphWalk, Node
 
 Float32 = npt.NDArray[np.float32]
 
-FP16_MAX = 65504.0
-BF16_MAX = 3.3895e38  # float32's range, at 8 bits of precision
 NEAR = 0.25
 """Share of float16's limit from which on other images may well pass it."""
 

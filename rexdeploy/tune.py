@@ -369,12 +369,11 @@ class _Search:
 
 def _read_state(bundle: Bundle, key: str) -> _State:
     """What an earlier run of this very search has found; nothing if there is none to be read."""
-    for artifact in bundle.manifest.artifacts:
-        if artifact.file == STATE:
-            try:
-                state = msgspec.json.decode(bundle.read(artifact), type=_State)
-            except (UsageError, msgspec.DecodeError):
-                break
-            if state.key == key:
-                return state
-    return _State(key)
+    artifact = bundle.manifest.find_file(STATE)
+    if artifact is None:
+        return _State(key)
+    try:
+        state = msgspec.json.decode(bundle.read(artifact), type=_State)
+    except (UsageError, msgspec.DecodeError):
+        return _State(key)
+    return state if state.key == key else _State(key)

@@ -15,6 +15,7 @@ from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.backends.pytorch import reference
 from rexdeploy.blocks import Block, find_blocks, floating_outputs, literal, subgraph, with_outputs
 from rexdeploy.manifest import ModelSpec
+from rexdeploy.precision import node_name
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ class GraphWalk:
             Tensor(
                 name,
                 Node(
-                    node.name or f"node_of_{node.output[0]}",
+                    node_name(node),
                     node.op_type,
                     next((given for given in node.input if given in self.weights), None),
                 ),

@@ -16,8 +16,8 @@ PACKAGE = Path(rexdeploy.__path__[0])
 LEVELS = [
     {"errors", "progress", "gpu", "proof"},
     {"manifest"},
-    {"bundle", "images", "compare", "precision", "shortcuts", "blocks", "tensorrt_api"},
-    {"models", "graph", "console"},
+    {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api"},
+    {"models", "graph", "console", "blocks"},
     {"backends"},
     {"parity", "peers", "roofline", "walk", "forms"},
     {"subjects", "localize", "ranges"},

@@ -44,18 +44,23 @@ X = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
 KERNEL = np.random.default_rng(1).standard_normal((4, 3, 3, 3)).astype(np.float32)
 
 
-def test_our_graph_is_half_throughout_and_float32_outside(v1_original: Bundle) -> None:
-    graph = v1_original.manifest.find("onnx", "fp32")
-    assert graph is not None
-    model = onnx.load_from_string(v1_original.read(graph))
-    half = to_fp16(model)
-    assert (precision_of(model), precision_of(half)) == ("fp32", "fp16")
+def _assert_converted_inside(model: ModelProto, half: ModelProto) -> None:
+    """Float32 in and out, two casts, and no float32 weight is left."""
     assert [
         value.type.tensor_type.elem_type for value in (*half.graph.input, *half.graph.output)
     ] == [TensorProto.FLOAT] * 2
     assert len(nodes_of(half, "Cast")) == 2
     assert not [t.name for t in half.graph.initializer if t.data_type == TensorProto.FLOAT]
     assert half.metadata_props == model.metadata_props
+
+
+def test_our_graph_is_half_throughout_and_float32_outside(v1_original: Bundle) -> None:
+    graph = v1_original.manifest.find("onnx", "fp32")
+    assert graph is not None
+    model = onnx.load_from_string(v1_original.read(graph))
+    half = to_fp16(model)
+    assert (precision_of(model), precision_of(half)) == ("fp32", "fp16")
+    _assert_converted_inside(model, half)
 
 
 def test_a_converted_graph_rounds_and_no_more() -> None:
@@ -125,12 +130,7 @@ def test_our_graph_is_bfloat16_throughout_and_float32_outside(v1_original: Bundl
     half = to_bf16(model)
     assert precision_of(half) == "bf16"
     assert [entry.version for entry in half.opset_import] == [22]
-    assert [
-        value.type.tensor_type.elem_type for value in (*half.graph.input, *half.graph.output)
-    ] == [TensorProto.FLOAT] * 2
-    assert len(nodes_of(half, "Cast")) == 2
-    assert not [t.name for t in half.graph.initializer if t.data_type == TensorProto.FLOAT]
-    assert half.metadata_props == model.metadata_props
+    _assert_converted_inside(model, half)
     assert [node.name for node in model.graph.node] == [
         node.name for node in half.graph.node if node.op_type != "Cast"
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
 from rexdeploy.manifest import ModelSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -40,7 +40,7 @@ class OnnxRuntimeBackend:
             outputs = self._session.run(None, {self._input: images})
         except Exception as error:  # onnxruntime's errors share no public base class
             raise RexdeployError(
-                f"{self.name} failed on a batch of {len(images)} ({_first_line(error)})"
+                f"{self.name} failed on a batch of {len(images)} ({first_line(error)})"
             ) from None
         logits: Float32 = np.asarray(outputs[0], dtype=np.float32)
         return logits
@@ -100,7 +100,7 @@ def load_session(
         session = ort.InferenceSession(model, options, providers=[provider])
     except Exception as error:  # onnxruntime's errors share no public base class
         raise UsageError(
-            f"not an ONNX model that onnxruntime can load ({_first_line(error)})"
+            f"not an ONNX model that onnxruntime can load ({first_line(error)})"
         ) from None
     if cuda and _CUDA not in session.get_providers():
         # Without a usable GPU, onnxruntime quietly runs on the CPU instead.
@@ -134,7 +134,7 @@ class GraphSession:
             values = self._session.run(list(outputs), typed)
         except Exception as error:  # onnxruntime's errors share no public base class
             raise RexdeployError(
-                f"onnxruntime cannot run the graph ({_first_line(error)})"
+                f"onnxruntime cannot run the graph ({first_line(error)})"
             ) from None
         return {
             name: np.asarray(value, np.float32) for name, value in zip(outputs, values, strict=True)
@@ -164,7 +164,3 @@ def _fits(shape: Sequence[object], wanted: Sequence[int | None]) -> bool:
         size is None or not isinstance(got, int) or got == size
         for got, size in zip(shape, wanted, strict=True)
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import numpy.typing as npt
 
-from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.errors import BackendUnavailable, UsageError, first_line
 from rexdeploy.manifest import ModelSpec
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ class PyTorchBackend:
                 if not self._options.compiled:
                     raise
                 # No C++ compiler, no Triton, a version it does not know: it compiles when called.
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise BackendUnavailable(f"torch.compile failed ({reason})") from None
+                raise BackendUnavailable(f"torch.compile failed ({first_line(error)})") from None
 
     def _upload(self, images: Float32) -> torch.Tensor:
         tensor = self._torch.from_numpy(images)

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.errors import BackendUnavailable, UsageError, first_line
 from rexdeploy.models.layers import layers
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet
 
@@ -142,10 +142,10 @@ def fetch_pretrained(family: Family, width: float) -> tuple[Path, str]:
     try:
         return Path(hf_hub_download(repository, "model.safetensors")), repository
     except Exception as error:  # httpx, requests and hub errors share no base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackendUnavailable(
-            f"the Hugging Face hub did not give {repository} ({reason}); check the network or "
-            "HF_ENDPOINT, or download model.safetensors elsewhere and give it with --weights"
+            f"the Hugging Face hub did not give {repository} ({first_line(error)}); check the "
+            "network or HF_ENDPOINT, or download model.safetensors elsewhere and give it with "
+            "--weights"
         ) from None
 
 
