@@ -26,6 +26,7 @@ from rexdeploy.backends import (
     open_backend,
 )
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.images import Images
 from rexdeploy.manifest import ModelSpec
 from rexdeploy.progress import Report, silent
 from rexdeploy.subjects import Subject, published_table
@@ -232,7 +233,9 @@ def _open(
             backend, file, precision = opened
             stack.callback(backend.close)
             for batch in options.batches:
-                inputs = _inputs(subject.spec, batch)
+                inputs = _inputs(
+                    subject.spec.core if name in TORCH_BACKENDS else subject.spec, batch
+                )
                 backend.run(inputs)  # what cannot run says so before the rounds begin
                 row = Latency(
                     subject.network,
@@ -297,9 +300,10 @@ def _backend(
     return PyTorchBackend(module, settings), "PyTorch code", "fp16" if options.fp16 else "fp32"
 
 
-def _inputs(spec: ModelSpec, batch: int) -> images.Float32:
-    pool = images.synthetic(min(batch, 8), spec.preprocess, seed=2)
-    return np.ascontiguousarray(pool[np.arange(batch) % len(pool)])
+def _inputs(spec: ModelSpec, batch: int) -> Images:
+    """What the files take; PyTorch's code, which is the core, takes the core's."""
+    pool = images.model_input(images.synthetic_pixels(min(batch, 8), spec.preprocess, seed=2), spec)
+    return cast(Images, np.ascontiguousarray(pool[np.arange(batch) % len(pool)]))
 
 
 def _probes(

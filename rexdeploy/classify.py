@@ -24,9 +24,11 @@ from rexdeploy.backends import (
 from rexdeploy.bundle import Bundle
 from rexdeploy.compare import softmax
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.images import Images
 from rexdeploy.manifest import Artifact, BatchRange
 
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 
 _FASTEST_FIRST = {"fp16": 0, "bf16": 1}  # engines by precision; what is not named comes after
 _CHUNK = 16  # images at once where the model takes any number
@@ -55,25 +57,45 @@ class Classifier:
         self.title = bundle.manifest.model.title
         self.backend = backend.name
         self.passed_over = passed_over  # why better backends are not used, one line each
-        self._spec = bundle.manifest.model
+        self.spec = bundle.manifest.model
+        self.labels = tuple(labels)  # one a class
         self._model: Backend | None = backend
         self._batch = batch or BatchRange(1, _CHUNK, _CHUNK)
         self._lock = threading.Lock()
-        self._labels = labels
 
-    def logits(self, batch: Float32) -> Float32:
-        """Logits `[N, classes]` (float32) of preprocessed images `[N, 3, H, W]` (float32)."""
-        preprocess = self._spec.preprocess
-        wanted = (3, preprocess.height, preprocess.width)
+    def prepare(self, inputs: Sequence[Path | str | Image.Image]) -> Images:
+        """Images as the model takes them: one array of N, by `spec.input` and `spec.input_shape`.
+
+        Needs no lock: decoding and resizing run beside the model. Raises UsageError that names the
+        image.
+        """
+        if not inputs:
+            raise UsageError("got 0 images, expected 1 or more")
+        pixels = [
+            images.crop(
+                images.to_rgb(item) if isinstance(item, Image.Image) else images.load(Path(item)),
+                self.spec.preprocess,
+            )
+            for item in inputs
+        ]
+        return images.model_input(np.stack(pixels), self.spec)
+
+    def run(self, batch: Images) -> Float32:
+        """What the model itself gives, float32 `[N, classes]`: by `spec.output`, of any batch.
+
+        `batch` is what `prepare` gives. Raises UsageError for anything else, RexdeployError where
+        the model fails or gives what is not finite.
+        """
+        shape = self.spec.input_shape
         if (
-            batch.dtype != np.float32
+            batch.dtype != np.dtype(self.spec.input)
             or batch.ndim != 4
-            or batch.shape[1:] != wanted
+            or batch.shape[1:] != shape
             or len(batch) == 0
         ):
             raise UsageError(
-                f"images: got {batch.dtype} of shape {batch.shape}, expected float32 of shape "
-                f"(N, {', '.join(map(str, wanted))}), N > 0"
+                f"images: got {batch.dtype} of shape {batch.shape}, expected {self.spec.input} of "
+                f"shape (N, {', '.join(map(str, shape))}), N > 0"
             )
         with self._lock:
             if self._model is None:
@@ -82,7 +104,27 @@ class Classifier:
                 self._run_padded(self._model, batch[start : start + self._batch.max])
                 for start in range(0, len(batch), self._batch.max)
             ]
-        return np.concatenate(chunks)
+        outputs = np.concatenate(chunks)
+        if not np.isfinite(outputs).all():
+            raise RexdeployError(
+                f"{self.backend} gave {self.spec.output} that are NaN or infinite; see "
+                "'rexdeploy verify'"
+            )
+        return outputs
+
+    def logits(self, batch: Images) -> Float32:
+        """Logits `[N, classes]` (float32) of what `prepare` gives; raises like `run`."""
+        if self.spec.output != "logits":
+            raise UsageError(
+                f"this bundle's files give {self.spec.output}; use probabilities(), or export with "
+                "--output logits"
+            )
+        return self.run(batch)
+
+    def probabilities(self, batch: Images) -> Float64:
+        """Probabilities `[N, classes]` (float64) of what `prepare` gives; raises like `run`."""
+        outputs = self.run(batch)
+        return softmax(outputs) if self.spec.output == "logits" else outputs.astype(np.float64)
 
     def classify(
         self, inputs: Sequence[Path | str | Image.Image], top: int = 5
@@ -90,23 +132,15 @@ class Classifier:
         """The `top` most probable classes of every image, most probable first."""
         if not inputs or top < 1:
             raise UsageError(f"got {len(inputs)} images and top {top}, expected 1 or more of each")
-        batch = np.stack(
-            [
-                images.preprocess(
-                    images.to_rgb(item)
-                    if isinstance(item, Image.Image)
-                    else images.load(Path(item)),
-                    self._spec.preprocess,
-                )
-                for item in inputs
-            ]
-        )
-        logits = self.logits(batch)
-        if not np.isfinite(logits).all():
-            raise RexdeployError(
-                f"{self.backend} gave logits that are NaN or infinite; see 'rexdeploy verify'"
-            )
-        return [self._best(row, top) for row in softmax(logits)]
+        return [self.best(row, top) for row in self.probabilities(self.prepare(inputs))]
+
+    def best(self, probabilities: Float64, top: int) -> list[Prediction]:
+        """The `top` most probable classes of one image's probabilities `[classes]`."""
+        order = np.argsort(-probabilities, kind="stable")[:top]
+        return [
+            Prediction(int(index), self.labels[index], float(probabilities[index]))
+            for index in order
+        ]
 
     def close(self) -> None:
         """Frees the model; later calls raise RexdeployError."""
@@ -126,21 +160,10 @@ class Classifier:
     ) -> None:
         self.close()
 
-    def _run_padded(self, model: Backend, batch: Float32) -> Float32:
+    def _run_padded(self, model: Backend, batch: Images) -> Float32:
         """Runs a batch that may be smaller than the model's minimum, by repeating its images."""
         size = max(len(batch), self._batch.min)
         return model.run(batch[np.arange(size) % len(batch)])[: len(batch)]
-
-    def _best(self, probabilities: npt.NDArray[np.float64], top: int) -> list[Prediction]:
-        order = np.argsort(-probabilities, kind="stable")[:top]
-        return [
-            Prediction(
-                int(index),
-                self._labels[index],
-                float(probabilities[index]),
-            )
-            for index in order
-        ]
 
 
 def load(bundle: Bundle | Path | str, backend: str = "auto") -> Classifier:

@@ -152,6 +152,13 @@ def export(
             help="Zero-pad channels to a multiple, for speed and equal logits: auto, off, 8 or 16."
         ),
     ] = "auto",
+    input: Annotated[  # noqa: A002 - the option's name
+        str,
+        typer.Option(help="float32 (normalised, NCHW), or uint8: RGB pixels, NHWC."),
+    ] = "float32",
+    output: Annotated[
+        str, typer.Option(help="logits, or probabilities: their softmax.")
+    ] = "logits",
     labels: Annotated[
         Path | None,
         typer.Option(help="Text file, one class name a line [default: ImageNet's for 1000]."),
@@ -191,6 +198,8 @@ def export(
         opset=opset,
         simplify=not no_simplify,
         align=align,
+        input=input,
+        output=output,
         labels=labels,
         name=name,
         out=out,

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.errors import UsageError
+from rexdeploy.manifest import OutputForm
 
 Array = npt.NDArray[np.floating[Any]]
+
+Compared = Literal["logits", "log-probabilities"]
+"""What is compared: where a file ends in the softmax, what of the logits a softmax leaves."""
+
+_FLOOR = float(np.finfo(np.float32).tiny)
 
 MIN_VARIATION = 1e-3
 """Least signal, as a share of the logits' root mean square, that a comparison may rest on.
@@ -126,6 +132,24 @@ def softmax(logits: Array) -> npt.NDArray[np.float64]:
     exponents = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     probabilities: npt.NDArray[np.float64] = exponents / exponents.sum(axis=-1, keepdims=True)
     return probabilities
+
+
+def comparable(outputs: Array, form: OutputForm, compared: Compared) -> Array:
+    """Outputs `[N, classes]` of either form as what is compared.
+
+    Log-probabilities are logits up to what a softmax takes from them: less their mean over the
+    classes. All outputs take the same way there, through the float32 of a softmax and its smallest
+    normal number. Raises UsageError where logits are asked of probabilities.
+    """
+    if compared == "logits":
+        if form != compared:
+            raise UsageError("got probabilities, expected logits: a softmax cannot be undone")
+        return outputs
+    probabilities = softmax(outputs).astype(np.float32) if form == "logits" else outputs
+    with np.errstate(invalid="ignore"):  # what is not a number stays so, and is counted later
+        logs = np.log(np.maximum(probabilities.astype(np.float64), _FLOOR))
+        centred: Array = logs - logs.mean(axis=-1, keepdims=True)
+    return centred
 
 
 def _least_cosine(a: Array, b: Array) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
+from typing import cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +17,19 @@ from onnx import ModelProto
 from rexdeploy import images
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
-from rexdeploy.compare import Comparison, Signal, compare
+from rexdeploy.compare import Array, Compared, Comparison, Signal, comparable, compare
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
+from rexdeploy.interface import PIXELS, PROBABILITIES, wrap
 from rexdeploy.manifest import (
     FORMAT,
     MAX_CLASSES,
     Artifact,
     BatchRange,
+    InputForm,
     Manifest,
     ModelSpec,
+    OutputForm,
     Preprocess,
     WeightsOrigin,
 )
@@ -41,6 +45,7 @@ Float32 = npt.NDArray[np.float32]
 ALIGNMENTS = ("auto", "off", "8", "16")
 INPUT, OUTPUT = "input", "logits"
 SEED = 0
+SERVED = "with its interface"  # the graph with uint8 input or probabilities around its core
 
 _CHECK_BATCHES = (1, 2, 5)
 _CHECK_IMAGES = 8
@@ -62,6 +67,8 @@ class ExportOptions:
     opset: int = MIN_OPSET
     simplify: bool = True
     align: str = "auto"  # "off", or the multiple that channels are padded to
+    input: str = "float32"  # or "uint8"
+    output: str = "logits"  # or "probabilities"
     labels: Path | None = None
     name: str | None = None
     out: Path = DEFAULT_ROOT
@@ -97,13 +104,18 @@ def export(options: ExportOptions, report: Report = silent) -> ExportResult:
     report(f"exporting {spec.title} to ONNX")
     multiple = _multiple(options.align)
     shaped = align(model, multiple) if multiple else model
-    exported = export_graph(shaped, spec, options.batch, options.opset)
-    check_graph(exported, spec, options.batch, options.opset)
+    core_spec = replace(spec.core, input_name=INPUT, output_name=OUTPUT)
+    exported = export_graph(shaped, core_spec, options.batch, options.opset)
+    check_graph(exported, core_spec, options.batch, options.opset)
     graphs = {"exported": exported}
     if options.simplify:
         report("simplifying")
         graphs["simplified"] = simplify(exported)
-        check_graph(graphs["simplified"], spec, options.batch, options.opset)
+        check_graph(graphs["simplified"], core_spec, options.batch, options.opset)
+    core = graphs["simplified" if options.simplify else "exported"]
+    if spec != spec.core:
+        graphs[SERVED] = wrap(core, spec)
+        check_graph(graphs[SERVED], spec, options.batch, options.opset)
     report("comparing logits")
     comparisons = _compare(model, graphs, spec, options.batch)
     for comparison in comparisons:
@@ -113,7 +125,7 @@ def export(options: ExportOptions, report: Report = silent) -> ExportResult:
                 f"{comparison.failures[0]}; nothing was written"
             )
 
-    final = graphs["simplified" if options.simplify else "exported"]
+    final = graphs.get(SERVED, core)
     weights = safetensors.torch.save(dict(model.state_dict()))
     if not spec.weights.trained:
         spec = replace(spec, weights=replace(spec.weights, sha256=sha256(weights)))
@@ -144,6 +156,12 @@ def _check_options(options: ExportOptions) -> None:
         )
     if options.batch is not None and not 1 <= options.batch <= 1024:
         raise UsageError(f"batch: got {options.batch}, expected 'dynamic' or 1 to 1024")
+    for name, got, forms in (
+        ("input", options.input, get_args(InputForm)),
+        ("output", options.output, get_args(OutputForm)),
+    ):
+        if got not in forms:
+            raise UsageError(f"{name}: got '{got}', expected {' or '.join(forms)}")
     newest = onnx.defs.onnx_opset_version()
     if not MIN_OPSET <= options.opset <= newest:
         raise UsageError(
@@ -174,10 +192,12 @@ def _reference(options: ExportOptions) -> tuple[RexNet, ModelSpec]:
         family=family,
         width=width,
         num_classes=num_classes,
-        input_name=INPUT,
-        output_name=OUTPUT,
+        input_name=PIXELS if options.input == "uint8" else INPUT,
+        output_name=PROBABILITIES if options.output == "probabilities" else OUTPUT,
         preprocess=preprocess,
         weights=origin,
+        input=cast(InputForm, options.input),  # _check_options has looked
+        output=cast(OutputForm, options.output),
     )
 
 
@@ -261,24 +281,26 @@ def _compare(
     model: RexNet, graphs: dict[str, ModelProto], spec: ModelSpec, batch: int | None
 ) -> list[Comparison]:
     """Each graph against torch and against the graph before it, at batch 1, 2 and 5."""
-    samples = images.synthetic(_CHECK_IMAGES, spec.preprocess, seed=SEED + 1)
+    pixels = images.synthetic_pixels(_CHECK_IMAGES, spec.preprocess, seed=SEED + 1)
     with torch.inference_mode():
-        reference = model(torch.from_numpy(samples)).numpy()
-    signal = Signal.of(reference)
+        reference = model(torch.from_numpy(images.normalise(pixels, spec.preprocess))).numpy()
     sizes = (batch,) if batch else _CHECK_BATCHES
     comparisons = []
-    before: tuple[str, Float32] | None = None
+    before: tuple[str, Array] | None = None
     for name, graph in graphs.items():
-        backend = open_backend("onnxruntime", graph.SerializeToString(), spec)
+        own = spec if name == SERVED else spec.core
+        backend = open_backend("onnxruntime", graph.SerializeToString(), own)
         try:
-            rows = run_batches(backend, samples, sizes)
+            rows = run_batches(backend, images.model_input(pixels, own), sizes)
         finally:
             backend.close()
+        compared: Compared = "logits" if own.output == "logits" else "log-probabilities"
+        signal = Signal.of(comparable(reference, "logits", compared))
         edges = [("torch", reference[rows.images])] + ([before] if before else [])
         comparisons += [
             compare(
-                expected,
-                rows.logits,
+                comparable(expected, "logits", compared),
+                comparable(rows.logits, own.output, compared),
                 names=(reference_name, name),
                 signal=signal,
                 limit=LIMITS["fp32"],

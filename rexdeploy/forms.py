@@ -10,6 +10,7 @@ from onnx import ModelProto
 
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import UsageError
+from rexdeploy.interface import change_core
 from rexdeploy.manifest import Artifact, Precision
 from rexdeploy.precision import parse, to_bf16, to_fp16
 from rexdeploy.progress import Report
@@ -74,7 +75,7 @@ def engine_form(
                 report(f"making it again, since {error}")
         report(f"making {step.file}")
         graph = parse(data, artifact.file)
-        changed = step.make(graph)
+        changed = change_core(graph, step.make)
         if changed == graph:
             continue  # every shortcut is a plain Add already
         data = changed.SerializeToString(deterministic=True)

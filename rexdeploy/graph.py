@@ -84,15 +84,15 @@ def _strip(model: ModelProto) -> None:
 
 
 def check_graph(model: ModelProto, spec: ModelSpec, batch: int | None, opset: int) -> None:
-    """Raises VerificationFailed unless the graph is valid and maps images to logits by name."""
+    """Raises VerificationFailed unless the graph is valid, with the spec's input and output."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().splitlines()[0]
         raise VerificationFailed(f"the ONNX graph is invalid: {reason}") from None
-    size = (spec.preprocess.height, spec.preprocess.width)
+    kind = onnx.TensorProto.UINT8 if spec.input == "uint8" else onnx.TensorProto.FLOAT
     expected = [
-        (spec.input_name, onnx.TensorProto.FLOAT, [batch or "batch", 3, *size]),
+        (spec.input_name, kind, [batch or "batch", *spec.input_shape]),
         (spec.output_name, onnx.TensorProto.FLOAT, [batch or "batch", spec.num_classes]),
     ]
     got = []
@@ -117,6 +117,8 @@ def add_metadata(model: ModelProto, spec: ModelSpec, align: str) -> ModelProto:
             "rexdeploy.width": f"{spec.width:g}",
             "rexdeploy.num_classes": str(spec.num_classes),
             "rexdeploy.align": align,  # the multiple its channels are padded to, or "off"
+            "rexdeploy.input": spec.input,
+            "rexdeploy.output": spec.output,
             "rexdeploy.preprocess": json.dumps(asdict(spec.preprocess)),
             "rexdeploy.weights": spec.weights.source,
             "rexdeploy.weights_sha256": spec.weights.sha256,

@@ -1,4 +1,4 @@
-"""From image files or arrays to the network's input, float32 NCHW; and seeded synthetic images."""
+"""From image files to what a network takes: RGB pixels, and float32 NCHW; and synthetic images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rexdeploy.errors import UsageError
-from rexdeploy.manifest import Preprocess
+from rexdeploy.manifest import ModelSpec, Preprocess
 
 Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
+Images = Float32 | UInt8
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -58,11 +60,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def preprocess(image: Image.Image, spec: Preprocess) -> Float32:
-    """One RGB image to float32 `[3, height, width]`, normalised.
+def crop(image: Image.Image, spec: Preprocess) -> UInt8:
+    """One RGB image to uint8 RGB `[height, width, 3]`, resized and cropped.
 
     The same arithmetic as timm's evaluation transform: resize so that the crop covers
-    `crop_pct`, crop the centre, scale to [0, 1], normalise.
+    `crop_pct`, crop the centre. Raises UsageError for an image too thin to resize.
     """
     if max(image.size) > _MAX_ASPECT * min(image.size):
         raise UsageError(
@@ -79,12 +81,26 @@ def preprocess(image: Image.Image, spec: Preprocess) -> Float32:
     left = round((size[0] - spec.width) / 2)
     top = round((size[1] - spec.height) / 2)
     image = image.crop((left, top, left + spec.width, top + spec.height))
-    return _normalise(np.asarray(image, dtype=np.uint8), spec)
+    return np.asarray(image, dtype=np.uint8)
 
 
-def load_batch(paths: Sequence[Path], spec: Preprocess) -> Float32:
-    """Image files to float32 `[N, 3, height, width]`."""
-    return np.stack([preprocess(load(path), spec) for path in paths])
+def normalise(pixels: UInt8, spec: Preprocess) -> Float32:
+    """uint8 RGB `[..., H, W, 3]` to float32 `[..., 3, H, W]`, in torch's order of operations."""
+    scaled = np.moveaxis(pixels, -1, -3).astype(np.float32) / np.float32(255)
+    mean = np.array(spec.mean, dtype=np.float32)[:, None, None]
+    std = np.array(spec.std, dtype=np.float32)[:, None, None]
+    normalised: Float32 = (scaled - mean) / std
+    return np.ascontiguousarray(normalised)
+
+
+def model_input(pixels: UInt8, spec: ModelSpec) -> Images:
+    """uint8 RGB `[N, H, W, 3]` in the form that the model's files take."""
+    return pixels if spec.input == "uint8" else normalise(pixels, spec.preprocess)
+
+
+def load_batch(paths: Sequence[Path], spec: Preprocess) -> UInt8:
+    """Image files to uint8 RGB `[N, height, width, 3]`, resized and cropped."""
+    return np.stack([crop(load(path), spec) for path in paths])
 
 
 def find(folder: Path) -> list[Path]:
@@ -101,20 +117,25 @@ def find(folder: Path) -> list[Path]:
     return paths
 
 
-def pool(folder: Path | None, count: int, spec: Preprocess) -> tuple[Float32, str]:
-    """Images to compare networks over, float32 `[N, 3, height, width]`, and how to describe them.
+def pool(folder: Path | None, count: int, spec: Preprocess) -> tuple[UInt8, str]:
+    """Images to compare networks over, uint8 RGB `[N, height, width, 3]`, and a description.
 
     At most `count` of a folder's, spread over all its subfolders, or as many synthetic ones.
     """
     if folder is None:
-        return synthetic(count, spec, seed=1), f"{count} synthetic images"
+        return synthetic_pixels(count, spec, seed=1), f"{count} synthetic images"
     found = find(folder)
     paths = found[:: max(1, math.ceil(len(found) / count))]
     return load_batch(paths, spec), f"{len(paths)} images of {folder}"
 
 
 def synthetic(count: int, spec: Preprocess, seed: int = 0) -> Float32:
-    """Seeded images that differ in colour, brightness and texture: float32 `[count, 3, H, W]`.
+    """`synthetic_pixels`, normalised: float32 `[count, 3, height, width]`."""
+    return normalise(synthetic_pixels(count, spec, seed), spec)
+
+
+def synthetic_pixels(count: int, spec: Preprocess, seed: int = 0) -> UInt8:
+    """Seeded images that differ in colour, brightness and texture: uint8 RGB `[count, H, W, 3]`.
 
     Random grids from 2 to 40 cells a side, enlarged and summed: structure at every scale, which
     plain noise lacks (a network's pooled features hardly vary over noise images).
@@ -128,14 +149,5 @@ def synthetic(count: int, spec: Preprocess, seed: int = 0) -> Float32:
             enlarged = grid.resize((spec.width, spec.height), Image.Resampling.BICUBIC)
             mixed += np.asarray(enlarged) * rng.uniform()
         mixed *= rng.uniform(60, 255) / max(mixed.max(), 1)
-        images.append(_normalise(mixed.astype(np.uint8), spec))
+        images.append(mixed.astype(np.uint8))
     return np.stack(images)
-
-
-def _normalise(pixels: npt.NDArray[np.uint8], spec: Preprocess) -> Float32:
-    """uint8 HWC RGB in [0, 255] to float32 CHW, in torch's order of operations."""
-    scaled = pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
-    mean = np.array(spec.mean, dtype=np.float32)[:, None, None]
-    std = np.array(spec.std, dtype=np.float32)[:, None, None]
-    normalised: Float32 = (scaled - mean) / std
-    return np.ascontiguousarray(normalised)

@@ -21,6 +21,11 @@ TYPE_NAMES: dict[Precision, str] = {"fp32": "Float", "fp16": "Half", "bf16": "BF
 """Each precision's type, by TensorRT-RTX's names."""
 Kind = Literal["weights", "onnx", "engine", "labels", "report"]
 
+InputForm = Literal["float32", "uint8"]
+"""What a model's files take: float32 `[N, 3, H, W]`, normalised, or uint8 RGB `[N, H, W, 3]`."""
+OutputForm = Literal["logits", "probabilities"]
+"""What a model's files give, float32 `[N, classes]`."""
+
 _FILE_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*")
 
 
@@ -67,12 +72,25 @@ class ModelSpec:
     output_name: str
     preprocess: Preprocess
     weights: WeightsOrigin
+    input: InputForm = "float32"
+    output: OutputForm = "logits"
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_classes <= MAX_CLASSES or (self.width is None) != (
             self.family == "onnx"
         ):
             raise ValueError(f"impossible model: {self.family} {self.width}, {self.num_classes}")
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of one image as the model's files take it."""
+        size = (self.preprocess.height, self.preprocess.width)
+        return (*size, 3) if self.input == "uint8" else (3, *size)
+
+    @property
+    def core(self) -> ModelSpec:
+        """The same model between its interface: float32 images to logits (`interface.py`)."""
+        return replace(self, input="float32", output="logits")
 
     @property
     def title(self) -> str:

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.backends import Backend
+from rexdeploy.compare import Array
 from rexdeploy.errors import RexdeployError
+from rexdeploy.images import Images
 from rexdeploy.manifest import Precision
 
 Float32 = npt.NDArray[np.float32]
@@ -28,16 +30,16 @@ class Rows:
     """Logits by row, with the image that each row comes from."""
 
     images: npt.NDArray[np.int64]
-    logits: Float32  # [rows, classes]
+    logits: Array  # [rows, classes]
 
-    def by_image(self) -> Float32:
+    def by_image(self) -> Array:
         """`[images, classes]`: each image's first row, which the smallest batch gave."""
         _, first = np.unique(self.images, return_index=True)
-        logits: Float32 = self.logits[first]
+        logits: Array = self.logits[first]
         return logits
 
 
-def run_batches(backend: Backend, images: Float32, sizes: Sequence[int]) -> Rows:
+def run_batches(backend: Backend, images: Images, sizes: Sequence[int]) -> Rows:
     """Runs all of `images` in batches of each size, so that every row's neighbours differ.
 
     The images are repeated cyclically to fill the last batch. Raises RexdeployError where the

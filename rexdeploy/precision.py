@@ -153,6 +153,7 @@ def products(model: ModelProto) -> list[Product]:
                 node_name(node),
                 _stored_type(node.input[1], types, producers),
                 _macs(node, shapes) if part is graph else None,  # a branch may run, or not
+                math.prod(shapes.get(node.input[1], [0])),
             )
             for node in part.node
             if node.op_type in ARITHMETIC_OPS and node.domain in ("", "ai.onnx")

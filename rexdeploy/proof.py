@@ -34,6 +34,10 @@ class Layer(Protocol):
     def onnx_nodes(self) -> tuple[str, ...]:
         """Names of the graph's nodes that it carries out."""
 
+    @property
+    def weights_count(self) -> int:
+        """How many values its largest constant has; 0 where it has none, or it is not told."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -42,6 +46,7 @@ class Product:
     name: str
     precision: str  # its weights' type in the graph, by TensorRT-RTX's names
     macs: int | None  # multiply-accumulates for one image; None where shapes do not tell
+    weights_count: int = field(default=0, compare=False)  # values; 0 where shapes do not tell
 
     @property
     def onnx_nodes(self) -> tuple[str, ...]:
@@ -103,8 +108,20 @@ def prove(
     counted.update(layer.precision for layer in layers if layer.precision in TYPES)
     carried: dict[str, str] = {}  # the type of every product that a layer names
     differing = []
+    whole = {  # products that some layer has enough weights for
+        name
+        for layer in layers
+        for name in layer.onnx_nodes
+        if name in known and 0 < known[name].weights_count <= layer.weights_count
+    }
     for layer in layers:
-        named = [known[name] for name in layer.onnx_nodes if name in known]
+        named = [
+            known[name]
+            for name in layer.onnx_nodes
+            # What only lays out a product's input names it too (TensorRT-RTX 1.7, for uint8).
+            if name in known
+            and not (name in whole and layer.weights_count < known[name].weights_count)
+        ]
         if any(layer.precision != (wanted or product.precision) for product in named):
             differing.append(layer.name)
         for product in named:

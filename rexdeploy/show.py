@@ -27,11 +27,13 @@ def show_export(result: ExportResult) -> None:
     padded = graph.built_with["align"] if graph else "off"
     last = result.comparisons[-1]
     worst = max(result.comparisons, key=lambda comparison: comparison.error)
+    model = result.bundle.manifest.model
     say(
-        result.bundle.manifest.model.title,
+        model.title,
         f"  {_describe(result.bundle, graph)}, {result.nodes} nodes "
         f"({result.nodes_before} before simplification)",
         f"  channels padded to a multiple of {padded}" if padded != "off" else None,
+        f"  takes {model.input}, gives {model.output}" if model != model.core else None,
         f"  torch -> {last.candidate}: error {worst.error:.1e} of the signal "
         f"(limit {worst.limit:g}), top-1 agreement {last.top1:.0%}",
         "next: rexdeploy build-trt --fp16",
@@ -92,7 +94,7 @@ def show_verification(bundle: Bundle, result: Verification) -> None:
     batches = ", ".join(map(str, result.batches)) or "none"
     say(
         f"{bundle.path}, {result.model}: {result.images}, batches {batches}; "
-        f"signal {result.signal:.3g}"
+        f"signal {result.signal:.3g}" + f" ({result.compared})" * (result.compared != "logits")
     )
     columns = (
         "edge", "error", "limit", "cosine", "KL", "top-1", "top-5", "non-finite", "verdict"

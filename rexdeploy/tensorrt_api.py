@@ -50,6 +50,7 @@ class Layer:
     outputs: tuple[str, ...]
     weights: str | None  # type of its largest constant
     onnx_nodes: tuple[str, ...]  # names of the graph's nodes that it carries out
+    weights_count: int = 0  # values of its largest constant
 
     @property
     def precision(self) -> str:
@@ -190,13 +191,15 @@ def parse_layers(report: str) -> tuple[Layer, ...]:
     for line in report.split("\n"):  # not splitlines: \x1e stands between ONNX names
         match = _LAYER.match(line)
         if match:
+            count, kind = _weights(match["constants"] or "", match["rest"])
             layers.append(
                 Layer(
                     name=match["name"],
                     inputs=_data_types(match["inputs"]),
                     outputs=_data_types(match["outputs"]),
-                    weights=_weights_type(match["constants"] or "", match["rest"]),
+                    weights=kind if count != 1 else None,
                     onnx_nodes=tuple(re.findall(r"ONNX Layer: ([^\]\x1e]+)", match["rest"])),
+                    weights_count=count,
                 )
             )
     return tuple(layers)
@@ -305,22 +308,21 @@ def _data_types(tensors: str) -> tuple[str, ...]:
     return tuple(_type_name(text) for text in re.findall(r"Datatype: ([^,}]+)", tensors))
 
 
-def _weights_type(constants: str, rest: str) -> str | None:
-    """The type of the layer's largest constant; None if it has none with more than one value.
+def _weights(constants: str, rest: str) -> tuple[int, str | None]:
+    """How many values the layer's largest constant has (0: not told), and their type, if any.
 
     RTX lists constants like tensors; full TensorRT writes `Weights: {Type: Half, Count: 864}`.
     """
-    stated = re.search(r"Weights: \{ ?Type: (\w+)", rest)
+    stated = re.search(r"Weights: \{ ?Type: (\w+)(?:, Count: (\d+))?", rest)
     if stated:
-        return _type_name(stated[1])
+        return int(stated[2] or 0), _type_name(stated[1])
     sized = [
         (math.prod(int(number) for number in dimensions.split(",")), _type_name(kind))
         for dimensions, kind in re.findall(
             r"Dimensions: \[([\d,]+)\].*?Datatype: ([^,}]+)", constants
         )
     ]
-    size, kind = max(sized, default=(0, None))
-    return kind if size > 1 else None
+    return max(sized, default=(0, None))
 
 
 def _type_name(text: str) -> str:

@@ -22,6 +22,7 @@ from rexdeploy.bundle import Bundle, check_writable, sha256
 from rexdeploy.compare import Signal, compare
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.forms import Source, engine_form
+from rexdeploy.interface import change_core, unwrap
 from rexdeploy.localize import localize
 from rexdeploy.manifest import Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.parity import LIMITS, run_batches
@@ -130,12 +131,15 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
     root = bundle.manifest.find("onnx")
     if root is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
-    pool, described = images.pool(options.images, options.samples, bundle.manifest.model.preprocess)
+    preprocess = bundle.manifest.model.preprocess
+    pixels, described = images.pool(options.images, options.samples, preprocess)
+    pool = images.normalise(pixels, preprocess)
     check_writable(bundle.path)
     form = engine_form(Source(bundle), root, None, options.command, report)
     if form.made:
         bundle = bundle.update(*form.made, files=form.files)
-    root, model = form.artifact, parse(form.data, form.artifact.file)
+    root, whole = form.artifact, parse(form.data, form.artifact.file)
+    model = unwrap(whole)
     if precision_of(model) != "fp32":
         raise UsageError(f"{root.file} is not a float32 graph, so it leaves nothing to choose")
     report("measuring the blocks' ranges")
@@ -150,7 +154,7 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
             best = _fewer_nodes(search, best, _nodes_at_fault(model, ranges))
     written = None
     if best.float32 and search.passes(best):
-        written = search.write(best, options)
+        written = search.write(best, whole, options)
     return Tuning(
         search.bundle,
         described,
@@ -249,7 +253,7 @@ class _Search:
         self.bundle, self.made = bundle, 0
         self._backend, self._most = options.backend, _most_trials(options.max_blocks)
         self._root, self._model, self._pool, self._report = root, model, pool, report
-        self._spec: ModelSpec = bundle.manifest.model
+        self._spec: ModelSpec = bundle.manifest.model.core
         self._blocks = _nodes_by_block(model)
         self._order = {name: index for index, name in enumerate(self._blocks)}
         self._limit = LIMITS["fp16"]
@@ -344,9 +348,10 @@ class _Search:
         )
         return None if comparison.nonfinite else comparison.error
 
-    def write(self, trial: Trial, options: TuneOptions) -> str:
+    def write(self, trial: Trial, whole: ModelProto, options: TuneOptions) -> str:
         """Puts the mixed graph into the bundle; engines of the graph that it replaces go."""
-        data = self._mixed(trial).SerializeToString(deterministic=True)
+        mixed = change_core(whole, lambda _: self._mixed(trial))
+        data = mixed.SerializeToString(deterministic=True)
         notes = {"float32": ", ".join(trial.float32), "error": f"{trial.rank:.2g}"}
         if trial.nodes:
             notes["float32_nodes"] = ", ".join(trial.nodes)

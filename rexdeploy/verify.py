@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -20,8 +20,17 @@ from rexdeploy.backends import (
 )
 from rexdeploy.blocks import literal
 from rexdeploy.bundle import Bundle, sha256
-from rexdeploy.compare import Comparison, Signal, compare
+from rexdeploy.compare import (
+    Array,
+    Compared,
+    Comparison,
+    Signal,
+    comparable,
+    compare,
+)
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.images import UInt8
+from rexdeploy.interface import forms
 from rexdeploy.localize import Localization, localize
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
@@ -77,6 +86,7 @@ class Verification:
 
     model: str
     files: dict[str, str]  # SHA-256 by name of every file that was judged
+    compared: Compared
     images: str
     batches: tuple[int, ...]
     signal: float  # of the reference, in logits
@@ -104,6 +114,7 @@ class _Candidate:
     batch: BatchRange | None
     parent: str  # a file's name, or REFERENCE
     backends: tuple[str, ...]
+    spec: ModelSpec  # with the candidate's own input and output
     proof: PrecisionProof | None = None  # a graph's own types, or what an engine's build reported
 
 
@@ -118,29 +129,32 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
     _check_preprocess(bundle)
     pool, described = images.pool(options.images, options.samples, spec.preprocess)
     report("running the reference")
-    reference_name, reference = _reference(bundle, pool)
-    signal = Signal.of(reference)
+    images_of_core = images.normalise(pool, spec.preprocess)
+    reference_name, reference = _reference(bundle, images_of_core)
     candidates = (
         [_foreign(options.candidate, spec, options, reference_name)]
         if options.candidate
         else _own(bundle, options, reference_name)
     )
-    judge = _Judge(spec, pool, signal, reference_name, reference, _range_of(candidates))
+    ends_in_softmax = any(item.spec.output == "probabilities" for item in candidates)
+    compared: Compared = "log-probabilities" if ends_in_softmax else "logits"
+    judge = _Judge(pool, compared, reference_name, reference, _range_of(candidates))
     for candidate in candidates:
         for backend in candidate.backends:
             report(f"running {candidate.file} ({backend})")
             judge.run(candidate, backend)
     localizations, not_localized = (
-        _localize(bundle, candidates, pool, reference_name, report)
+        _localize(bundle, candidates, images_of_core, reference_name, report)
         if options.localize
         else ((), ())
     )
     return Verification(
         model=spec.title,
         files={candidate.file: sha256(candidate.model) for candidate in candidates},
+        compared=compared,
         images=described,
         batches=tuple(sorted(judge.batches)),
-        signal=signal.size,
+        signal=judge.signal.size,
         proofs={item.file: item.proof for item in candidates if item.proof},
         edges=tuple(judge.edges),
         totals=tuple(judge.totals),
@@ -173,9 +187,8 @@ class _Judge:
 
     def __init__(
         self,
-        spec: ModelSpec,
-        pool: Float32,
-        signal: Signal,
+        pool: UInt8,
+        compared: Compared,
         reference_name: str,
         reference: Float32,
         default_range: BatchRange,
@@ -184,9 +197,11 @@ class _Judge:
         self.totals: list[Comparison] = []
         self.skipped: list[Skipped] = []
         self.batches: set[int] = set()
-        self._spec, self._pool, self._signal = spec, pool, signal
+        self._pool, self._compared = pool, compared
         self._reference_name, self._default_range = reference_name, default_range
-        self._logits = {reference_name: reference}  # by file, one row an image
+        expected = comparable(reference, "logits", compared)
+        self.signal = Signal.of(expected)
+        self._logits: dict[str, Array] = {reference_name: expected}  # by file, one row an image
         self._backends: set[str] = set()  # that ran something
         self._crashed: list[str] = []  # broken edges without a comparison
 
@@ -208,14 +223,14 @@ class _Judge:
             # On a CPU: what an engine takes at once may not fit this machine's memory.
             sizes = [size for size in sizes if size <= MAX_GRAPH_BATCH] or [MAX_GRAPH_BATCH]
         try:
-            backend = open_backend(name, model, self._spec)
+            backend = open_backend(name, model, candidate.spec)
         except BackendUnavailable as error:
             self.skipped.append(Skipped(candidate.parent, label, name, str(error)))
             return
         except UsageError as error:
             raise UsageError(f"{candidate.file}: {error}") from None
         try:
-            rows = run_batches(backend, self._pool, sizes)
+            rows = run_batches(backend, images.model_input(self._pool, candidate.spec), sizes)
         except RexdeployError as error:
             self._crashed.append(f"broken edge {candidate.parent} -> {label}: {error}")
             return
@@ -223,6 +238,8 @@ class _Judge:
             backend.close()
         self.batches.update(sizes)
         self._backends.add(name)
+        outputs = comparable(rows.logits, candidate.spec.output, self._compared)
+        rows = replace(rows, logits=outputs)
         # Where a parent could not run, its own parent has to stand in: the reference.
         parent = candidate.parent if candidate.parent in self._logits else self._reference_name
         self.edges.append(self._compare(parent, label, rows, candidate.precision))
@@ -264,7 +281,7 @@ class _Judge:
             self._logits[reference][rows.images],
             rows.logits,
             names=(reference, label),
-            signal=self._signal,
+            signal=self.signal,
             limit=LIMITS[precision or "fp16"],
         )
 
@@ -336,7 +353,7 @@ def _check_options(options: VerifyOptions) -> None:
 
 
 def _reference(bundle: Bundle, pool: Float32) -> tuple[str, Float32]:
-    """The reference's name and its logits: our network, or somebody's own graph as it came."""
+    """The reference and its logits of normalised images: ours, or somebody's graph as it came."""
     spec = bundle.manifest.model
     is_ours = spec.family != "onnx"
     artifact = bundle.manifest.find("weights" if is_ours else "onnx")
@@ -345,7 +362,9 @@ def _reference(bundle: Bundle, pool: Float32) -> tuple[str, Float32]:
             f"{bundle.path} holds no reference for {spec.title}; remove the folder and make it "
             "anew with 'rexdeploy export'"
         )
-    backend = open_backend("pytorch" if is_ours else "onnxruntime", bundle.read(artifact), spec)
+    backend = open_backend(
+        "pytorch" if is_ours else "onnxruntime", bundle.read(artifact), spec.core
+    )
     try:
         if artifact.batch is None:
             logits = backend.run(pool)
@@ -398,6 +417,7 @@ def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[_C
                         artifact.batch,
                         reference_name if parent.endswith(".safetensors") else parent,
                         backends,
+                        bundle.manifest.model,
                         proof,
                     )
                 )
@@ -414,7 +434,7 @@ def _foreign(
         raise UsageError(f"candidate {path} cannot be read ({error.strerror})") from None
     if data[:4] == RTX_MAGIC or path.suffix in _ENGINE_SUFFIXES:
         backend = "tensorrt-rtx" if data[:4] == RTX_MAGIC else "tensorrt"
-        return _Candidate(path.name, data, "engine", None, None, reference_name, (backend,))
+        return _Candidate(path.name, data, "engine", None, None, reference_name, (backend,), spec)
     try:
         model = parse(data, f"candidate {path}")
     except UsageError as error:
@@ -427,6 +447,7 @@ def _foreign(
             "name its own bundle"
         )
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value if model.graph.input else 0
+    takes, gives = forms(model)
     return _Candidate(
         path.name,
         data,
@@ -435,6 +456,7 @@ def _foreign(
         BatchRange(batch, batch, batch) if batch else None,
         reference_name,
         tuple(name for name in options.backends if name in ONNX_BACKENDS) or ("onnxruntime",),
+        replace(spec, input=takes, output=gives),
     )
 
 

@@ -14,6 +14,7 @@ from onnx import ModelProto
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.backends.pytorch import reference
 from rexdeploy.blocks import Block, find_blocks, floating_outputs, literal, subgraph, with_outputs
+from rexdeploy.interface import unwrap
 from rexdeploy.manifest import ModelSpec
 from rexdeploy.precision import node_name
 
@@ -63,7 +64,7 @@ class GraphWalk:
     """
 
     def __init__(self, model: ModelProto) -> None:
-        self.model = model
+        self.model = model = unwrap(model)  # so that both walks begin with the same images
         self.blocks = find_blocks(model)
         self.weights = {tensor.name for tensor in model.graph.initializer}
         self.batch: int = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0: any

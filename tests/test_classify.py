@@ -27,7 +27,8 @@ def test_predictions_are_the_networks_own(
     timm_original: Bundle, timm_checkpoint: Path, photos: Path
 ) -> None:
     paths = images.find(photos)
-    batch = images.load_batch(paths, timm_original.manifest.model.preprocess)
+    preprocess = timm_original.manifest.model.preprocess
+    batch = images.normalise(images.load_batch(paths, preprocess), preprocess)
     with torch.inference_mode():
         expected = load_checkpoint(timm_checkpoint).build()(torch.from_numpy(batch)).numpy()
     with rexdeploy.load(timm_original.path) as classifier:

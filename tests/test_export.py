@@ -222,7 +222,8 @@ def test_onnx_logits_are_the_checkpoints_on_photographs(
 
     bundle: Bundle = request.getfixturevalue(name)
     checkpoint = request.getfixturevalue(name.replace("original", "checkpoint"))
-    batch = images.load_batch(images.find(photos), bundle.manifest.model.preprocess)
+    preprocess = bundle.manifest.model.preprocess
+    batch = images.normalise(images.load_batch(images.find(photos), preprocess), preprocess)
     with torch.inference_mode():
         expected = load_checkpoint(checkpoint).build()(torch.from_numpy(batch)).numpy()
     session = ort.InferenceSession(_model(bundle).SerializeToString())

@@ -41,7 +41,7 @@ def test_photographs_become_what_timm_makes_of_them(photos: Path, spec: Preproce
         image = images.load(path)
         for shape in (image.size, (301, 700), (700, 301), (256, 256), (257, 255), (40, 33)):
             resized = image.resize(shape)
-            got = images.preprocess(resized, spec)
+            got = images.normalise(images.crop(resized, spec), spec)
             assert got.dtype == np.float32
             np.testing.assert_array_equal(got, _timm(resized, spec))
 
@@ -56,7 +56,7 @@ def test_every_image_gives_the_networks_shape(
     size: tuple[int, int], wanted: tuple[int, int], crop: float
 ) -> None:
     spec = Preprocess(wanted[0], wanted[1], crop)
-    got = images.preprocess(Image.new("RGB", size, (255, 255, 255)), spec)
+    got = images.normalise(images.crop(Image.new("RGB", size, (255, 255, 255)), spec), spec)
     assert got.shape == (3, *wanted)
     # No pixel of the crop comes from outside the (white) image.
     expected = (1 - np.array(spec.mean)) / np.array(spec.std)
@@ -90,7 +90,7 @@ def test_pixels_without_a_known_range_and_threads_of_pixels_are_refused(tmp_path
     with pytest.raises(UsageError, match="float.tif: pixels of type F have no known range"):
         images.load(tmp_path / "float.tif")
     with pytest.raises(UsageError, match="too thin"):
-        images.preprocess(Image.new("RGB", (1, 2000)), Preprocess())
+        images.crop(Image.new("RGB", (1, 2000)), Preprocess())
 
 
 def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:

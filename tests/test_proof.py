@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ class _Layer:
     name: str
     precision: str
     onnx_nodes: tuple[str, ...] = ()
+    weights_count: int = 0
 
 
 def _model(
@@ -84,6 +85,19 @@ def test_products_in_branches_are_counted_and_their_cost_is_not_known() -> None:
     assert [product.name for product in found] == ["inner", "inner"]
     proof = prove(found, found)
     assert (proof.layers, proof.macs) == ({"Float": 2}, {})
+
+
+def test_a_layer_that_only_lays_out_a_products_input_is_not_the_product() -> None:
+    """TensorRT-RTX 1.7 names the first convolution in the layer that normalises uint8 images."""
+    product = Product("conv", "Half", 7, weights_count=864)
+    laying = _Layer("pixels", "Float", ("conv",), weights_count=3)
+    real = _Layer("conv", "Half", ("conv",), weights_count=900)
+    assert prove([laying, real], [product], "Half").differing == ()
+    # Without a layer that could hold all of the weights, any may be the product.
+    assert prove([laying, replace(real, weights_count=432)], [product], "Half").differing == (
+        "pixels",
+    )
+    assert prove([laying], [product], "Half").differing == ("pixels",)
 
 
 def test_a_product_in_two_layers_counts_in_the_wider_type() -> None:

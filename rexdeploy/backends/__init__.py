@@ -8,7 +8,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from rexdeploy.compare import softmax
 from rexdeploy.errors import UsageError
+from rexdeploy.images import Images, normalise
 from rexdeploy.manifest import Artifact, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -39,8 +41,11 @@ class Backend(Protocol):
 
     name: str
 
-    def run(self, images: Float32) -> Float32:
-        """Logits `[N, classes]` (float32, owned by the caller) of images `[N, 3, H, W]`."""
+    def run(self, images: Images) -> Float32:
+        """Logits or probabilities `[N, classes]` (owned by the caller) of N images.
+
+        Which of the two, and the images' type and shape, are what the model's spec says.
+        """
 
     def close(self) -> None:
         """Frees the model; calling it twice does no harm."""
@@ -49,7 +54,7 @@ class Backend(Protocol):
 class DeviceBackend(Backend, Protocol):
     """One of GPU_BACKENDS: it can keep its images on the GPU, for a benchmark without copies."""
 
-    def resident(self, images: Float32, cuda_graph: bool) -> Callable[[], None]:
+    def resident(self, images: Images, cuda_graph: bool) -> Callable[[], None]:
         """How to run these images from device memory and wait; `cuda_graph`: as one launch."""
 
 
@@ -62,7 +67,8 @@ def open_backend(name: str, model: bytes, spec: ModelSpec, threads: int | None =
     if name == "pytorch":
         from rexdeploy.backends.pytorch import PyTorchBackend, TorchOptions, reference
 
-        return PyTorchBackend(reference(model, spec), TorchOptions(threads=threads))
+        backend = PyTorchBackend(reference(model, spec), TorchOptions(threads=threads))
+        return backend if spec == spec.core else _Interface(backend, spec)
     if name == "openvino":
         from rexdeploy.backends.openvino import OpenVinoBackend
 
@@ -77,3 +83,21 @@ def open_backend(name: str, model: bytes, spec: ModelSpec, threads: int | None =
         return TensorRTBackend(model, spec, flavor="rtx" if name == "tensorrt-rtx" else "tensorrt")
     known = ", ".join(("pytorch", *ONNX_BACKENDS, *ENGINE_BACKENDS))
     raise UsageError(f"backend: got '{name}', expected one of {known}")
+
+
+class _Interface:
+    """A backend of the core, with a spec's input and output around it."""
+
+    def __init__(self, core: Backend, spec: ModelSpec) -> None:
+        self.name, self._core, self._spec = core.name, core, spec
+
+    def run(self, images: Images) -> Float32:
+        if self._spec.input == "uint8":
+            images = normalise(images.astype(np.uint8, copy=False), self._spec.preprocess)
+        outputs = self._core.run(images)
+        if self._spec.output == "probabilities":
+            outputs = softmax(outputs).astype(np.float32)
+        return outputs
+
+    def close(self) -> None:
+        self._core.close()

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
+from rexdeploy.images import Images
 from rexdeploy.manifest import ModelSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -18,7 +19,7 @@ _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxRuntimeBackend:
-    """Runs an ONNX model with one image input and one logits output."""
+    """Runs an ONNX model with one image input and one output."""
 
     def __init__(
         self, model: bytes, spec: ModelSpec, cuda: bool = False, threads: int | None = None
@@ -30,7 +31,7 @@ class OnnxRuntimeBackend:
         self._input = self._session.get_inputs()[0].name
         self._batch = self._session.get_inputs()[0].shape[0]
 
-    def run(self, images: Float32) -> Float32:
+    def run(self, images: Images) -> Float32:
         if isinstance(self._batch, int) and len(images) != self._batch:
             raise UsageError(
                 f"the model takes batches of exactly {self._batch}, got {len(images)}; "
@@ -45,7 +46,7 @@ class OnnxRuntimeBackend:
         logits: Float32 = np.asarray(outputs[0], dtype=np.float32)
         return logits
 
-    def resident(self, images: Float32, cuda_graph: bool) -> Callable[[], None]:
+    def resident(self, images: Images, cuda_graph: bool) -> Callable[[], None]:
         """Runs the images from device memory and waits, without copies; only with CUDA."""
         import onnxruntime as ort
 
@@ -142,18 +143,19 @@ class GraphSession:
 
 
 def _check_signature(inputs: Sequence[Any], outputs: Sequence[Any], spec: ModelSpec) -> None:
-    """Raises UsageError unless the model maps the spec's images to the spec's logits."""
-    size = (3, spec.preprocess.height, spec.preprocess.width)
+    """Raises UsageError unless the model takes and gives what the spec says."""
+    size = spec.input_shape
+    kind = "tensor(uint8)" if spec.input == "uint8" else "tensor(float)"
     if (
         len(inputs) == len(outputs) == 1
-        and inputs[0].type == "tensor(float)"
+        and inputs[0].type == kind
         and _fits(inputs[0].shape, (None, *size))
         and _fits(outputs[0].shape, (None, spec.num_classes))
     ):
         return
     got = [f"{value.type} {value.shape}" for value in (*inputs, *outputs)]
     raise UsageError(
-        f"the model has inputs and outputs {', '.join(got)}; expected one tensor(float) input "
+        f"the model has inputs and outputs {', '.join(got)}; expected one {kind} input "
         f"[N, {size[0]}, {size[1]}, {size[2]}] and one output [N, {spec.num_classes}]"
     )
 

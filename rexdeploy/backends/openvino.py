@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.images import Images
 from rexdeploy.manifest import ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 
 
 class OpenVinoBackend:
-    """Runs an ONNX model with one image input and one logits output."""
+    """Runs an ONNX model with one image input and one output."""
 
     name = "openvino"
 
@@ -38,7 +39,7 @@ class OpenVinoBackend:
                 f"not an ONNX model that openvino can load ({_last_line(error)})"
             ) from None
         shapes = [port.partial_shape for port in (*read.inputs, *read.outputs)]
-        size = (3, spec.preprocess.height, spec.preprocess.width)
+        size = spec.input_shape
         wanted = [size, (spec.num_classes,)]
         if len(read.inputs) != 1 or len(shapes) != 2 or not all(map(_fits, shapes, wanted)):
             raise UsageError(
@@ -48,7 +49,7 @@ class OpenVinoBackend:
             )
         self._request: Any = self._model.create_infer_request()
 
-    def run(self, images: Float32) -> Float32:
+    def run(self, images: Images) -> Float32:
         if self._request is None:
             raise RexdeployError("this model was closed; load it again")
         try:

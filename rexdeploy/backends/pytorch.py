@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.errors import BackendUnavailable, UsageError, first_line
+from rexdeploy.images import Images
 from rexdeploy.manifest import ModelSpec
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class PyTorchBackend:
         if options.compiled:
             self._model = torch.compile(model, dynamic=False)
 
-    def run(self, images: Float32) -> Float32:
+    def run(self, images: Images) -> Float32:
         torch, options = self._torch, self._options
         if options.threads is not None:  # of the whole process, so it is set for each run
             torch.set_num_threads(options.threads)
@@ -88,7 +89,7 @@ class PyTorchBackend:
         ]
         return cast(Float32, np.concatenate(chunks))
 
-    def resident(self, images: Float32, cuda_graph: bool) -> Callable[[], None]:
+    def resident(self, images: Images, cuda_graph: bool) -> Callable[[], None]:
         """Runs the images from device memory and waits, without copies; only with CUDA."""
         torch = self._torch
         inputs = self._upload(images)
@@ -126,7 +127,7 @@ class PyTorchBackend:
                 # No C++ compiler, no Triton, a version it does not know: it compiles when called.
                 raise BackendUnavailable(f"torch.compile failed ({first_line(error)})") from None
 
-    def _upload(self, images: Float32) -> torch.Tensor:
+    def _upload(self, images: Images) -> torch.Tensor:
         tensor = self._torch.from_numpy(images)
         if self._options.cuda:
             tensor = tensor.cuda()

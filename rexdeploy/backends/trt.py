@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.images import Images
 from rexdeploy.manifest import BatchRange, ModelSpec
 from rexdeploy.tensorrt_api import Flavor, Log, captured_log, load, read_header, start
 
@@ -17,7 +18,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 class TensorRTBackend:
-    """Runs a serialised engine with one image input and one logits output."""
+    """Runs a serialised engine with one image input and one output."""
 
     def __init__(self, plan: bytes, spec: ModelSpec, flavor: Flavor) -> None:
         self.name = "tensorrt-rtx" if flavor == "rtx" else "tensorrt"
@@ -49,7 +50,7 @@ class TensorRTBackend:
             self.close()
             raise
 
-    def run(self, images: Float32) -> Float32:
+    def run(self, images: Images) -> Float32:
         if self._gpu is None:
             raise RexdeployError("this engine was closed; load it again")
         if not self.batch.min <= len(images) <= self.batch.max:
@@ -58,7 +59,7 @@ class TensorRTBackend:
                 f"{len(images)}; build one with --batch {min(len(images), self.batch.min)}"
                 f":{self.batch.opt}:{max(len(images), self.batch.max)}"
             )
-        images = np.ascontiguousarray(images, dtype=np.float32)
+        images = np.ascontiguousarray(images, dtype=self._input_type)
         logits = np.empty((len(images), self._classes), dtype=self._output_type)
         with captured_log(self._trt) as log:
             self._gpu.activate()
@@ -68,7 +69,7 @@ class TensorRTBackend:
             self._gpu.download(self._device_output, logits)
         return logits.astype(np.float32, copy=False)
 
-    def resident(self, images: Float32, cuda_graph: bool) -> Callable[[], None]:
+    def resident(self, images: Images, cuda_graph: bool) -> Callable[[], None]:
         """Runs the images from device memory and waits, without copies."""
         self.run(images)  # uploads them, and lets TensorRT allocate what must not be recorded
         gpu, trt = self._gpu, self._trt
@@ -110,17 +111,18 @@ class TensorRTBackend:
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         outputs = [name for name in names if name not in inputs]
         shapes = [tuple(engine.get_tensor_shape(name)) for name in inputs + outputs]
-        size = (3, spec.preprocess.height, spec.preprocess.width)
+        size = spec.input_shape
+        kind = trt.uint8 if spec.input == "uint8" else trt.float32
         if (
             len(inputs) != 1
             or len(outputs) != 1
             or shapes[0][1:] != size
             or shapes[1][1:] != (spec.num_classes,)
-            or engine.get_tensor_dtype(inputs[0]) != trt.float32
+            or engine.get_tensor_dtype(inputs[0]) != kind
             or engine.get_tensor_dtype(outputs[0]) not in (trt.float32, trt.float16)
         ):
             raise UsageError(
-                f"the engine maps {shapes[:1]} to {shapes[1:]}; expected one float32 input "
+                f"the engine maps {shapes[:1]} to {shapes[1:]}; expected one {spec.input} input "
                 f"[N, {size[0]}, {size[1]}, {size[2]}] and one output [N, {spec.num_classes}]"
             )
         fixed = shapes[0][0]
@@ -131,7 +133,10 @@ class TensorRTBackend:
             self.batch = BatchRange(low[0], opt[0], high[0])
         self._input, self._classes = inputs[0], spec.num_classes
         self._output_type = np.dtype(trt.nptype(engine.get_tensor_dtype(outputs[0])))
-        self._device_input = gpu.allocate(4 * self.batch.max * math.prod(size))
+        self._input_type = np.dtype(spec.input)
+        self._device_input = gpu.allocate(
+            self._input_type.itemsize * self.batch.max * math.prod(size)
+        )
         self._device_output = gpu.allocate(
             self._output_type.itemsize * self.batch.max * spec.num_classes
         )

@@ -1,0 +1,153 @@
+"""What a graph takes and gives: pixels or float32 images in, logits or probabilities out.
+
+Both are a few float32 nodes around one core, which maps float32 NCHW images to logits. Whatever
+rewrites or walks a graph works on the core, so that the normalisation and the softmax stay float32
+in every precision, and no code has to know of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from rexdeploy.manifest import InputForm, ModelSpec, OutputForm
+from rexdeploy.precision import graph_inputs
+
+PIXELS, PROBABILITIES = "pixels", "probabilities"  # names of the outer input and output
+
+_OURS = "interface/"  # how the names of these nodes and their constants begin
+
+
+def wrap(core: ModelProto, spec: ModelSpec) -> ModelProto:
+    """A copy of the core with the input and output of the spec around it.
+
+    uint8 RGB `[N, H, W, 3]` is normalised in the graph; probabilities are the softmax in float32.
+    """
+    before: list[NodeProto] = []
+    after: list[NodeProto] = []
+    weights: list[TensorProto] = []
+    image, logits = core.graph.input[0], core.graph.output[0]
+    outer_input, outer_output = image, logits
+    if spec.input == "uint8":
+        outer_input = _like(image, PIXELS, TensorProto.UINT8, spec.input_shape)
+        mean, std = np.array(spec.preprocess.mean), np.array(spec.preprocess.std)
+        constants = {"scale": 1 / (255 * std), "offset": -mean / std}
+        weights = [
+            numpy_helper.from_array(value.astype(np.float32), _OURS + name)
+            for name, value in constants.items()
+        ]
+        # The Cast comes first: TensorRT takes uint8 only where a Cast follows at once.
+        float_, scaled, shifted = (_OURS + name for name in ("float", "scaled", "shifted"))
+        before = [
+            helper.make_node("Cast", [PIXELS], [float_], float_, to=TensorProto.FLOAT),
+            helper.make_node("Mul", [float_, weights[0].name], [scaled], scaled),
+            helper.make_node("Add", [scaled, weights[1].name], [shifted], shifted),
+            helper.make_node(
+                "Transpose", [shifted], [image.name], _OURS + "nchw", perm=[0, 3, 1, 2]
+            ),
+        ]
+    if spec.output == "probabilities":
+        outer_output = _like(logits, PROBABILITIES, TensorProto.FLOAT, (spec.num_classes,))
+        softmax = _OURS + "softmax"
+        after = [helper.make_node("Softmax", [logits.name], [PROBABILITIES], softmax, axis=1)]
+    return _assembled(core, before, after, weights, outer_input, outer_output)
+
+
+def unwrap(model: ModelProto) -> ModelProto:
+    """The core of a graph that `wrap` has made; any other graph as it is."""
+    before, after = _parts(model)
+    image, logits = model.graph.input[0], model.graph.output[0]
+    if before:
+        height, width = (dim.dim_value for dim in image.type.tensor_type.shape.dim[1:3])
+        image = _like(image, before[-1].output[0], TensorProto.FLOAT, (3, height, width))
+    if after:
+        classes = logits.type.tensor_type.shape.dim[1].dim_value
+        logits = _like(logits, after[0].input[0], TensorProto.FLOAT, (classes,))
+    if not before and not after:
+        return model
+    core = ModelProto()
+    core.CopyFrom(model)
+    kept = [node for node in model.graph.node if not node.name.startswith(_OURS)]
+    weights = [item for item in model.graph.initializer if not item.name.startswith(_OURS)]
+    _replace(core, kept, weights, image, logits)
+    return core
+
+
+def change_core(model: ModelProto, change: Callable[[ModelProto], ModelProto]) -> ModelProto:
+    """`change` applied to the core of a graph, with the graph's own interface around the result."""
+    core = unwrap(model)
+    changed = change(core)
+    if core is model or changed == core:
+        return changed if core is model else model
+    before, after = _parts(model)
+    weights = [item for item in model.graph.initializer if item.name.startswith(_OURS)]
+    return _assembled(changed, before, after, weights, model.graph.input[0], model.graph.output[0])
+
+
+def forms(model: ModelProto) -> tuple[InputForm, OutputForm]:
+    """What anybody's classifier takes and gives, as its graph shows."""
+    inputs = graph_inputs(model)
+    takes_pixels = bool(inputs) and inputs[0].type.tensor_type.elem_type == TensorProto.UINT8
+    given = {value.name for value in model.graph.output}
+    ends_in_softmax = any(
+        node.op_type == "Softmax" and given & set(node.output) for node in model.graph.node
+    )
+    return (
+        "uint8" if takes_pixels else "float32",
+        "probabilities" if ends_in_softmax else "logits",
+    )
+
+
+def _parts(model: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
+    """Our nodes before and after the core."""
+    ours = [node for node in model.graph.node if node.name.startswith(_OURS)]
+    after = [node for node in ours if node.op_type == "Softmax"]
+    return [node for node in ours if node.op_type != "Softmax"], after
+
+
+def _assembled(
+    core: ModelProto,
+    before: list[NodeProto],
+    after: list[NodeProto],
+    weights: list[TensorProto],
+    outer_input: ValueInfoProto,
+    outer_output: ValueInfoProto,
+) -> ModelProto:
+    model = ModelProto()
+    model.CopyFrom(core)
+    nodes = [*before, *core.graph.node, *after]
+    _replace(model, nodes, [*core.graph.initializer, *weights], outer_input, outer_output)
+    return model
+
+
+def _replace(
+    model: ModelProto,
+    nodes: list[NodeProto],
+    weights: list[TensorProto],
+    image: ValueInfoProto,
+    output: ValueInfoProto,
+) -> None:
+    """Puts these in place of the model's own; they are not parts of that very model."""
+    graph = model.graph
+    for old, new in (
+        (graph.node, nodes),
+        (graph.initializer, weights),
+        (graph.input, [image]),
+        (graph.output, [output]),
+    ):
+        del old[:]
+        old.extend(new)
+    inner = [value for value in graph.value_info if not value.name.startswith(_OURS)]
+    known = {image.name, output.name}
+    kept = [ValueInfoProto.FromString(v.SerializeToString()) for v in inner if v.name not in known]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+
+
+def _like(value: ValueInfoProto, name: str, kind: int, shape: tuple[int, ...]) -> ValueInfoProto:
+    """A tensor of `value`'s batch dimension, and of this type and shape after it."""
+    batch = value.type.tensor_type.shape.dim[0]
+    first = batch.dim_value if batch.HasField("dim_value") else batch.dim_param
+    return helper.make_tensor_value_info(name, kind, [first, *shape])
