@@ -73,10 +73,16 @@ def lite_checkpoint(session_dir: Path) -> Path:
     return path
 
 
-def _bundle(checkpoint: Path, name: str) -> Bundle:
+def _bundle(checkpoint: Path, name: str, takes: str = "float32", gives: str = "logits") -> Bundle:
     """A bundle with an ONNX graph, its float16 form and an RTX engine."""
     exported = export(
-        ExportOptions(weights=str(checkpoint), name=name, out=checkpoint.parent / "artifacts")
+        ExportOptions(
+            weights=str(checkpoint),
+            name=name,
+            out=checkpoint.parent / "artifacts",
+            input=takes,
+            output=gives,
+        )
     )
     options = BuildOptions(fp16=True, flavor="rtx", batch=BatchRange(1, 2, 8), targets=("sm89",))
     return build(exported.bundle, options).bundle
@@ -98,6 +104,12 @@ def lite_original(lite_checkpoint: Path) -> Bundle:
     return _bundle(lite_checkpoint, "lite")
 
 
+@pytest.fixture(scope="session")
+def pixels_original(v1_checkpoint: Path) -> Bundle:
+    """The V1 bundle's network with uint8 input and probabilities."""
+    return _bundle(v1_checkpoint, "pixels", "uint8", "probabilities")
+
+
 def _copy(original: Bundle, folder: Path) -> Bundle:
     target = folder / "artifacts" / original.path.name
     shutil.copytree(original.path, target)
@@ -113,3 +125,8 @@ def v1_bundle(v1_original: Bundle, tmp_path: Path) -> Bundle:
 @pytest.fixture
 def lite_bundle(lite_original: Bundle, tmp_path: Path) -> Bundle:
     return _copy(lite_original, tmp_path)
+
+
+@pytest.fixture
+def pixels_bundle(pixels_original: Bundle, tmp_path: Path) -> Bundle:
+    return _copy(pixels_original, tmp_path)

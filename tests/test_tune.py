@@ -17,6 +17,7 @@ from rexdeploy.build import BuildOptions, build
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.images import synthetic
+from rexdeploy.interface import forms, unwrap
 from rexdeploy.localize import localize
 from rexdeploy.manifest import Preprocess
 from rexdeploy.precision import parse, precision_of, products, to_fp16
@@ -63,9 +64,10 @@ def _kept(model: ModelProto) -> set[str]:
     return {product.name for product in products(model) if product.precision == "Float"}
 
 
-def test_an_overflowing_se_is_healed_by_its_block(v1_bundle: Bundle) -> None:
-    bundle = planted._plant(v1_bundle, "fp32", _overflowing_se)
-    model = _file(bundle, "fp32.onnx")
+def test_an_overflowing_se_is_healed_by_its_block(pixels_bundle: Bundle) -> None:
+    """In a graph that takes pixels and gives probabilities: its interface is left alone."""
+    bundle = planted._plant(pixels_bundle, "fp32", _overflowing_se)
+    model = unwrap(_file(bundle, "fp32.onnx"))
     walked = localize(
         GraphWalk(model), GraphWalk(to_fp16(model)), synthetic(4, Preprocess(), seed=1),
         names=("float32", "float16"), precision="fp16",
@@ -85,6 +87,7 @@ def test_an_overflowing_se_is_healed_by_its_block(v1_bundle: Bundle) -> None:
     assert graph.built_with["float32"] == "block 10"
     mixed = _file(result.bundle, "fp16.onnx")
     assert precision_of(mixed) is graph.precision is None
+    assert forms(mixed) == ("uint8", "probabilities")
     # Of the block's five convolutions the two at the squeezed vector, if an engine keeps those.
     assert len(_kept(mixed)) == (2 if result.best.nodes else 5)
     assert not result.best.nodes or graph.built_with["float32_nodes"]

@@ -1,0 +1,220 @@
+"""uint8 input and probabilities: the same network, in every form of it and through every step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, TensorProto
+
+from rexdeploy import images
+from rexdeploy.backends import open_backend
+from rexdeploy.bench import BenchOptions, bench
+from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.classify import load
+from rexdeploy.compare import comparable, softmax
+from rexdeploy.errors import UsageError
+from rexdeploy.images import UInt8
+from rexdeploy.interface import change_core, forms, unwrap
+from rexdeploy.precision import element_types
+from rexdeploy.subjects import BundleSubject
+from rexdeploy.verify import VerifyOptions, verify
+from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
+
+FAST = VerifyOptions(samples=4)
+
+
+@pytest.fixture(scope="module")
+def pool(v1_original: Bundle) -> UInt8:
+    return images.synthetic_pixels(5, v1_original.manifest.model.preprocess, seed=9)
+
+
+def _graph(bundle: Bundle, file: str) -> ModelProto:
+    artifact = bundle.manifest.find_file(file)
+    assert artifact is not None
+    return onnx.load_from_string(bundle.read(artifact))
+
+
+def _with_graph(bundle: Bundle, file: str, model: ModelProto) -> Bundle:
+    artifact = bundle.manifest.find_file(file)
+    assert artifact is not None
+    data = model.SerializeToString()
+    return bundle.update(replace(artifact, sha256=sha256(data)), files={file: data})
+
+
+def test_the_manifest_and_the_graph_say_what_goes_in_and_out(pixels_original: Bundle) -> None:
+    spec = pixels_original.manifest.model
+    assert (spec.input, spec.input_shape, spec.output) == ("uint8", (224, 224, 3), "probabilities")
+    for file in ("fp32.onnx", "fp32.tensorrt.onnx", "fp16.onnx"):
+        model = _graph(pixels_original, file)
+        assert forms(model) == ("uint8", "probabilities")
+        (given,), (answer,) = model.graph.input, model.graph.output
+        assert (given.name, answer.name) == (spec.input_name, spec.output_name)
+        shape = [dim.dim_param or dim.dim_value for dim in given.type.tensor_type.shape.dim]
+        assert shape == ["batch", 224, 224, 3]
+        assert answer.type.tensor_type.elem_type == TensorProto.FLOAT
+
+
+def test_normalisation_and_softmax_stay_float32_in_a_float16_graph(pixels_original: Bundle) -> None:
+    model = _graph(pixels_original, "fp16.onnx")
+    types = element_types(onnx.shape_inference.infer_shapes(model).graph)
+    (softmax_node,) = nodes_of(model, "Softmax")
+    assert types[softmax_node.input[0]] == types[softmax_node.output[0]] == TensorProto.FLOAT
+    for node in model.graph.node:
+        if node.name.startswith("interface/"):
+            kinds = {types[name] for name in (*node.input, *node.output)}
+            assert kinds <= {TensorProto.FLOAT, TensorProto.UINT8}, node.name
+    assert {types[node.input[1]] for node in nodes_of(model, "Conv")} == {TensorProto.FLOAT16}
+    engine = pixels_original.manifest.find("engine")
+    assert engine is not None
+    assert engine.proof is not None
+    assert engine.proof.holds
+    assert engine.proof.macs.keys() == {"Half"}
+
+
+def test_pixels_and_probabilities_are_those_of_the_float32_bundle(
+    v1_original: Bundle, pixels_original: Bundle, pool: UInt8
+) -> None:
+    normalised = images.normalise(pool, v1_original.manifest.model.preprocess)
+    with load(v1_original, "onnxruntime") as plain:
+        logits = plain.logits(normalised)
+        expected = softmax(logits)
+        np.testing.assert_array_equal(plain.probabilities(normalised), expected)
+    for backend in ("onnxruntime", "pytorch"):
+        with load(pixels_original, backend) as classifier:
+            assert np.abs(classifier.probabilities(pool) - expected).max() < 1e-5
+            with pytest.raises(UsageError, match="give probabilities; use probabilities()"):
+                classifier.logits(pool)
+            with pytest.raises(UsageError, match=r"got float32 of shape \(5, 3, 224, 224\), exp"):
+                classifier.probabilities(normalised)
+
+
+def test_openvino_takes_pixels_too(pixels_original: Bundle, pool: UInt8) -> None:
+    pytest.importorskip("openvino")
+    graph = pixels_original.manifest.find("onnx")
+    assert graph is not None
+    answers = []
+    for name in ("onnxruntime", "openvino"):
+        backend = open_backend(name, pixels_original.read(graph), pixels_original.manifest.model)
+        answers.append(backend.run(pool))
+        backend.close()
+    assert np.abs(answers[0] - answers[1]).max() < 1e-5
+
+
+def test_the_core_is_the_float32_bundles_graph(
+    v1_original: Bundle, pixels_original: Bundle
+) -> None:
+    core, plain = unwrap(_graph(pixels_original, "fp32.onnx")), _graph(v1_original, "fp32.onnx")
+    for field in ("node", "initializer", "input", "output"):
+        ours, theirs = (list(getattr(model.graph, field)) for model in (core, plain))
+        assert sorted(map(str, ours)) == sorted(map(str, theirs)), field
+    onnx.checker.check_model(core, full_check=True)
+    assert unwrap(plain) is plain
+
+
+def test_a_change_that_changes_nothing_gives_the_graph_itself(pixels_original: Bundle) -> None:
+    model = _graph(pixels_original, "fp32.onnx")
+    assert change_core(model, lambda core: core) is model
+    assert change_core(model, lambda core: edit_weights(core, [], abs)) is model
+
+
+def test_verify_compares_log_probabilities_and_says_so(
+    pixels_bundle: Bundle, v1_original: Bundle, tmp_path: Path
+) -> None:
+    result = verify(pixels_bundle, FAST)
+    assert result.passed
+    assert result.compared == "log-probabilities"
+    assert [edge.candidate for edge in result.edges if "fp32.onnx" in edge.candidate]
+    # A softmax takes one number an image: what is left has almost the same signal.
+    plain = verify(v1_original, FAST)
+    assert plain.compared == "logits"
+    assert result.signal == pytest.approx(plain.signal, rel=0.05)
+    told = run_cli(
+        "verify", pixels_bundle.path, "--samples", "4", "-q", "--json", "-", cwd=tmp_path
+    )
+    assert '"compared": "log-probabilities"' in told.out
+
+
+def _other_normalisation(model: ModelProto) -> ModelProto:
+    return edit_weights(model, ["interface/scale"], lambda values: values[::-1])
+
+
+def _no_offset(model: ModelProto) -> ModelProto:
+    return edit_weights(model, ["interface/offset"], lambda values: 0 * values)
+
+
+def _weight_off_by_one_percent(model: ModelProto) -> ModelProto:
+    return edit_weights(model, [nodes_of(model, "Conv")[2].input[1]], lambda values: values * 1.01)
+
+
+def _softmax_over_images(model: ModelProto) -> ModelProto:
+    changed = edit_weights(model, [], abs)
+    nodes_of(changed, "Softmax")[0].attribute[0].i = 0
+    return changed
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [_other_normalisation, _no_offset, _weight_off_by_one_percent, _softmax_over_images],
+    ids=lambda defect: defect.__name__,
+)
+def test_a_defect_in_or_behind_the_interface_breaks_its_edge(
+    pixels_bundle: Bundle, defect: object
+) -> None:
+    assert callable(defect)
+    changed = defect(_graph(pixels_bundle, "fp32.onnx"))
+    result = verify(_with_graph(pixels_bundle, "fp32.onnx", changed), FAST)
+    assert "torch -> fp32.onnx" in result.failures[0]
+
+
+def test_a_file_of_another_interface_is_judged_by_its_own(
+    v1_original: Bundle, pixels_original: Bundle
+) -> None:
+    """Each bundle's graph against the other's reference: the same weights, so both pass."""
+    for judge, other in ((v1_original, pixels_original), (pixels_original, v1_original)):
+        candidate = other.path / "fp32.onnx"
+        result = verify(judge, replace(FAST, candidate=candidate))
+        assert result.passed, result.failures
+    assert result.compared == "logits"
+
+
+def test_localize_walks_the_core(pixels_bundle: Bundle) -> None:
+    weight = nodes_of(_graph(pixels_bundle, "fp32.onnx"), "Conv")[2].input[1]
+    changed = edit_weights(
+        _graph(pixels_bundle, "fp32.onnx"), [weight], lambda values: 1.1 * values
+    )
+    broken = _with_graph(pixels_bundle, "fp32.onnx", changed)
+    result = verify(broken, replace(FAST, localize=True))
+    (walk,) = (item for item in result.localizations if item.candidate == "fp32.onnx")
+    assert walk.culprit is not None
+    assert walk.culprit.node.weight == weight
+    assert [block.name for block in walk.blocks][:2] == ["stem", "block 1"]
+
+
+def test_bench_feeds_each_form_what_it_takes(pixels_original: Bundle) -> None:
+    options = BenchOptions(backends=("onnxruntime", "pytorch"), rounds=1, batches=(2,))
+    result = bench([BundleSubject(pixels_original)], options)
+    assert {row.backend for row in result.latencies} == {"onnxruntime", "pytorch"}
+    assert result.skipped == ()
+
+
+def test_unknown_forms_are_refused(tmp_path: Path) -> None:
+    asked = run_cli("export", "--input", "uint4", cwd=tmp_path)
+    assert_refused(asked, "input: got 'uint4', expected float32 or uint8")
+    asked = run_cli("export", "--output", "labels", cwd=tmp_path)
+    assert_refused(asked, "output: got 'labels', expected logits or probabilities")
+
+
+def test_probabilities_compare_as_the_logits_they_come_from() -> None:
+    logits = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
+    probabilities = softmax(logits).astype(np.float32)
+    ours = comparable(logits, "logits", "log-probabilities")
+    assert np.array_equal(ours, comparable(probabilities, "probabilities", "log-probabilities"))
+    np.testing.assert_allclose(ours, logits - logits.mean(axis=1, keepdims=True), atol=1e-5)
+    assert comparable(logits, "logits", "logits") is logits
+    assert not np.isfinite(comparable(logits * np.nan, "probabilities", "log-probabilities")).any()
+    with pytest.raises(UsageError, match="a softmax cannot be undone"):
+        comparable(probabilities, "probabilities", "logits")
