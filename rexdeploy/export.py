@@ -45,7 +45,7 @@ Float32 = npt.NDArray[np.float32]
 ALIGNMENTS = ("auto", "off", "8", "16")
 INPUT, OUTPUT = "input", "logits"
 SEED = 0
-SERVED = "with its interface"  # the graph with uint8 input or probabilities around its core
+FINAL = "final"  # the graph with uint8 input or probabilities around its core
 
 _CHECK_BATCHES = (1, 2, 5)
 _CHECK_IMAGES = 8
@@ -114,8 +114,8 @@ def export(options: ExportOptions, report: Report = silent) -> ExportResult:
         check_graph(graphs["simplified"], core_spec, options.batch, options.opset)
     core = graphs["simplified" if options.simplify else "exported"]
     if spec != spec.core:
-        graphs[SERVED] = wrap(core, spec)
-        check_graph(graphs[SERVED], spec, options.batch, options.opset)
+        graphs[FINAL] = wrap(core, spec)
+        check_graph(graphs[FINAL], spec, options.batch, options.opset)
     report("comparing logits")
     comparisons = _compare(model, graphs, spec, options.batch)
     for comparison in comparisons:
@@ -125,7 +125,7 @@ def export(options: ExportOptions, report: Report = silent) -> ExportResult:
                 f"{comparison.failures[0]}; nothing was written"
             )
 
-    final = graphs.get(SERVED, core)
+    final = graphs.get(FINAL, core)
     weights = safetensors.torch.save(dict(model.state_dict()))
     if not spec.weights.trained:
         spec = replace(spec, weights=replace(spec.weights, sha256=sha256(weights)))
@@ -288,7 +288,7 @@ def _compare(
     comparisons = []
     before: tuple[str, Array] | None = None
     for name, graph in graphs.items():
-        own = spec if name == SERVED else spec.core
+        own = spec if name == FINAL else spec.core
         backend = open_backend("onnxruntime", graph.SerializeToString(), own)
         try:
             rows = run_batches(backend, images.model_input(pixels, own), sizes)

@@ -17,6 +17,10 @@ if ! cmp -s "$root/pyproject.toml" "$stamp"; then
     echo "installing rexdeploy into $venv (torch and the rest: some minutes, 6 GB) ..."
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         -e "$root[cpu,rtx,dev]"
+    # The extra "serve" without what it asks for its own Python API (an old numpy): the server that
+    # is in it needs none of that. Where there is no such wheel, its tests are skipped.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+        nvidia-pytriton || echo "no Triton server for this platform: its tests will be skipped"
     cp "$root/pyproject.toml" "$stamp"
 fi
 export PATH="$venv/bin:$PATH"
