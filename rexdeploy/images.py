@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import stat
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from rexdeploy.errors import UsageError
+from rexdeploy.errors import UsageError, first_line
 from rexdeploy.manifest import ModelSpec, Preprocess
 
 Float32 = npt.NDArray[np.float32]
@@ -23,38 +25,63 @@ _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 _MAX_ASPECT = 100  # resized so that its short side fits, a longer one would take gigabytes
+_WARNINGS = threading.Lock()
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def load(path: Path) -> Image.Image:
-    """Decodes one image file to RGB, upright by its EXIF orientation; raises UsageError."""
+    """Decodes one image file to RGB, upright by its EXIF orientation.
+
+    Raises UsageError, `PATH: why`, for whatever cannot be decoded; no file makes it wait, run a
+    program, or take more memory than its 89 megapixels (Pillow's own limit).
+    """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns above 89 megapixels and refuses above twice that; refuse at once.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return to_rgb(image)
+        # A named pipe would be waited for, and a folder's error differs between systems.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UsageError("not a file")
+        with _open(path) as image:
+            if image.format == "EPS":  # Pillow would have Ghostscript run it
+                raise UsageError("EPS is a program, not pixels; save it as PNG")
+            return to_rgb(image)
     except FileNotFoundError:
-        raise UsageError(f"no image at {path}") from None
+        raise UsageError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise UsageError(f"{path} is not an image that Pillow can read; give JPEG or PNG") from None
+        raise UsageError(f"{path}: not an image that Pillow can read; give JPEG or PNG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UsageError(f"{path} is too large to decode safely ({error})") from None
+        raise UsageError(f"{path}: too large to decode safely ({error})") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three on broken files
-        raise UsageError(f"{path} cannot be decoded as an image ({error})") from None
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UsageError(f"{path}: cannot be decoded as an image ({reason})") from None
+    except Exception as error:  # on broken files Pillow raises almost any, MemoryError too
+        raise UsageError(f"{path}: cannot be decoded as an image ({first_line(error)})") from None
+
+
+def read(path: Path, spec: Preprocess) -> UInt8:
+    """One image file to uint8 RGB `[height, width, 3]`, resized and cropped.
+
+    Raises UsageError, `PATH: why`.
+    """
+    image = load(path)
+    try:
+        return crop(image, spec)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as 8-bit RGB, upright by its EXIF orientation.
 
-    16-bit grey is scaled to 8 bits (Pillow's own conversion clips it to white). Raises UsageError
-    for pixels without a known range.
+    16-bit grey is scaled to 8 bits (Pillow's own conversion clips it to white). Transparency is
+    dropped, as torchvision's and timm's loaders drop it: a transparent pixel keeps its colour. Of
+    an animation the first frame is taken. Raises UsageError for pixels without a known range.
     """
     if image.mode in ("I", "F"):
         raise UsageError(f"pixels of type {image.mode} have no known range; save it with 8 bits")
     image = ImageOps.exif_transpose(image)
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours; straight to RGB, Pillow warns
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     return image.convert("RGB")
@@ -100,11 +127,14 @@ def model_input(pixels: UInt8, spec: ModelSpec) -> Images:
 
 def load_batch(paths: Sequence[Path], spec: Preprocess) -> UInt8:
     """Image files to uint8 RGB `[N, height, width, 3]`, resized and cropped."""
-    return np.stack([crop(load(path), spec) for path in paths])
+    return np.stack([read(path, spec) for path in paths])
 
 
 def find(folder: Path) -> list[Path]:
-    """The image files in `folder` and below, by name; raises UsageError if there are none."""
+    """The image files in `folder` and below, by name; raises UsageError if there are none.
+
+    Links to folders are not followed. Raises OSError for a folder that cannot be listed.
+    """
     if not folder.is_dir():
         raise UsageError(f"images: got {folder}, expected a folder of images")
     paths = sorted(
@@ -151,3 +181,14 @@ def synthetic_pixels(count: int, spec: Preprocess, seed: int = 0) -> UInt8:
         mixed *= rng.uniform(60, 255) / max(mixed.max(), 1)
         images.append(mixed.astype(np.uint8))
     return np.stack(images)
+
+
+def _open(path: Path) -> Image.Image:
+    """Reads a file's header; raises what Pillow does, DecompressionBombWarning among it.
+
+    Pillow warns above 89 megapixels and refuses above twice that; here both refuse. The lock is
+    there because the filters of `warnings` are the process's, and threads would swap them.
+    """
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path)

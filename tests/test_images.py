@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data.transforms_factory import create_transform
@@ -70,11 +76,83 @@ def test_any_mode_is_decoded_to_rgb(tmp_path: Path) -> None:
         assert images.load(path).mode == "RGB"
 
 
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("orientation", "stored"),  # how a camera that is held so stores what is upright
+    [
+        (1, None),
+        (2, Image.Transpose.FLIP_LEFT_RIGHT),
+        (3, Image.Transpose.ROTATE_180),
+        (4, Image.Transpose.FLIP_TOP_BOTTOM),
+        (5, Image.Transpose.TRANSPOSE),
+        (6, Image.Transpose.ROTATE_90),
+        (7, Image.Transpose.TRANSVERSE),
+        (8, Image.Transpose.ROTATE_270),
+        (9, None),  # no orientation of the standard
+    ],
+)
+def test_exif_orientation_is_applied(
+    orientation: int, stored: Image.Transpose | None, tmp_path: Path
+) -> None:
+    upright = _noise((20, 10))
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
-    Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
-    assert images.load(tmp_path / "turned.jpg").size == (10, 20)
+    exif[0x0112] = orientation
+    turned = upright if stored is None else upright.transpose(stored)
+    for name in ("turned.png", "turned.webp", "turned.tif"):
+        turned.save(tmp_path / name, exif=exif, lossless=True)
+        np.testing.assert_array_equal(images.load(tmp_path / name), upright)
+
+
+def test_transparent_pixels_keep_their_colour(tmp_path: Path) -> None:
+    """As torchvision's and timm's loaders have it, and without Pillow's warning."""
+    colours = _noise((20, 10)).quantize(16)
+    rgb, alpha = np.asarray(colours.convert("RGB")), Image.new("L", (20, 10), 0)
+    colours.save(tmp_path / "bytes.png", transparency=bytes(16))
+    colours.save(tmp_path / "index.png", transparency=3)
+    colours.save(tmp_path / "index.gif", transparency=3)
+    Image.merge("RGBA", (*colours.convert("RGB").split(), alpha)).save(tmp_path / "rgba.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("bytes.png", "index.png", "index.gif", "rgba.png"):
+            np.testing.assert_array_equal(images.load(tmp_path / name), rgb)
+        np.testing.assert_array_equal(images.to_rgb(colours.convert("PA")), rgb)
+    grey = _noise((20, 10)).convert("L")
+    Image.merge("LA", (grey, alpha)).save(tmp_path / "la.png")
+    np.testing.assert_array_equal(images.load(tmp_path / "la.png"), grey.convert("RGB"))
+
+
+def test_cmyk_is_not_inverted(tmp_path: Path) -> None:
+    for name in ("cmyk.jpg", "cmyk.tif"):
+        Image.new("RGB", (16, 16), (200, 100, 50)).convert("CMYK").save(tmp_path / name)
+        pixel = np.asarray(images.load(tmp_path / name))[8, 8]
+        np.testing.assert_allclose(pixel, (200, 100, 50), atol=4)
+
+
+@pytest.mark.parametrize("name", ["animated.gif", "animated.webp", "animated.png"])
+def test_the_first_frame_of_an_animation_is_taken(name: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (12, 12), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+    with Image.open(tmp_path / name) as image:
+        assert getattr(image, "n_frames", 1) == 2
+    np.testing.assert_array_equal(images.load(tmp_path / name), frames[0])
+
+
+def test_16_bit_colour_is_its_high_bytes(tmp_path: Path) -> None:
+    rows = b"".join(b"\0" + bytes((200, 7, 100, 7, 50, 7)) * 4 for _ in range(4))
+    (tmp_path / "deep.png").write_bytes(_png(4, 4, 16, rows))
+    np.testing.assert_array_equal(images.load(tmp_path / "deep.png"), [[[200, 100, 50]] * 4] * 4)
+
+
+def test_the_bytes_count_and_not_the_name(tmp_path: Path) -> None:
+    _noise((20, 10)).save(tmp_path / "a.bmp")
+    (tmp_path / "a.bmp").rename(tmp_path / "a.jpg")
+    np.testing.assert_array_equal(images.load(tmp_path / "a.jpg"), _noise((20, 10)))
+
+
+def test_a_huge_exif_block_does_no_harm(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x9286] = b"x" * 65_000  # a comment
+    _noise((20, 10)).save(tmp_path / "a.jpg", exif=exif)
+    assert images.load(tmp_path / "a.jpg").size == (20, 10)
 
 
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
@@ -100,9 +178,34 @@ def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
     assert images.find(tmp_path) == [tmp_path / "real.png"]
 
 
+def _noise(size: tuple[int, int]) -> Image.Image:
+    pixels = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _png(width: int, height: int, bits: int, rows: bytes) -> bytes:
+    """An RGB PNG of any size and depth, by the specification."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + crc
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
 def _bomb(path: Path) -> None:
-    """A small file that claims 20,000 x 20,000 pixels."""
-    Image.new("1", (20_000, 20_000)).save(path)
+    path.write_bytes(_png(30_000, 30_000, 8, b""))
+
+
+def _large(path: Path) -> None:
+    """Pillow itself would warn, and decode 300 MB."""
+    path.write_bytes(_png(10_000, 10_000, 8, b""))
+
+
+def _eps(path: Path) -> None:
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
 
 
 def _truncated(path: Path) -> None:
@@ -113,12 +216,15 @@ def _truncated(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "no image at"),
+        (lambda path: None, "image.png: no such file"),
         (lambda path: path.write_bytes(b""), "not an image that Pillow can read"),
         (lambda path: path.write_text("hello"), "not an image that Pillow can read"),
-        (lambda path: path.mkdir(), "cannot be decoded"),
+        (lambda path: path.mkdir(), "not a file"),
+        (os.mkfifo, "not a file"),
         (_truncated, "cannot be decoded"),
         (_bomb, "too large to decode safely"),
+        (_large, "too large to decode safely"),
+        (_eps, "EPS is a program, not pixels"),
     ],
 )
 def test_what_is_no_image_is_refused(make: object, message: str, tmp_path: Path) -> None:
@@ -126,6 +232,74 @@ def test_what_is_no_image_is_refused(make: object, message: str, tmp_path: Path)
     make(path)  # type: ignore[operator]
     with pytest.raises(UsageError, match=message):
         images.load(path)
+
+
+def test_large_images_are_refused_in_many_threads(tmp_path: Path) -> None:
+    """Python's warning filters, which Pillow's first limit goes through, are the process's."""
+    _large(tmp_path / "large.png")
+    before = list(warnings.filters)
+
+    def refused(_: int) -> bool:
+        with pytest.raises(UsageError, match="too large to decode safely"):
+            images.load(tmp_path / "large.png")
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(refused, range(200)))
+    assert list(warnings.filters) == before
+
+
+def _encoded() -> list[bytes]:
+    """Small files of every format and compression that a mutation may take elsewhere."""
+    noise, exif = _noise((24, 17)), Image.Exif()
+    exif[0x0112] = 6
+    files: list[bytes] = []
+
+    def add(image: Image.Image, kind: str, **options: object) -> None:
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        files.append(file.getvalue())
+
+    add(noise, "JPEG", exif=exif)
+    add(noise.convert("CMYK"), "JPEG", progressive=True)
+    add(noise, "PNG", exif=exif)
+    add(noise.quantize(9), "PNG", transparency=bytes(9))
+    add(noise, "WEBP", exif=exif)
+    for kind in ("WEBP", "GIF", "MPO"):
+        add(noise, kind, save_all=True, append_images=[noise.rotate(9)])
+    for compression in ("raw", "tiff_lzw", "tiff_deflate", "jpeg", "packbits"):
+        add(noise, "TIFF", compression=compression)
+    for kind in ("BMP", "ICO", "PPM", "TGA", "PCX", "SGI", "DDS"):
+        add(noise, kind)
+    return files
+
+
+_ENCODED = _encoded()
+
+
+@given(st.sampled_from(_ENCODED), st.data())
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_no_bytes_do_more_than_be_refused(
+    tmp_path: Path, encoded: bytes, data: st.DataObject
+) -> None:
+    mutated = bytearray(encoded)
+    for _ in range(data.draw(st.integers(1, 6))):
+        where = data.draw(st.integers(0, len(mutated) - 1))
+        mutated[where : where + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+        mutated = mutated or bytearray(b"x")
+    (tmp_path / "image").write_bytes(mutated)
+    try:
+        pixels = images.read(tmp_path / "image", Preprocess(32, 32))
+    except UsageError as error:
+        refused = str(error)
+    else:
+        assert pixels.shape == (32, 32, 3)
+        return
+    assert refused.startswith(f"{tmp_path / 'image'}: ")
+    assert len(refused.splitlines()) == 1
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
