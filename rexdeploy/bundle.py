@@ -167,6 +167,15 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def sync_folder(path: Path) -> None:
+    """Makes the renames in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _check_targets(path: Path, manifest: Manifest, is_new: bool) -> None:
     """Raises UsageError where the bundle's files would meet somebody else's."""
     if is_new and any(path.iterdir()):
@@ -220,7 +229,7 @@ def _finish_interrupted(path: Path) -> None:
                 os.replace(staged, path / artifact.file)
         _remove_dropped(path, manifest)
         os.replace(journal, path / _MANIFEST)
-        _sync_folder(path)
+        sync_folder(path)
     except OSError as error:
         raise UsageError(
             f"{path} holds the unfinished work of a killed command, which cannot be finished "
@@ -251,11 +260,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -43,6 +43,10 @@ class Prediction:
     probability: float  # 0 to 1
 
 
+class NonFiniteOutput(RexdeployError):
+    """The model gave NaN or infinite values for an image, as float16 does where it overflows."""
+
+
 class Classifier:
     """A loaded bundle. Thread-safe; close it, or use it in a `with` statement."""
 
@@ -51,17 +55,23 @@ class Classifier:
         bundle: Bundle,
         labels: list[str],
         backend: Backend,
-        batch: BatchRange | None,
+        artifact: Artifact,
         passed_over: tuple[str, ...],
     ) -> None:
         self.title = bundle.manifest.model.title
         self.backend = backend.name
+        self.artifact = artifact  # the bundle's file that runs
         self.passed_over = passed_over  # why better backends are not used, one line each
         self.spec = bundle.manifest.model
         self.labels = tuple(labels)  # one a class
         self._model: Backend | None = backend
-        self._batch = batch or BatchRange(1, _CHUNK, _CHUNK)
+        self._batch = artifact.batch or BatchRange(1, _CHUNK, _CHUNK)
         self._lock = threading.Lock()
+
+    @property
+    def chunk(self) -> int:
+        """How many images the model runs at once, at the most."""
+        return self._batch.max
 
     def prepare(self, inputs: Sequence[Path | str | Image.Image]) -> Images:
         """Images as the model takes them: one array of N, by `spec.input` and `spec.input_shape`.
@@ -71,11 +81,13 @@ class Classifier:
         """
         if not inputs:
             raise UsageError("got 0 images, expected 1 or more")
+        if isinstance(inputs, str | Path | Image.Image):  # a string is a sequence of strings
+            raise UsageError(f"got one image ({inputs}), expected a list of images")
+        preprocess = self.spec.preprocess
         pixels = [
-            images.crop(
-                images.to_rgb(item) if isinstance(item, Image.Image) else images.load(Path(item)),
-                self.spec.preprocess,
-            )
+            images.crop(images.to_rgb(item), preprocess)
+            if isinstance(item, Image.Image)
+            else images.read(Path(item), preprocess)
             for item in inputs
         ]
         return images.model_input(np.stack(pixels), self.spec)
@@ -84,7 +96,7 @@ class Classifier:
         """What the model itself gives, float32 `[N, classes]`: by `spec.output`, of any batch.
 
         `batch` is what `prepare` gives. Raises UsageError for anything else, RexdeployError where
-        the model fails or gives what is not finite.
+        the model fails, NonFiniteOutput where it gives what is not finite.
         """
         shape = self.spec.input_shape
         if (
@@ -106,7 +118,7 @@ class Classifier:
             ]
         outputs = np.concatenate(chunks)
         if not np.isfinite(outputs).all():
-            raise RexdeployError(
+            raise NonFiniteOutput(
                 f"{self.backend} gave {self.spec.output} that are NaN or infinite; see "
                 "'rexdeploy verify'"
             )
@@ -185,7 +197,7 @@ def load(bundle: Bundle | Path | str, backend: str = "auto") -> Classifier:
             continue
         except UsageError as error:
             raise UsageError(f"{bundle.path / artifact.file}: {error}") from None
-        return Classifier(bundle, labels, model, artifact.batch, tuple(passed_over))
+        return Classifier(bundle, labels, model, artifact, tuple(passed_over))
     reasons = "; ".join(passed_over) or f"{bundle.path} holds no file for backend {backend}"
     raise BackendUnavailable(f"nothing in the bundle can run here: {reasons}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +79,36 @@ def test_many_threads_get_their_own_answers(v1_original: Bundle) -> None:
         with ThreadPoolExecutor(8) as threads:
             for index, logits in enumerate(threads.map(one, [*range(12)] * 3)):
                 np.testing.assert_allclose(logits[0], expected[index % 12], atol=1e-4)
+
+
+def test_closing_waits_for_who_runs_and_refuses_who_comes(v1_original: Bundle) -> None:
+    """However the threads meet: each gets its logits or the one error, and nothing crashes."""
+    image = images.synthetic(1, v1_original.manifest.model.preprocess)
+    classifier = load(v1_original, "onnxruntime")
+    expected, running = classifier.logits(image), threading.Barrier(5)
+
+    def run_until_closed() -> str:
+        running.wait()
+        while True:
+            try:
+                np.testing.assert_allclose(classifier.logits(image), expected, atol=1e-4)
+            except RexdeployError as error:
+                return str(error)
+
+    with ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(run_until_closed) for _ in range(4)]
+        running.wait()
+        time.sleep(0.1)
+        classifier.close()
+        closed = "this classifier was closed; load the bundle again"
+        assert [answer.result() for answer in answers] == [closed] * 4
+
+
+def test_one_image_is_no_list_of_them(v1_original: Bundle) -> None:
+    with load(v1_original) as classifier:
+        for one in ("cat.jpg", Path("cat.jpg"), Image.new("RGB", (9, 9))):
+            with pytest.raises(UsageError, match="got one image .* expected a list"):
+                classifier.prepare(one)  # type: ignore[arg-type]
 
 
 def test_a_fixed_batch_is_filled_and_cut(v1_original: Bundle, tmp_path: Path) -> None:
@@ -174,5 +206,6 @@ def test_predict_refuses_what_is_no_image(v1_bundle: Bundle, photos: Path, tmp_p
     (tmp_path / "notes.txt").write_text("hello")
     good = images.find(photos)[0]
     result = run_cli("predict", good, "notes.txt", "--quiet", cwd=tmp_path)
-    assert_refused(result, "notes.txt is not an image")
-    assert_refused(run_cli("predict", "gone.jpg", cwd=tmp_path), "no image at gone.jpg")
+    assert_refused(result, "notes.txt: not an image")
+    assert result.out == ""
+    assert_refused(run_cli("predict", "gone.jpg", cwd=tmp_path), "gone.jpg: no such file")
