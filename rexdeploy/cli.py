@@ -6,12 +6,24 @@ import os
 import shlex
 import signal
 import sys
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from rexdeploy.console import check_json, emit, fail, lost_output, print_table, progress, say
+from rexdeploy.console import (
+    check_json,
+    emit,
+    fail,
+    lost_output,
+    print_table,
+    progress,
+    progress_bar,
+    say,
+)
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.show import (
     show_benchmark,
@@ -20,12 +32,18 @@ from rexdeploy.show import (
     show_inspection,
     show_models,
     show_published_table,
+    show_results,
+    show_row,
+    show_runner,
     show_tuning,
     show_verification,
 )
 
 if TYPE_CHECKING:
     from rexdeploy.bundle import Bundle
+    from rexdeploy.classify import Classifier
+    from rexdeploy.predictions import Row
+    from rexdeploy.results import Results
     from rexdeploy.verify import Verification
 
 EXTRA_OF = {
@@ -91,17 +109,24 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _interrupted(signal_number: int, frame: object) -> NoReturn:
-    """Leaves at once on Ctrl-C.
+def _leave(message: str) -> Callable[[int, object], NoReturn]:
+    """A handler that leaves at once on Ctrl-C, with a message.
 
-    A KeyboardInterrupt inside torch's exporter (2.15) ends in std::terminate, and a bundle
-    survives being killed at any moment, so there is nothing to unwind.
+    A KeyboardInterrupt inside torch's exporter (2.15) ends in std::terminate, and what commands
+    write survives being killed at any moment, so there is nothing to unwind.
     """
-    del signal_number, frame
-    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the spinner had hidden it
-    sys.stderr.write(f"{show_cursor}error: interrupted; no bundle is left half written\n")
-    sys.stderr.flush()
-    os._exit(EXIT_INTERRUPTED)
+
+    def leave(signal_number: int, frame: object) -> NoReturn:
+        del signal_number, frame
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the spinner had hidden it
+        sys.stderr.write(f"{show_cursor}error: interrupted; {message}\n")
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED)
+
+    return leave
+
+
+_interrupted = _leave("no bundle is left half written")
 
 
 @app.callback(invoke_without_command=True)
@@ -483,48 +508,94 @@ def inspect(
 
 @app.command()
 def predict(
-    image: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    image: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Image files, and folders of them.")
+    ],
     bundle: Annotated[
         Path | None,
         typer.Option(help="A bundle's folder or name [default: the latest].", metavar="BUNDLE"),
     ] = None,
-    top: Annotated[int, typer.Option(help="Classes to print for an image.", min=1)] = 5,
+    top: Annotated[int, typer.Option(help="Classes to give for an image.", min=1)] = 5,
     backend: Annotated[
         str,
         typer.Option(
             help="auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, openvino or pytorch."
         ),
     ] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a row for each image: .csv, .jsonl or .parquet."),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Replace --out's file, or another command's unfinished rows for it."
+        ),
+    ] = False,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
     """Classify images with the best backend present.
 
+    An image that cannot be read does not stop the others: it is a line on stderr, and the exit
+    code is 2. With --out it is a row with its error, and the exit code is 0.
+
+    --out writes the columns file, error, class_1, label_1, probability_1, class_2 and so on; in
+    .jsonl a line has file, error and a list of predictions. Until all are there, the rows are in
+    FILE.partial: interrupted or killed, the same command goes on where it was. It takes in images
+    that are new in a folder, and does not read again what has its row.
+
     \b
     Example:
     rexdeploy predict cat.jpg --bundle rexnet_1.5
+    rexdeploy predict photos/ --out results.csv
     """
     check_json(json)
+    if force and out is None:
+        raise UsageError("--force is about the file that --out names: give both")
     from rexdeploy.bundle import Bundle
     from rexdeploy.classify import load
+    from rexdeploy.predictions import classify_files, expand
+    from rexdeploy.results import Header, Results, check_out
 
+    if out is not None:
+        check_out(out)
+    # Pillow's remarks on odd files would stand between ours; what it cannot read is an error.
+    warnings.filterwarnings("ignore", module="PIL")
+    files = expand(image)
+    silent = quiet or json == Path("-")
     with load(Bundle.find(bundle), backend) as classifier:
-        results = classifier.classify(image, top)
-    rows = list(zip(image, results, strict=True))
-    emit(
-        json,
-        lambda: {
+        answer: dict[str, object] = {
             "model": classifier.title,
             "backend": classifier.backend,
             "passed_over": classifier.passed_over,
-            "images": [{"file": str(path), "predictions": best} for path, best in rows],
-        },
-    )
-    _tell(quiet, *(f"passed over: {reason}" for reason in classifier.passed_over), to_stderr=True)
-    lines = [f"{classifier.title} on {classifier.backend}"]
-    for path, best in rows:
-        lines += [f"{path}", *(f"  {item.probability:7.2%}  {item.label}" for item in best)]
-    _tell(quiet or json == Path("-"), *lines)
+        }
+        if out is not None:
+            show_runner(classifier, quiet, silent)
+            header = Header.of(classifier, image, top)
+            with Results(out, header, force) as results:
+                _classify_into(results, classifier, files, quiet)
+            emit(
+                json,
+                lambda: answer | {"out": str(out), "rows": results.rows, "errors": results.errors},
+            )
+            if not silent:
+                show_results(results)
+            return
+        told = False
+        kept: list[Row] = []
+        errors = 0
+        for row in chain.from_iterable(classify_files(classifier, files, top)):
+            if row.error is None and not told:
+                told = True
+                show_runner(classifier, quiet, silent)
+            show_row(row, silent)
+            errors += row.error is not None
+            if json is not None:
+                kept.append(row)
+    emit(json, lambda: answer | {"images": kept})
+    if errors:
+        raise typer.Exit(UsageError.exit_code)
 
 
 @app.command()
@@ -674,6 +745,25 @@ def doctor(json: Json = None) -> None:
     conflicts = [finding for finding in findings if finding.status == "conflict"]
     if conflicts:
         raise RexdeployError(f"{conflicts[0].item}: {conflicts[0].detail}; {conflicts[0].fix}")
+
+
+def _classify_into(
+    results: Results, classifier: Classifier, files: Sequence[str], quiet: bool
+) -> None:
+    """Adds the rows of the files that have none yet; Ctrl-C leaves at once, with what is done."""
+    from rexdeploy.predictions import classify_files, printable
+
+    signal.signal(
+        signal.SIGINT,
+        _leave(f"{results.path} keeps what is done, and the same command goes on"),
+    )
+    left = [file for file in files if printable(file) not in results.done]
+    with progress_bar(quiet, "classifying", results.rows, results.rows + len(left)) as show:
+        for rows in classify_files(classifier, left, results.top):
+            results.append(rows)
+            show(results.rows)
+        results.finish()
+    signal.signal(signal.SIGINT, _interrupted)
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +16,8 @@ import typer
 
 from rexdeploy.errors import UsageError
 from rexdeploy.progress import Report, silent
+
+_LINE_S = 10.0  # between two lines of progress where there is no terminal
 
 
 @contextmanager
@@ -28,6 +32,42 @@ def progress(quiet: bool) -> Iterator[Report]:
 
         with Console(stderr=True).status("starting") as status:
             yield lambda message: status.update(f"{message} ...")
+
+
+@contextmanager
+def progress_bar(quiet: bool, what: str, done: int, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that takes how many of `total` are done by now; it began with `done`.
+
+    On stderr: a bar with the rate and the time left, or without a terminal a line now and then.
+    """
+    begun, before = time.monotonic(), done
+
+    def pace(done: int) -> str:
+        rate = (done - before) / max(time.monotonic() - begun, 1e-3)
+        left = str(timedelta(seconds=round((total - done) / rate))) if rate else "?"
+        return f"{rate:.3g} a second, {left} left"
+
+    if quiet:
+        yield lambda _: None
+    elif not sys.stderr.isatty():
+        told = float("-inf")
+
+        def tell(done: int) -> None:
+            nonlocal told
+            if time.monotonic() - told >= _LINE_S:
+                told = time.monotonic()
+                typer.echo(f"{what}: {done} of {total}, {pace(done)} ...", err=True)
+
+        tell(done)
+        yield tell
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
+        with Progress(TextColumn(what), *columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, completed=done, total=total, pace="")
+            yield lambda done: bar.update(task, completed=done, pace=pace(done))
 
 
 def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]], wrap: bool = False) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import stat
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -131,20 +132,34 @@ def load_batch(paths: Sequence[Path], spec: Preprocess) -> UInt8:
 
 
 def find(folder: Path) -> list[Path]:
-    """The image files in `folder` and below, by name; raises UsageError if there are none.
+    """The image files in `folder` and below, by name; raises like `walk`."""
+    return list(walk(folder))
 
-    Links to folders are not followed. Raises OSError for a folder that cannot be listed.
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Yields the image files in `folder` and below, by name; holds a few folders' names at once.
+
+    Links to folders are not followed. Raises UsageError if there are no images, OSError for a
+    folder that cannot be listed.
     """
     if not folder.is_dir():
         raise UsageError(f"images: got {folder}, expected a folder of images")
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _EXTENSIONS and path.is_file() and not path.name.startswith(".")
-    )
-    if not paths:
+    found = False
+    stack = _entries(folder)
+    while stack:
+        entry = stack.pop()
+        path = Path(entry.path)
+        if entry.is_dir(follow_symlinks=False):
+            stack += _entries(path)
+        elif (
+            path.suffix.lower() in _EXTENSIONS
+            and not entry.name.startswith(".")
+            and (entry.is_file(follow_symlinks=False) or path.is_file())
+        ):
+            found = True
+            yield path
+    if not found:
         raise UsageError(f"no images in {folder}: expected files such as .jpg or .png")
-    return paths
 
 
 def pool(folder: Path | None, count: int, spec: Preprocess) -> tuple[UInt8, str]:
@@ -192,3 +207,9 @@ def _open(path: Path) -> Image.Image:
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(path)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, the first by name at the end."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name, reverse=True)

@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from rexdeploy.bench import Benchmark, Latency
     from rexdeploy.build import BuildResult
     from rexdeploy.bundle import Bundle
+    from rexdeploy.classify import Classifier
     from rexdeploy.export import ExportResult
     from rexdeploy.inspection import Inspection
     from rexdeploy.localize import Localization
     from rexdeploy.manifest import Artifact
     from rexdeploy.models.zoo import Cost, PaperRow, Published
+    from rexdeploy.predictions import Row
     from rexdeploy.ranges import Ranges
+    from rexdeploy.results import Results
     from rexdeploy.tune import Trial, Tuning
     from rexdeploy.verify import Verification
 
@@ -215,6 +218,30 @@ def show_tuning(result: Tuning) -> None:
             f"  written: {result.bundle.path / (result.written or '')}",
             "next: rexdeploy build-trt --fp16",
         )
+
+
+def show_runner(classifier: Classifier, quiet: bool, silent: bool) -> None:
+    """What runs, unless `silent`, and on stderr, unless `quiet`, why nothing better does."""
+    if not quiet:
+        say(*(f"passed over: {reason}" for reason in classifier.passed_over), to_stderr=True)
+    if not silent:
+        say(f"{classifier.title} on {classifier.backend}")
+
+
+def show_row(row: Row, silent: bool) -> None:
+    """One image's classes, unless `silent`; on stderr, why it has none."""
+    if row.error is not None:
+        say(f"error: {row.file}: {row.error}", to_stderr=True)
+    elif not silent:
+        lines = (f"  {item.probability:7.2%}  {item.label}" for item in row.predictions)
+        say(row.file, *lines)
+
+
+def show_results(results: Results) -> None:
+    """How many rows a results file has, and how many of them are errors."""
+    before = f", {len(results.done)} of them by an earlier run" if results.done else ""
+    errors = f"; {results.errors} could not be read: see column error" if results.errors else ""
+    say(f"  {results.out}, {results.rows} rows{before}{errors}")
 
 
 def _kept(trial: Trial) -> str:

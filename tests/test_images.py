@@ -178,6 +178,20 @@ def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
     assert images.find(tmp_path) == [tmp_path / "real.png"]
 
 
+def test_a_folders_images_are_found_by_name_at_every_depth(tmp_path: Path) -> None:
+    names = ["a/z.png", "a.png", "a/b/c.JPG", "A.png", "b.tif", "a-b/x.png", "a/b.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "again").symlink_to(tmp_path)  # a folder that is linked is not walked, nor endless
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert images.find(tmp_path) == sorted(tmp_path / name for name in (*names, "link.png"))
+
+
 def _noise(size: tuple[int, int]) -> Image.Image:
     pixels = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)

@@ -22,6 +22,8 @@ LEVELS = [
     {"parity", "peers", "roofline", "walk", "forms"},
     {"subjects", "localize", "ranges"},
     {"export", "build", "verify", "bench", "classify", "doctor", "inspection", "tune"},
+    {"predictions"},
+    {"results"},
     {"__init__", "show", "plot"},
     {"cli"},
     {"__main__"},
@@ -55,6 +57,7 @@ HEAVY = {
     "matplotlib": set[str](),
     "huggingface_hub": set[str](),
     "rich": set[str](),
+    "pyarrow": set[str](),
 }
 
 

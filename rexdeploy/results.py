@@ -1,0 +1,281 @@
+"""A results file of many images: CSV, JSON lines or Parquet; a killed run goes on where it was.
+
+Rows are appended to `NAME.partial` beside the results file `NAME`, as JSON lines under a header
+that says of what command they are. When all are there, the results file is written from them and
+renamed into place. What a kill leaves is a whole number of rows and perhaps a torn line, which the
+next run cuts off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from rexdeploy.bundle import sha256, sync_folder
+from rexdeploy.classify import Classifier
+from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.manifest import to_json
+from rexdeploy.predictions import Row, printable
+
+_SYNC_S = 2.0  # at most so many seconds of work are lost with the machine; with the process, none
+_ROW_GROUP = 10_000  # of Parquet: rows held in memory at once
+
+
+@dataclass(frozen=True)
+class Header:
+    """Of what command the rows are; another command's are never mixed in."""
+
+    images: tuple[str, ...]  # as given: a folder's new images are taken in when a run goes on
+    folder: str  # that these are relative to, if one is
+    model: str  # hash of what decides the numbers: file, preprocessing, labels
+    backend: str
+    top: int
+
+    @classmethod
+    def of(cls, classifier: Classifier, inputs: Iterable[Path], top: int) -> Header:
+        """The header of these images' classes."""
+        images = tuple(printable(str(path)) for path in inputs)
+        model = (classifier.artifact.sha256, classifier.spec, classifier.labels)
+        return cls(
+            images,
+            "" if all(map(os.path.isabs, images)) else printable(str(Path.cwd())),
+            sha256(to_json(model)),
+            classifier.backend,
+            min(top, len(classifier.labels)),
+        )
+
+
+def partial_of(out: Path) -> Path:
+    """Where the rows of an unfinished run are."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_out(out: Path) -> None:
+    """Raises UsageError for a results file that cannot be written; call it before the work."""
+    if out.suffix not in _WRITERS:
+        raise UsageError(f"--out: got {out}, expected a name in {', '.join(_WRITERS)}")
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UsageError(f"cannot write {out}: expected a file in a folder that can be written")
+    if out.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore] # noqa: F401
+        except ImportError:
+            raise UsageError(
+                f"{out} needs pyarrow, which is not installed: pip install 'rexdeploy[parquet]', "
+                "or write .csv or .jsonl"
+            ) from None
+
+
+class Results:
+    """A results file in the making; locked until closed. Use it in a `with` statement."""
+
+    def __init__(self, out: Path, header: Header, force: bool) -> None:
+        """Goes on with an unfinished run of the same header, or begins one.
+
+        `force` replaces a results file that is there, and another command's unfinished one.
+        Raises UsageError for either without it, and while another process writes the same file.
+        """
+        self.out, self.path = out, partial_of(out)
+        self.done: set[str] = set()  # the files that have had their row since an earlier run
+        self.rows = self.errors = 0  # of all runs; errors are rows too
+        self.top = header.top
+        self._descriptor = _open_locked(self.path)
+        self._synced = time.monotonic()
+        try:
+            self._recover(header, force)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Adds rows to the unfinished results; raises RexdeployError where they do not fit."""
+        lines = []
+        for row in rows:
+            lines.append(msgspec.json.encode(row) + b"\n")
+            self._count(row)
+        self._write(b"".join(lines))
+
+    def finish(self) -> None:
+        """Writes the results file in one atomic step and drops the unfinished one."""
+        staged = self.out.with_name(f".{self.out.name}.staged")
+        try:
+            _WRITERS[self.out.suffix](self._rows(), staged, self.top)
+            with open(staged, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(staged, self.out)
+            sync_folder(self.out.parent)
+            self.path.unlink()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                staged.unlink()
+            raise self._unwritable(self.out, error) from None
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _recover(self, header: Header, force: bool) -> None:
+        """Reads what an earlier run left, and cuts it behind its last whole row."""
+        expected = msgspec.json.encode(header) + b"\n"
+        with open(self.path, "rb") as file:
+            first = file.readline()
+            if first == expected:
+                end = len(first)
+                for line in file:
+                    row = _parse(line)
+                    if row is None:
+                        break
+                    end += len(line)
+                    self.done.add(row.file)
+                    self._count(row)
+                os.ftruncate(self._descriptor, end)
+                return
+        torn = len(first) < len(expected) and expected.startswith(first)  # killed at once
+        if not torn and not force:
+            raise UsageError(f"{self.path} {_difference(first, header)}; --force begins anew")
+        if self.out.exists() and not force:
+            self.path.unlink()  # without a row
+            raise UsageError(f"{self.out} is there already: --force replaces it")
+        os.ftruncate(self._descriptor, 0)
+        self._write(expected)
+
+    def _count(self, row: Row) -> None:
+        self.rows += 1
+        self.errors += row.error is not None
+
+    def _rows(self) -> Iterator[Row]:
+        with open(self.path, "rb") as file:
+            next(file)
+            for line in file:
+                yield msgspec.json.decode(line, type=Row)
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+            if time.monotonic() - self._synced > _SYNC_S:
+                os.fsync(self._descriptor)
+                self._synced = time.monotonic()
+        except OSError as error:
+            raise self._unwritable(self.path, error) from None
+
+    def _unwritable(self, file: Path, error: OSError) -> RexdeployError:
+        return RexdeployError(
+            f"cannot write {file} ({error.strerror}); {self.path} keeps what is done: make room, "
+            "and the same command goes on"
+        )
+
+
+def _open_locked(path: Path) -> int:
+    """Opens the file to append to, and holds its lock: the kernel lets go of it at a kill."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UsageError(
+                f"{path} is being written by another command: wait for it, or give another --out"
+            ) from None
+        except FileNotFoundError:
+            pass  # finished by its owner between opening and locking
+        os.close(descriptor)
+
+
+def _parse(line: bytes) -> Row | None:
+    """One row, or None for a torn line."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return msgspec.json.decode(line, type=Row)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _difference(first: bytes, header: Header) -> str:
+    """What a file that this command did not begin is, and how to keep it."""
+    try:
+        begun = msgspec.json.decode(first, type=Header)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return "is not what an unfinished run leaves: remove it"
+    names = (field.name for field in fields(Header))
+    other = [name for name in names if getattr(begun, name) != getattr(header, name)]
+    return (
+        f"is of an unfinished run with other values of {', '.join(other)}: the same command as "
+        "then finishes it"
+    )
+
+
+def _columns(classes: int) -> list[str]:
+    numbers = range(1, classes + 1)
+    names = [f"{name}_{n}" for n in numbers for name in ("class", "label", "probability")]
+    return ["file", "error", *names]
+
+
+def _cells(row: Row) -> list[str | int | float | None]:
+    cells: list[str | int | float | None] = [row.file, row.error]
+    for item in row.predictions:
+        cells += [item.index, item.label, item.probability]
+    return cells
+
+
+def _write_csv(rows: Iterable[Row], path: Path, classes: int) -> None:
+    columns = _columns(classes)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            cells = _cells(row)
+            writer.writerow(cells + [None] * (len(columns) - len(cells)))
+
+
+def _write_json_lines(rows: Iterable[Row], path: Path, classes: int) -> None:
+    del classes
+    with open(path, "wb") as file:
+        for row in rows:
+            file.write(msgspec.json.encode(row) + b"\n")
+
+
+def _write_parquet(rows: Iterable[Row], path: Path, classes: int) -> None:
+    import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
+
+    types = {"class": pa.int32(), "probability": pa.float64()}
+    columns = _columns(classes)
+    schema = pa.schema([(name, types.get(name.split("_")[0], pa.string())) for name in columns])
+    remaining = iter(rows)
+    with pq.ParquetWriter(path, schema) as writer:
+        while group := list(islice(remaining, _ROW_GROUP)):
+            records = [dict(zip(columns, _cells(row), strict=False)) for row in group]
+            writer.write_table(pa.Table.from_pylist(records, schema=schema))
+
+
+_WRITERS: dict[str, Callable[[Iterable[Row], Path, int], None]] = {
+    ".csv": _write_csv,
+    ".jsonl": _write_json_lines,
+    ".parquet": _write_parquet,
+}
