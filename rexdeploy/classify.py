@@ -31,6 +31,7 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 _FASTEST_FIRST = {"fp16": 0, "bf16": 1}  # engines by precision; what is not named comes after
+_MAKES_ONE = "'rexdeploy build-trt' makes an engine, 'rexdeploy export' a graph and the weights"
 _CHUNK = 16  # images at once where the model takes any number
 
 
@@ -188,8 +189,11 @@ def load(bundle: Bundle | Path | str, backend: str = "auto") -> Classifier:
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(Path(bundle))
     labels = _labels(bundle)
+    choices = _choices(bundle, backend)
+    if not choices:
+        raise BackendUnavailable(f"{bundle.path} holds no file for backend {backend}: {_MAKES_ONE}")
     passed_over: list[str] = []
-    for name, artifact in _choices(bundle, backend):
+    for name, artifact in choices:
         try:
             model = open_backend(name, bundle.read(artifact), bundle.manifest.model)
         except BackendUnavailable as error:
@@ -198,8 +202,7 @@ def load(bundle: Bundle | Path | str, backend: str = "auto") -> Classifier:
         except UsageError as error:
             raise UsageError(f"{bundle.path / artifact.file}: {error}") from None
         return Classifier(bundle, labels, model, artifact, tuple(passed_over))
-    reasons = "; ".join(passed_over) or f"{bundle.path} holds no file for backend {backend}"
-    raise BackendUnavailable(f"nothing in the bundle can run here: {reasons}")
+    raise BackendUnavailable(f"nothing in the bundle can run here: {'; '.join(passed_over)}")
 
 
 def _labels(bundle: Bundle) -> list[str]:

@@ -67,8 +67,8 @@ def read(path: Path, spec: Preprocess) -> UInt8:
     image = load(path)
     try:
         return crop(image, spec)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+    except (UsageError, MemoryError) as error:
+        raise UsageError(f"{path}: {first_line(error)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

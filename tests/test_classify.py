@@ -64,7 +64,9 @@ def test_better_backends_are_passed_over_with_a_reason(v1_original: Bundle) -> N
         load(v1_original, "tensorrt-rtx")
     with pytest.raises(UsageError, match="backend: got 'cuda', expected one of auto"):
         load(v1_original, "cuda")
-    with pytest.raises(BackendUnavailable, match="holds no file for backend tensorrt"):
+    with pytest.raises(
+        BackendUnavailable, match="holds no file for backend tensorrt: 'rexdeploy build-trt' makes"
+    ):
         load(v1_original, "tensorrt")
 
 

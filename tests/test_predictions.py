@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import pty
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,3 +190,27 @@ def test_names_of_any_bytes_are_written(v1_bundle: Bundle, tmp_path: Path) -> No
     assert {row["file"] for row in json.loads(printed.out)["images"]} == {
         f"folder/{n}" for n in written
     }
+
+
+def test_a_terminal_sees_a_bar_with_rate_and_time_left() -> None:
+    code = (
+        "import time\n"
+        "from rexdeploy.console import progress_bar\n"
+        "with progress_bar(False, 'classifying', 20, 100) as show:\n"
+        "    time.sleep(0.2)\n"
+        "    show(60)\n"
+        "    time.sleep(0.2)\n"
+    )
+    own, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=its, env={**os.environ, "COLUMNS": "120"}
+    )
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # as Linux ends a terminal that nobody else holds
+        while data := os.read(own, 4096):
+            shown += data
+    os.close(own)
+    assert process.wait() == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"classifying .* 60/100 .* a second, 0:00:0\d left", plain), plain
