@@ -555,7 +555,7 @@ def predict(
         raise UsageError("--force is about the file that --out names: give both")
     from rexdeploy.bundle import Bundle
     from rexdeploy.classify import load
-    from rexdeploy.predictions import classify_files, expand
+    from rexdeploy.predictions import classify_files, expand, printable
     from rexdeploy.results import Header, Results, check_out
 
     if out is not None:
@@ -577,7 +577,10 @@ def predict(
                 _classify_into(results, classifier, files, quiet)
             emit(
                 json,
-                lambda: answer | {"out": str(out), "rows": results.rows, "errors": results.errors},
+                lambda: (
+                    answer
+                    | {"out": printable(str(out)), "rows": results.rows, "errors": results.errors}
+                ),
             )
             if not silent:
                 show_results(results)

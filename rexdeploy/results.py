@@ -183,8 +183,8 @@ class Results:
 
     def _unwritable(self, file: Path, error: OSError) -> RexdeployError:
         return RexdeployError(
-            f"cannot write {file} ({error.strerror}); {self.path} keeps what is done: make room, "
-            "and the same command goes on"
+            f"cannot write {file} ({error.strerror or error}); {self.path} keeps what is done: "
+            "make room, and the same command goes on"
         )
 
 
@@ -268,7 +268,7 @@ def _write_parquet(rows: Iterable[Row], path: Path, classes: int) -> None:
     columns = _columns(classes)
     schema = pa.schema([(name, types.get(name.split("_")[0], pa.string())) for name in columns])
     remaining = iter(rows)
-    with pq.ParquetWriter(path, schema) as writer:
+    with open(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
         while group := list(islice(remaining, _ROW_GROUP)):
             records = [dict(zip(columns, _cells(row), strict=False)) for row in group]
             writer.write_table(pa.Table.from_pylist(records, schema=schema))

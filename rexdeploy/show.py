@@ -239,9 +239,11 @@ def show_row(row: Row, silent: bool) -> None:
 
 def show_results(results: Results) -> None:
     """How many rows a results file has, and how many of them are errors."""
+    from rexdeploy.predictions import printable
+
     before = f", {len(results.done)} of them by an earlier run" if results.done else ""
     errors = f"; {results.errors} could not be read: see column error" if results.errors else ""
-    say(f"  {results.out}, {results.rows} rows{before}{errors}")
+    say(f"  {printable(str(results.out))}, {results.rows} rows{before}{errors}")
 
 
 def _kept(trial: Trial) -> str:

@@ -179,11 +179,12 @@ def test_names_of_any_bytes_are_written(v1_bundle: Bundle, tmp_path: Path) -> No
     for name in names:
         _image(folder / "x.png").rename(os.fsdecode(os.fsencode(folder) + b"/" + name))
     written = {"a,b.png", 'say "x".png', "two\nlines.png", "grün.png", "latin \\udcfc.png"}
-    for out in ("r.csv", "r.jsonl", "r.parquet"):
-        if out == "r.parquet":
-            pytest.importorskip("pyarrow")
-        result = run_cli("predict", "folder", "--out", out, "--top", "1", cwd=tmp_path)
+    for out in ("r.csv", os.fsdecode(b"r\xfc.jsonl")):
+        command = ("predict", "folder", "--out", out, "--top", "1", "--json", "r.json")
+        result = run_cli(*command, cwd=tmp_path)
         assert result.code == 0, result.err
+        result.out.encode()
+    assert json.loads((tmp_path / "r.json").read_text())["out"] == "r\\udcfc.jsonl"
     with open(tmp_path / "r.csv", newline="", encoding="utf-8") as file:
         assert {row["file"] for row in csv.DictReader(file)} == {f"folder/{n}" for n in written}
     printed = run_cli("predict", "folder", "--top", "1", "--json", "-", cwd=tmp_path)
