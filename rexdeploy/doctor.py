@@ -25,6 +25,8 @@ _PURPOSES = {
     "openvino": "running graphs on a CPU beside ONNX Runtime: verify, predict, bench",
     "timm": "networks to compare with: bench --compare, bench --table paper",
     "matplotlib": "pictures: bench --plot",
+    "pyarrow": "results for a table: predict --out FILE.parquet",
+    "nvidia-pytriton": "a Triton server where there is no tritonserver: serve",
     "huggingface-hub": "--weights pretrained",
     "tensorrt-rtx": "engines for RTX GPUs, built on any machine: build-trt --flavor rtx",
     "tensorrt": "engines for the GPU in this machine: build-trt --flavor tensorrt",
@@ -32,7 +34,7 @@ _PURPOSES = {
 }
 _EXTRAS = {
     "export": "cpu", "cpu": "cpu", "gpu": "gpu", "rtx": "rtx", "tensorrt": "tensorrt",
-    "openvino": "openvino", "bench": "bench",
+    "openvino": "openvino", "bench": "bench", "parquet": "parquet", "serve": "serve",
 }  # fmt: skip
 """Extras by the one to install: `export` comes with `cpu` and with `gpu`."""
 

@@ -68,7 +68,7 @@ def check_out(out: Path) -> None:
         raise UsageError(f"cannot write {out}: expected a file in a folder that can be written")
     if out.suffix == ".parquet":
         try:
-            import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore] # noqa: F401
+            import pyarrow.parquet  # noqa: F401
         except ImportError:
             raise UsageError(
                 f"{out} needs pyarrow, which is not installed: pip install 'rexdeploy[parquet]', "
@@ -261,8 +261,8 @@ def _write_json_lines(rows: Iterable[Row], path: Path, classes: int) -> None:
 
 
 def _write_parquet(rows: Iterable[Row], path: Path, classes: int) -> None:
-    import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     types = {"class": pa.int32(), "probability": pa.float64()}
     columns = _columns(classes)
