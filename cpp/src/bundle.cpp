@@ -1,0 +1,154 @@
+// Opens a bundle under its lock and reads hashed files; what rexdeploy/bundle.py does to read.
+#include "bundle.hpp"
+
+#include <fcntl.h>
+#include <openssl/evp.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+namespace rexdeploy {
+namespace {
+
+constexpr const char* kManifest = "manifest.json";
+constexpr const char* kJournal = ".manifest.commit";
+
+/// A file descriptor that closes itself.
+class Descriptor {
+ public:
+    Descriptor(const std::filesystem::path& path, int flags)
+        : value_(::open(path.c_str(), flags | O_CLOEXEC)) {
+        if (value_ < 0) {
+            throw_errno();
+        }
+    }
+    ~Descriptor() {
+        if (value_ >= 0) {
+            ::close(value_);
+        }
+    }
+    Descriptor(const Descriptor&) = delete;
+    Descriptor& operator=(const Descriptor&) = delete;
+
+    int get() const { return value_; }
+    int release() { return std::exchange(value_, -1); }
+
+    [[noreturn]] static void throw_errno() {
+        throw std::system_error(errno, std::generic_category());
+    }
+
+ private:
+    int value_;
+};
+
+int open_locked(const std::filesystem::path& folder) {
+    Descriptor descriptor(folder, O_RDONLY | O_DIRECTORY);
+    while (::flock(descriptor.get(), LOCK_SH) != 0) {
+        if (errno != EINTR) {
+            Descriptor::throw_errno();
+        }
+    }
+    return descriptor.release();
+}
+
+bool is_there(const std::filesystem::path& path) {
+    std::error_code ignored;
+    return std::filesystem::exists(path, ignored);
+}
+
+std::string reason(const std::system_error& error) { return error.code().message(); }
+
+}  // namespace
+
+Bundle::Bundle(const std::filesystem::path& path) : path_(path) {
+    if (!is_there(path / kManifest) && !is_there(path / kJournal)) {
+        throw Error(path.string() +
+                    " is not a bundle: expected a folder with a manifest.json; 'rexdeploy export' "
+                    "makes one");
+    }
+    try {
+        descriptor_ = open_locked(path);
+        if (is_there(path / kJournal)) {
+            throw Error(path.string() +
+                        " holds the unfinished work of a killed command: finish it with any "
+                        "rexdeploy command, such as 'rexdeploy verify " +
+                        path.string() + "'");
+        }
+        const std::vector<std::uint8_t> json = read_file(path / kManifest);
+        manifest_ = parse_manifest({reinterpret_cast<const char*>(json.data()), json.size()},
+                                   (path / kManifest).string());
+    } catch (const std::system_error& error) {
+        ::close(descriptor_);
+        throw Error("the bundle " + path.string() + " cannot be opened (" + reason(error) + ")");
+    } catch (...) {
+        ::close(descriptor_);
+        throw;
+    }
+}
+
+Bundle::~Bundle() { ::close(descriptor_); }
+
+std::vector<std::uint8_t> Bundle::read(const Artifact& artifact) const {
+    const std::string file = (path_ / artifact.file).string();
+    const std::string again =
+        "; make it again: " + (artifact.command.empty() ? "rexdeploy export" : artifact.command);
+    std::vector<std::uint8_t> data;
+    try {
+        data = read_file(file);
+    } catch (const std::system_error& error) {
+        throw Error(file + " cannot be read (" + reason(error) + ")" + again);
+    }
+    const std::string found = sha256(data);
+    if (found != artifact.sha256) {
+        throw Error(file + " is not the file the manifest describes: got sha256 " +
+                    found.substr(0, 12) + ", expected " + artifact.sha256.substr(0, 12) + again);
+    }
+    return data;
+}
+
+std::vector<std::uint8_t> read_file(const std::filesystem::path& file) {
+    // Without O_NONBLOCK, opening a named pipe would wait for its writer.
+    const Descriptor descriptor(file, O_RDONLY | O_NONBLOCK);
+    struct stat status{};
+    if (::fstat(descriptor.get(), &status) != 0) {
+        Descriptor::throw_errno();
+    }
+    if (!S_ISREG(status.st_mode)) {
+        throw std::system_error(S_ISDIR(status.st_mode) ? EISDIR : EINVAL, std::generic_category());
+    }
+    std::vector<std::uint8_t> data(static_cast<std::size_t>(status.st_size));
+    std::size_t size = 0;
+    while (size < data.size()) {
+        const ssize_t count = ::read(descriptor.get(), data.data() + size, data.size() - size);
+        if (count < 0 && errno != EINTR) {
+            Descriptor::throw_errno();
+        }
+        if (count == 0) {  // somebody cut it meanwhile
+            break;
+        }
+        size += count > 0 ? static_cast<std::size_t>(count) : 0;
+    }
+    data.resize(size);
+    return data;
+}
+
+std::string sha256(const std::vector<std::uint8_t>& data) {
+    std::array<unsigned char, 32> digest{};
+    if (EVP_Digest(data.data(), data.size(), digest.data(), nullptr, EVP_sha256(), nullptr) != 1) {
+        throw Error("libcrypto cannot compute a SHA-256");
+    }
+    std::string text;
+    for (const unsigned char byte : digest) {
+        constexpr const char* kDigits = "0123456789abcdef";
+        text += kDigits[byte >> 4];
+        text += kDigits[byte & 15];
+    }
+    return text;
+}
+
+}  // namespace rexdeploy

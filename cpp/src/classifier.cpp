@@ -1,0 +1,304 @@
+// Opens the best file of a bundle that runs here, as rexdeploy/classify.py does, and runs it.
+#include "rexdeploy/classifier.hpp"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <utility>
+
+#include "bundle.hpp"
+#include "model.hpp"
+#include "preprocess.hpp"
+
+namespace rexdeploy {
+namespace {
+
+constexpr int kChunk = 16;  // images at once where the model takes any number
+
+struct Choice {
+    std::string backend;
+    Artifact artifact;
+};
+
+int rank(const Artifact& engine) {
+    return engine.precision == "fp16" ? 0 : engine.precision == "bf16" ? 1 : 2;
+}
+
+/// Backends with the file each would run, best first.
+std::vector<Choice> choices(const Bundle& bundle, const std::string& backend) {
+    const std::vector<std::string> known{"auto", "tensorrt", "tensorrt-rtx", "onnxruntime"};
+    if (std::find(known.begin(), known.end(), backend) == known.end()) {
+        throw Error("backend: got '" + backend +
+                    "', expected one of auto, tensorrt, tensorrt-rtx, onnxruntime");
+    }
+    std::vector<Choice> all;
+    for (const Artifact& artifact : bundle.manifest().artifacts) {
+        if (artifact.kind == "engine") {
+            all.push_back({artifact.flavor == "rtx" ? "tensorrt-rtx" : "tensorrt", artifact});
+        }
+    }
+    std::stable_sort(all.begin(), all.end(), [](const Choice& left, const Choice& right) {
+        return rank(left.artifact) < rank(right.artifact);
+    });
+    if (const Artifact* graph = bundle.manifest().find("onnx")) {
+        all.push_back({"onnxruntime", *graph});
+    }
+    all.erase(std::remove_if(all.begin(), all.end(),
+                             [&](const Choice& choice) {
+                                 return backend != "auto" && backend != choice.backend;
+                             }),
+              all.end());
+    return all;
+}
+
+/// The length of the line break at `position`, 0 if there is none: those of Python's splitlines.
+std::size_t line_break(const std::string& text, std::size_t position) {
+    for (const char* end : {"\r\n", "\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\xc2\x85",
+                            "\xe2\x80\xa8", "\xe2\x80\xa9"}) {
+        if (text.compare(position, std::strlen(end), end) == 0) {
+            return std::strlen(end);
+        }
+    }
+    return 0;
+}
+
+std::vector<std::string> split_lines(const std::string& text) {
+    std::vector<std::string> lines;
+    std::size_t start = 0;
+    for (std::size_t position = 0; position < text.size();) {
+        const std::size_t length = line_break(text, position);
+        if (length > 0) {
+            lines.push_back(text.substr(start, position - start));
+            start = position + length;
+        }
+        position += std::max<std::size_t>(length, 1);
+    }
+    if (start < text.size()) {
+        lines.push_back(text.substr(start));
+    }
+    return lines;
+}
+
+std::vector<std::string> read_labels(const Bundle& bundle) {
+    const auto count = static_cast<std::size_t>(bundle.manifest().model.num_classes);
+    const Artifact* artifact = bundle.manifest().find("labels");
+    std::vector<std::string> labels;
+    if (artifact == nullptr) {
+        for (std::size_t index = 0; index < count; ++index) {
+            labels.push_back("class " + std::to_string(index));
+        }
+        return labels;
+    }
+    const std::vector<std::uint8_t> data = bundle.read(*artifact);
+    labels = split_lines({data.begin(), data.end()});
+    if (labels.size() != count) {
+        throw Error((bundle.path() / artifact->file).string() + ": got " +
+                    std::to_string(labels.size()) + " labels, expected " + std::to_string(count) +
+                    "; export again with --labels");
+    }
+    return labels;
+}
+
+/// In double precision, as the Python side does.
+std::vector<double> softmax(const float* logits, int count) {
+    const double largest = *std::max_element(logits, logits + count);
+    std::vector<double> probabilities(logits, logits + count);
+    double sum = 0;
+    for (double& value : probabilities) {
+        value = std::exp(value - largest);
+        sum += value;
+    }
+    for (double& value : probabilities) {
+        value /= sum;
+    }
+    return probabilities;
+}
+
+}  // namespace
+
+class Classifier::Impl {
+ public:
+    Impl(const Bundle& bundle, const Options& options)
+        : spec(bundle.manifest().model), labels(read_labels(bundle)) {
+        if (options.threads < 0) {
+            throw Error("threads: got " + std::to_string(options.threads) + ", expected 0 or more");
+        }
+        for (const Choice& choice : choices(bundle, options.backend)) {
+            const std::vector<std::uint8_t> file = bundle.read(choice.artifact);
+            try {
+                model = open(choice.backend, file, options);
+            } catch (const Unavailable& error) {
+                passed_over.push_back(choice.artifact.file + " on " + choice.backend + ": " +
+                                      error.what());
+                continue;
+            } catch (const Error& error) {
+                throw Error((bundle.path() / choice.artifact.file).string() + ": " + error.what());
+            }
+            backend = choice.backend;
+            batch = choice.artifact.batch.value_or(BatchRange{1, kChunk, kChunk});
+            return;
+        }
+        std::string reasons;
+        for (const std::string& reason : passed_over) {
+            reasons += (reasons.empty() ? "" : "; ") + reason;
+        }
+        if (reasons.empty()) {
+            reasons = bundle.path().string() + " holds no file for backend " + options.backend;
+        }
+        throw Error("nothing in the bundle can run here: " + reasons);
+    }
+
+    /// Runs images of any number in batches that the model takes.
+    template <typename Element>
+    std::vector<float> run(const Element* images, int count) const {
+        if (images == nullptr || count < 1) {
+            throw Error("images: got " + std::to_string(count) + " images, expected 1 or more");
+        }
+        const auto classes = static_cast<std::size_t>(spec.num_classes);
+        const std::size_t size = image_size();
+        std::vector<float> output(static_cast<std::size_t>(count) * classes);
+        for (int start = 0; start < count; start += batch.max) {
+            const int length = std::min(batch.max, count - start);
+            const Element* first = images + static_cast<std::size_t>(start) * size;
+            float* const answer = output.data() + static_cast<std::size_t>(start) * classes;
+            if (length >= batch.min) {
+                model->run(first, length, answer);
+                continue;
+            }
+            // Filled by repeating its images.
+            std::vector<Element> filled;
+            for (int index = 0; index < batch.min; ++index) {
+                const Element* image = first + static_cast<std::size_t>(index % length) * size;
+                filled.insert(filled.end(), image, image + size);
+            }
+            std::vector<float> answers(static_cast<std::size_t>(batch.min) * classes);
+            model->run(filled.data(), batch.min, answers.data());
+            std::copy_n(answers.data(), static_cast<std::size_t>(length) * classes, answer);
+        }
+        return output;
+    }
+
+    /// Values of one image.
+    std::size_t image_size() const {
+        return std::size_t{3} * static_cast<std::size_t>(spec.preprocess.height) *
+               static_cast<std::size_t>(spec.preprocess.width);
+    }
+
+    std::vector<Prediction> best(const float* row, int top) const {
+        std::vector<double> probabilities(row, row + spec.num_classes);
+        if (!std::all_of(row, row + spec.num_classes, [](float x) { return std::isfinite(x); })) {
+            throw Error(backend + " gave logits that are NaN or infinite; see 'rexdeploy verify'");
+        }
+        if (!spec.gives_probabilities) {
+            probabilities = softmax(row, spec.num_classes);
+        }
+        std::vector<int> order(probabilities.size());
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](int left, int right) {
+            return probabilities[left] > probabilities[right];
+        });
+        order.resize(std::min(order.size(), static_cast<std::size_t>(top)));
+        std::vector<Prediction> predictions;
+        for (const int index : order) {
+            predictions.push_back({index, labels[index], probabilities[index]});
+        }
+        return predictions;
+    }
+
+    ModelSpec spec;
+    std::vector<std::string> labels;
+    std::vector<std::string> passed_over;
+    std::string backend;
+    BatchRange batch{};
+    std::unique_ptr<Model> model;
+
+ private:
+    std::unique_ptr<Model> open(const std::string& name, const std::vector<std::uint8_t>& file,
+                                const Options& options) const {
+        if (name == "onnxruntime") {
+            return open_onnxruntime(file, spec, options.threads, options.onnxruntime);
+        }
+        return open_tensorrt(file, spec, name == "tensorrt-rtx", options.tensorrt);
+    }
+};
+
+Classifier::Classifier(const std::filesystem::path& bundle, const Options& options)
+    : impl_(std::make_unique<Impl>(Bundle(bundle), options)) {}
+Classifier::~Classifier() = default;
+Classifier::Classifier(Classifier&&) noexcept = default;
+Classifier& Classifier::operator=(Classifier&&) noexcept = default;
+
+const Classifier::Impl& Classifier::impl() const {
+    if (impl_ == nullptr) {
+        throw Error("this Classifier was moved from: use the one that it was moved to");
+    }
+    return *impl_;
+}
+
+std::vector<float> Classifier::run(const float* images, int batch) const {
+    if (impl().spec.input != InputType::float32) {
+        throw Error("images: got float32, expected uint8 [N, height, width, 3], see crop()");
+    }
+    return impl().run(images, batch);
+}
+
+std::vector<float> Classifier::run(const std::uint8_t* images, int batch) const {
+    if (impl().spec.input != InputType::uint8) {
+        throw Error(
+            "images: got uint8, expected normalised float32 [N, 3, height, width], see "
+            "preprocess()");
+    }
+    return impl().run(images, batch);
+}
+
+std::vector<std::uint8_t> Classifier::crop(const std::uint8_t* rgb, int image_width,
+                                           int image_height) const {
+    return rexdeploy::crop(rgb, image_width, image_height, impl().spec.preprocess);
+}
+
+std::vector<float> Classifier::preprocess(const std::uint8_t* rgb, int image_width,
+                                          int image_height) const {
+    std::vector<float> normalised(impl().image_size());
+    normalise(crop(rgb, image_width, image_height).data(), impl().spec.preprocess,
+              normalised.data());
+    return normalised;
+}
+
+std::vector<std::vector<Prediction>> Classifier::classify(const std::vector<std::uint8_t>& crops,
+                                                          int top) const {
+    const std::size_t size = impl().image_size();
+    const std::size_t count = crops.size() / size;
+    if (count < 1 || crops.size() % size != 0 || count > std::size_t{INT_MAX} || top < 1) {
+        throw Error("got " + std::to_string(crops.size()) + " bytes and top " +
+                    std::to_string(top) + ", expected one or more crops of " +
+                    std::to_string(size) + " bytes and a top of 1 or more");
+    }
+    std::vector<float> output;
+    if (input() == InputType::uint8) {
+        output = run(crops.data(), static_cast<int>(count));
+    } else {
+        std::vector<float> images(crops.size());
+        for (std::size_t start = 0; start < crops.size(); start += size) {
+            normalise(crops.data() + start, impl().spec.preprocess, images.data() + start);
+        }
+        output = run(images.data(), static_cast<int>(count));
+    }
+    std::vector<std::vector<Prediction>> predictions;
+    for (std::size_t index = 0; index < count; ++index) {
+        predictions.push_back(
+            impl().best(output.data() + index * static_cast<std::size_t>(num_classes()), top));
+    }
+    return predictions;
+}
+
+InputType Classifier::input() const { return impl().spec.input; }
+int Classifier::num_classes() const { return impl().spec.num_classes; }
+int Classifier::height() const { return impl().spec.preprocess.height; }
+int Classifier::width() const { return impl().spec.preprocess.width; }
+const std::string& Classifier::title() const { return impl().spec.title; }
+const std::string& Classifier::backend() const { return impl().backend; }
+const std::vector<std::string>& Classifier::passed_over() const { return impl().passed_over; }
+
+}  // namespace rexdeploy

@@ -1,0 +1,243 @@
+// Reads manifest.json with the checks of rexdeploy/manifest.py.
+#include "manifest.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <set>
+
+namespace rexdeploy {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr int kFormat = 1;
+constexpr int kMaxClasses = 1'000'000;
+constexpr int kMaxBatch = 4096;
+constexpr int kMaxImageSize = 4096;
+
+[[noreturn]] void malformed(const std::string& reason) { throw Error(reason); }
+
+const Json& member(const Json& object, const char* key) {
+    if (!object.is_object()) {
+        malformed(std::string("expected an object with the field '") + key + "'");
+    }
+    const auto found = object.find(key);
+    if (found == object.end()) {
+        malformed(std::string("the field '") + key + "' is missing");
+    }
+    return *found;
+}
+
+/// The field, or null where it is absent or JSON's null.
+const Json* optional_member(const Json& object, const char* key) {
+    const auto found = object.find(key);
+    return found == object.end() || found->is_null() ? nullptr : &*found;
+}
+
+std::string text(const Json& value, const char* key) {
+    if (!value.is_string()) {
+        malformed(std::string("the field '") + key + "' is not a text");
+    }
+    return value.get<std::string>();
+}
+
+std::string text_in(const Json& object, const char* key) { return text(member(object, key), key); }
+
+std::string optional_text(const Json& object, const char* key) {
+    const Json* value = optional_member(object, key);
+    return value == nullptr ? "" : text(*value, key);
+}
+
+/// The text if it is one of `known`.
+std::string one_of(const std::string& value, const char* key,
+                   std::initializer_list<const char*> known) {
+    if (std::find(known.begin(), known.end(), value) == known.end()) {
+        malformed(std::string("the field '") + key + "' has the unknown value '" + value + "'");
+    }
+    return value;
+}
+
+int integer_in(const Json& object, const char* key, int low, int high) {
+    const Json& value = member(object, key);
+    // Unsigned numbers beyond int64 are told apart by the library; both comparisons are exact.
+    if (!value.is_number_integer() || value < low || value > high) {
+        malformed(std::string("the field '") + key + "' is not a whole number from " +
+                  std::to_string(low) + " to " + std::to_string(high));
+    }
+    return value.get<int>();
+}
+
+double number(const Json& value, const char* key, double low, double high) {
+    const double got = value.is_number() ? value.get<double>() : NAN;
+    if (!(got >= low && got <= high)) {
+        malformed(std::string("the field '") + key + "' is not a usable number");
+    }
+    return got;
+}
+
+bool boolean_in(const Json& object, const char* key) {
+    const Json& value = member(object, key);
+    if (!value.is_boolean()) {
+        malformed(std::string("the field '") + key + "' is neither true nor false");
+    }
+    return value.get<bool>();
+}
+
+std::array<float, 3> channels_in(const Json& object, const char* key, double low) {
+    const Json& value = member(object, key);
+    if (!value.is_array() || value.size() != 3) {
+        malformed(std::string("the field '") + key + "' is not a list of three numbers");
+    }
+    std::array<float, 3> channels{};
+    std::transform(value.begin(), value.end(), channels.begin(), [&](const Json& item) {
+        return static_cast<float>(number(item, key, low, 1e3));
+    });
+    return channels;
+}
+
+Preprocess read_preprocess(const Json& json) {
+    Preprocess preprocess{};
+    preprocess.height = integer_in(json, "height", 1, kMaxImageSize);
+    preprocess.width = integer_in(json, "width", 1, kMaxImageSize);
+    preprocess.crop_pct = number(member(json, "crop_pct"), "crop_pct", 0.1, 1);
+    const std::string interpolation =
+        one_of(text_in(json, "interpolation"), "interpolation", {"bicubic", "bilinear"});
+    preprocess.interpolation =
+        interpolation == "bicubic" ? Interpolation::bicubic : Interpolation::bilinear;
+    preprocess.mean = channels_in(json, "mean", -1e3);
+    preprocess.std = channels_in(json, "std", 1e-3);
+    return preprocess;
+}
+
+/// As ModelSpec.title in Python.
+std::string read_title(const Json& model) {
+    const std::string family =
+        one_of(text_in(model, "family"), "family", {"rexnet", "rexnet_lite", "onnx"});
+    const Json& weights = member(model, "weights");
+    const Json& width = member(model, "width");
+    std::string title = text_in(weights, "source");
+    if (width.is_null() != (family == "onnx")) {
+        malformed("the fields 'family' and 'width' contradict each other");
+    }
+    if (family != "onnx") {
+        char digits[32];
+        std::snprintf(digits, sizeof digits, "%g", number(width, "width", -1e308, 1e308));
+        title = family + " " + digits;
+    }
+    return boolean_in(weights, "trained") ? title : title + " (untrained weights)";
+}
+
+ModelSpec read_model(const Json& json) {
+    ModelSpec model{};
+    model.title = read_title(json);
+    model.num_classes = integer_in(json, "num_classes", 1, kMaxClasses);
+    model.preprocess = read_preprocess(member(json, "preprocess"));
+    // Absent in manifests of before there was a choice.
+    const std::string input = json.contains("input") ? text_in(json, "input") : "float32";
+    const std::string output = json.contains("output") ? text_in(json, "output") : "logits";
+    one_of(input, "input", {"float32", "uint8"});
+    one_of(output, "output", {"logits", "probabilities"});
+    model.input = input == "uint8" ? InputType::uint8 : InputType::float32;
+    model.gives_probabilities = output == "probabilities";
+    return model;
+}
+
+bool is_plain_name(const std::string& file) {
+    const auto is_letter = [](char c) {
+        return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+               c == '_' || c == '+';
+    };
+    return !file.empty() && is_letter(file[0]) && file != "manifest.json" &&
+           std::all_of(file.begin(), file.end(),
+                       [&](char c) { return is_letter(c) || c == '.' || c == '-'; });
+}
+
+bool is_sha256(const std::string& digest) {
+    return digest.size() == 64 && digest.find_first_not_of("0123456789abcdef") == std::string::npos;
+}
+
+Artifact read_artifact(const Json& json) {
+    Artifact artifact{};
+    artifact.file = text_in(json, "file");
+    if (!is_plain_name(artifact.file)) {
+        malformed("file '" + artifact.file + "' is not a plain name inside the bundle's folder");
+    }
+    artifact.kind =
+        one_of(text_in(json, "kind"), "kind", {"weights", "onnx", "engine", "labels", "report"});
+    artifact.sha256 = text_in(json, "sha256");
+    if (!is_sha256(artifact.sha256)) {
+        malformed("sha256 of '" + artifact.file + "' is not 64 hexadecimal digits");
+    }
+    artifact.precision = optional_text(json, "precision");
+    one_of(artifact.precision, "precision", {"", "fp32", "fp16", "bf16"});
+    artifact.parent_sha256 = optional_text(json, "parent_sha256");
+    artifact.command = optional_text(json, "command");
+    if (const Json* batch = optional_member(json, "batch")) {
+        const int min = integer_in(*batch, "min", 1, kMaxBatch);
+        const int opt = integer_in(*batch, "opt", min, kMaxBatch);
+        artifact.batch = BatchRange{min, opt, integer_in(*batch, "max", opt, kMaxBatch)};
+    }
+    if (const Json* built_with = optional_member(json, "built_with")) {
+        if (!built_with->is_object()) {
+            malformed("the field 'built_with' is not an object");
+        }
+        artifact.flavor = optional_text(*built_with, "flavor");
+    }
+    return artifact;
+}
+
+Manifest read_manifest(const Json& json) {
+    Manifest manifest{};
+    manifest.model = read_model(member(json, "model"));
+    const Json& artifacts = member(json, "artifacts");
+    if (!artifacts.is_array()) {
+        malformed("the field 'artifacts' is not a list");
+    }
+    std::set<std::string> names;
+    std::set<std::string> hashes{""};  // the empty one: made from nothing in the bundle
+    for (const Json& item : artifacts) {
+        manifest.artifacts.push_back(read_artifact(item));
+        hashes.insert(manifest.artifacts.back().sha256);
+        if (!names.insert(manifest.artifacts.back().file).second) {
+            malformed("two artifacts have the same file name");
+        }
+    }
+    for (const Artifact& artifact : manifest.artifacts) {
+        if (hashes.count(artifact.parent_sha256) == 0) {
+            malformed("what " + artifact.file + " was made from is not in the bundle");
+        }
+    }
+    return manifest;
+}
+
+}  // namespace
+
+const Artifact* Manifest::find(std::string_view kind) const {
+    const auto found = std::find_if(artifacts.begin(), artifacts.end(),
+                                    [&](const Artifact& item) { return item.kind == kind; });
+    return found == artifacts.end() ? nullptr : &*found;
+}
+
+Manifest parse_manifest(std::string_view json, const std::string& where) {
+    int format = kFormat;
+    try {
+        const Json document = Json::parse(json);
+        format = integer_in(document, "format", 0, 1'000'000);
+        if (format == kFormat) {
+            return read_manifest(document);
+        }
+    } catch (const std::runtime_error& error) {
+        throw Error(where + " is not a readable manifest (" + error.what() +
+                    "); remove the folder and make it anew with 'rexdeploy export'");
+    } catch (const Json::exception& error) {
+        throw Error(where + " is not a readable manifest (" + error.what() +
+                    "); remove the folder and make it anew with 'rexdeploy export'");
+    }
+    throw Error(where + ": got manifest format " + std::to_string(format) +
+                ", this program reads " + std::to_string(kFormat) +
+                "; use the rexdeploy that wrote it, or export again");
+}
+
+}  // namespace rexdeploy

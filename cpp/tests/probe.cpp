@@ -1,0 +1,107 @@
+// Shows the library's parts to tests/test_cpp.py: raw results in files, one line each on stdout.
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <string>
+
+#include "bundle.hpp"
+#include "preprocess.hpp"
+#include "rexdeploy/classifier.hpp"
+#include "rexdeploy/image.hpp"
+
+namespace {
+
+using rexdeploy::Classifier;
+using rexdeploy::Image;
+using rexdeploy::Manifest;
+
+template <typename Element>
+void write(const std::string& file, const std::vector<Element>& values) {
+    std::ofstream out(file, std::ios::binary);
+    out.write(reinterpret_cast<const char*>(values.data()),
+              static_cast<std::streamsize>(values.size() * sizeof(Element)));
+    if (!out.flush()) {
+        throw rexdeploy::Error("cannot write " + file);
+    }
+}
+
+Manifest read_manifest(const std::string& file) {
+    const std::vector<std::uint8_t> data = rexdeploy::read_file(file);
+    return rexdeploy::parse_manifest({reinterpret_cast<const char*>(data.data()), data.size()},
+                                     file);
+}
+
+/// decode OUT IMAGE: RGB bytes; "width height"
+void decode(char** arguments) {
+    const Image image = rexdeploy::load_image(arguments[1]);
+    write(arguments[0], image.rgb);
+    std::printf("%d %d\n", image.width, image.height);
+}
+
+/// preprocess OUT MANIFEST IMAGE: float32 [3, height, width]
+void preprocess(char** arguments) {
+    const rexdeploy::Preprocess spec = read_manifest(arguments[1]).model.preprocess;
+    const Image image = rexdeploy::load_image(arguments[2]);
+    const auto pixels = rexdeploy::crop(image.rgb.data(), image.width, image.height, spec);
+    std::vector<float> normalised(pixels.size());
+    rexdeploy::normalise(pixels.data(), spec, normalised.data());
+    write(arguments[0], normalised);
+    std::printf("ok\n");
+}
+
+/// manifest FILE
+void manifest(char** arguments) {
+    std::printf("%s\n", read_manifest(arguments[0]).model.title.c_str());
+}
+
+/// logits OUT BUNDLE THREADS IMAGES: float32 [N, num_classes] of raw images
+void logits(char** arguments) {
+    rexdeploy::Options options;
+    options.threads = std::atoi(arguments[2]);
+    const Classifier classifier(arguments[1], options);
+    const std::vector<std::uint8_t> data = rexdeploy::read_file(arguments[3]);
+    const std::size_t size = std::size_t{3} * static_cast<std::size_t>(classifier.height()) *
+                             static_cast<std::size_t>(classifier.width());
+    if (classifier.input() == rexdeploy::InputType::uint8) {
+        write(arguments[0], classifier.run(data.data(), static_cast<int>(data.size() / size)));
+    } else {
+        std::vector<float> images(data.size() / sizeof(float));
+        std::memcpy(images.data(), data.data(), images.size() * sizeof(float));
+        write(arguments[0], classifier.run(images.data(), static_cast<int>(images.size() / size)));
+    }
+    std::printf("%s\n", classifier.backend().c_str());
+}
+
+struct Command {
+    const char* name;
+    int arguments;
+    void (*run)(char** arguments);
+};
+
+constexpr Command kCommands[] = {
+    {"decode", 2, decode},
+    {"preprocess", 3, preprocess},
+    {"manifest", 1, manifest},
+    {"logits", 4, logits},
+};
+
+}  // namespace
+
+/// COMMAND ARGUMENT..., where several calls of one command may follow each other.
+int main(int argc, char** argv) {
+    for (const Command& command : kCommands) {
+        if (argc < 2 || std::strcmp(argv[1], command.name) != 0) {
+            continue;
+        }
+        for (int index = 2; index + command.arguments <= argc; index += command.arguments) {
+            try {
+                command.run(argv + index);
+            } catch (const rexdeploy::Error& error) {
+                std::printf("error: %s\n", error.what());
+            }
+        }
+        return 0;
+    }
+    std::fprintf(stderr, "expected a command; see tests/probe.cpp\n");
+    return 1;
+}

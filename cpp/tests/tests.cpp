@@ -1,0 +1,100 @@
+// What needs no bundle: manifests, errors, resampling by hand, orientations.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <type_traits>
+
+#include "decoders.hpp"
+#include "manifest.hpp"
+#include "preprocess.hpp"
+
+using namespace rexdeploy;
+
+namespace {
+
+const std::string kModel =
+    R"("model": {"family": "rexnet", "width": 1.5, "num_classes": 3, "input_name": "input",
+    "output_name": "logits", "preprocess": {"height": 2, "width": 2, "crop_pct": 1.0,
+    "interpolation": "bilinear", "mean": [0, 0, 0], "std": [1, 1, 1]},
+    "weights": {"source": "a.pth", "sha256": "", "trained": true}})";
+
+std::string manifest_with(const std::string& artifacts) {
+    return R"({"format": 1, "name": "x", )" + kModel + R"(, "artifacts": [)" + artifacts + "]}";
+}
+
+std::string artifact(const std::string& file) {
+    return R"({"kind": "onnx", "file": ")" + file + R"(", "sha256": ")" + std::string(64, 'a') +
+           R"("})";
+}
+
+std::string refusal(const std::string& json) {
+    try {
+        parse_manifest(json, "m");
+    } catch (const Error& error) {
+        return error.what();
+    }
+    return "accepted";
+}
+
+}  // namespace
+
+static_assert(!std::is_copy_constructible_v<Classifier>);
+static_assert(std::is_nothrow_move_constructible_v<Classifier>);
+static_assert(std::is_nothrow_move_assignable_v<Classifier>);
+
+TEST_CASE("an error's text is one line") {
+    CHECK(std::string(Error(" a\n\tb \x1b[0m\r\n").what()) == "a b [0m");
+}
+
+TEST_CASE("a manifest is read, with defaults for what older ones lack") {
+    const Manifest manifest = parse_manifest(manifest_with(artifact("a.onnx")), "m");
+    CHECK(manifest.model.title == "rexnet 1.5");
+    CHECK(manifest.model.input == InputType::float32);
+    CHECK_FALSE(manifest.model.gives_probabilities);
+    REQUIRE(manifest.find("onnx") != nullptr);
+    CHECK_FALSE(manifest.find("onnx")->batch.has_value());
+    CHECK(manifest.find("engine") == nullptr);
+}
+
+TEST_CASE("file names stay in the folder") {
+    for (const char* name : {"../a", "/a", ".a", "a/b", "", "manifest.json", "-a", "a\\u0000b"}) {
+        CHECK(refusal(manifest_with(artifact(name))).find("plain name") != std::string::npos);
+    }
+    CHECK(refusal(manifest_with(artifact("a") + "," + artifact("a"))).find("same file name") !=
+          std::string::npos);
+}
+
+TEST_CASE("a whole number is one") {
+    for (const char* wrong : {"0", "-1", "1.5", "true", "\"3\"", "1e3", "99999999999999999999"}) {
+        std::string json = manifest_with("");
+        const std::string right = R"("num_classes": 3)";
+        json.replace(json.find(right), right.size(), R"("num_classes": )" + std::string(wrong));
+        CHECK_MESSAGE(refusal(json).find("num_classes") != std::string::npos, wrong);
+    }
+}
+
+TEST_CASE("deep nesting does not overflow the stack") {
+    CHECK(refusal(std::string(200'000, '[')) != "accepted");
+    CHECK(refusal(std::string(200'000, '[') + std::string(200'000, ']')) != "accepted");
+}
+
+TEST_CASE("a bilinear half is the mean of two pixels, rounded") {
+    Preprocess spec{1, 1, 1.0, Interpolation::bilinear, {}, {1, 1, 1}};
+    const std::vector<std::uint8_t> rgb{10, 0, 255, 20, 1, 255, 10, 0, 255, 20, 1, 255};
+    CHECK(crop(rgb.data(), 2, 2, spec) == std::vector<std::uint8_t>{15, 1, 255});
+    CHECK_THROWS_AS(crop(rgb.data(), 0, 2, spec), Error);
+    CHECK_THROWS_AS(crop(rgb.data(), 1, 101, spec), Error);
+}
+
+TEST_CASE("orientations: both byte orders, and nothing read beyond the end") {
+    const std::string_view little("II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0", 22);
+    const std::string_view big("MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x08\0\0", 22);
+    CHECK(exif_orientation(little) == 6);
+    CHECK(exif_orientation(big) == 8);
+    CHECK(exif_orientation("MM") == 0);
+    CHECK(exif_orientation("II*\0\xff\xff\xff\xff") == 0);
+    CHECK(exif_orientation("") == 0);
+    CHECK(xmp_orientation("<x tiff:Orientation=\"3\">") == 3);
+    CHECK(xmp_orientation("<tiff:Orientation>5<") == 5);
+    CHECK(xmp_orientation("tiff:Orientation") == 0);
+}
