@@ -42,10 +42,10 @@ void on_message(j_common_ptr info, int level) {
 void ignore_message(j_common_ptr) {}
 
 void on_progress(j_common_ptr info) {
-    auto* decompress = reinterpret_cast<j_decompress_ptr>(info);
-    if (decompress->input_scan_number > kMaxScans) {
-        decompress->err->msg_code = JERR_BAD_PROGRESSION;
-        leave(info);
+    if (reinterpret_cast<j_decompress_ptr>(info)->input_scan_number > kMaxScans) {
+        auto* state = reinterpret_cast<ErrorState*>(info->err);
+        std::snprintf(state->message, sizeof state->message, "more than %d scans", kMaxScans);
+        std::longjmp(state->jump, 1);
     }
 }
 
@@ -73,7 +73,7 @@ class JpegReader {
 
     int width() const { return static_cast<int>(info_.image_width); }
     int height() const { return static_cast<int>(info_.image_height); }
-    /// 1, 3 or 4 are known; as are those that read() gives, but for grey ones.
+    /// 1, 3 or 4, or what read() does not know.
     int components() const { return info_.num_components; }
 
     int orientation() const {
@@ -92,7 +92,7 @@ class JpegReader {
         return from_xmp;
     }
 
-    /// Writes every row to `pixels`: RGB (of grey images too), or inverted CMYK.
+    /// Writes every row to `pixels`: inverted CMYK of 4 components, else RGB.
     void read(std::uint8_t* pixels) {
         info_.out_color_space = components() == 4 ? JCS_CMYK : JCS_RGB;
         if (setjmp(errors_.jump) != 0) {

@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <future>
 #include <string>
 
 #include "bundle.hpp"
@@ -54,21 +55,37 @@ void manifest(char** arguments) {
     std::printf("%s\n", read_manifest(arguments[0]).model.title.c_str());
 }
 
+/// Runs the images, then again in several threads at once, which must give the same.
+template <typename Element>
+std::vector<float> run(const Classifier& classifier, const std::vector<std::uint8_t>& data) {
+    std::vector<Element> images(data.size() / sizeof(Element));
+    std::memcpy(images.data(), data.data(), images.size() * sizeof(Element));
+    const std::size_t size = std::size_t{3} * static_cast<std::size_t>(classifier.height()) *
+                             static_cast<std::size_t>(classifier.width());
+    const int count = static_cast<int>(images.size() / size);
+    const std::vector<float> logits = classifier.run(images.data(), count);
+    std::vector<std::future<std::vector<float>>> answers;
+    for (int thread = 0; thread < 3; ++thread) {
+        answers.push_back(
+            std::async(std::launch::async, [&] { return classifier.run(images.data(), count); }));
+    }
+    for (auto& answer : answers) {
+        if (answer.get() != logits) {
+            throw rexdeploy::Error("another thread got other logits");
+        }
+    }
+    return logits;
+}
+
 /// logits OUT BUNDLE THREADS IMAGES: float32 [N, num_classes] of raw images
 void logits(char** arguments) {
     rexdeploy::Options options;
     options.threads = std::atoi(arguments[2]);
     const Classifier classifier(arguments[1], options);
     const std::vector<std::uint8_t> data = rexdeploy::read_file(arguments[3]);
-    const std::size_t size = std::size_t{3} * static_cast<std::size_t>(classifier.height()) *
-                             static_cast<std::size_t>(classifier.width());
-    if (classifier.input() == rexdeploy::InputType::uint8) {
-        write(arguments[0], classifier.run(data.data(), static_cast<int>(data.size() / size)));
-    } else {
-        std::vector<float> images(data.size() / sizeof(float));
-        std::memcpy(images.data(), data.data(), images.size() * sizeof(float));
-        write(arguments[0], classifier.run(images.data(), static_cast<int>(images.size() / size)));
-    }
+    write(arguments[0], classifier.input() == rexdeploy::InputType::uint8
+                            ? run<std::uint8_t>(classifier, data)
+                            : run<float>(classifier, data));
     std::printf("%s\n", classifier.backend().c_str());
 }
 

@@ -1,5 +1,6 @@
 // What needs no bundle: manifests, errors, resampling by hand, orientations.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#define DOCTEST_CONFIG_SUPER_FAST_ASSERTS
 #include <doctest/doctest.h>
 
 #include <type_traits>

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Builds the C++ runtime twice, cpp/build/release and cpp/build/sanitized (AddressSanitizer and
+# UndefinedBehaviorSanitizer), and prints what it was built with. Exit code 3: it cannot be built on
+# this machine, and the line says why. TENSORRT_INCLUDE_DIR=... builds it with TensorRT.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+build=$root/cpp/build
+
+left_out() {
+    echo "C++: left out: $1"
+    exit 3
+}
+
+for tool in cmake c++; do
+    command -v "$tool" >/dev/null || left_out "$tool is not installed"
+done
+# Without them, CMake may still find installed headers.
+"$root/scripts/cpp_headers.sh" "$build/headers" >/dev/null 2>&1 || true
+generator=$(command -v ninja >/dev/null && echo Ninja || echo "Unix Makefiles")
+
+configure() { # FOLDER OPTION...
+    cmake -S "$root/cpp" -B "$build/$1" -G "$generator" \
+        -DTENSORRT_INCLUDE_DIR="${TENSORRT_INCLUDE_DIR:-}" "${@:2}" 2>&1
+}
+
+if ! log=$(configure release && configure sanitized -DREXDEPLOY_SANITIZE=ON); then
+    reason=$(grep -iE "could not find|not found|not set" <<<"$log" | head -n 1) || {
+        echo "$log" >&2
+        exit 1
+    }
+    left_out "${reason#"${reason%%[![:space:]]*}"}"
+fi
+
+build() { # FOLDER TARGET...
+    cmake --build "$build/$1" --parallel "$(nproc)" --target "${@:2}" >"$build/$1.log" 2>&1 || {
+        cat "$build/$1.log" >&2
+        exit 1
+    }
+}
+
+build release rexdeploy-run rexdeploy-bench rexdeploy-probe
+build sanitized rexdeploy-run rexdeploy-probe rexdeploy-tests
+sed -n '/^-- C++: /{s/^-- //p;q}' <<<"$log"

@@ -1,0 +1,639 @@
+"""The C++ runtime: its logits, pixels and output are Python's, and nothing makes it crash."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import struct
+import subprocess
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from rexdeploy import gpu, images
+from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.classify import load
+from rexdeploy.manifest import Artifact, Preprocess, to_json
+from tests.helpers import ROOT, run_cli
+
+pytestmark = pytest.mark.slow
+
+BUILD = ROOT / "cpp" / "build"
+TENSORRT = "TENSORRT_INCLUDE_DIR"
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The programs of one build, and the environment that they find their libraries with."""
+
+    folder: Path
+    env: dict[str, str]
+
+    def run(self, name: str, *arguments: str | Path, env: dict[str, str] | None = None) -> Answer:
+        done = subprocess.run(
+            [self.folder / f"rexdeploy-{name}", *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**os.environ, **self.env, **(env or {})},
+            timeout=300,
+            check=False,
+        )
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    def probe(self, command: str, calls: Sequence[Sequence[str | Path]]) -> list[str]:
+        """One line for each call; a crash or a sanitizer's report fails the test."""
+        answer = self.run("probe", command, *(argument for call in calls for argument in call))
+        assert answer.code == 0, answer.err
+        assert answer.err == ""
+        lines = answer.out.splitlines()
+        assert len(lines) == len(calls)
+        return lines
+
+    def refused(self, *arguments: str | Path, env: dict[str, str] | None = None) -> str:
+        """What `rexdeploy-run` says: one line, exit code 2, nothing on stdout."""
+        answer = self.run("run", *arguments, env=env)
+        assert answer.code == 2, answer
+        assert answer.out == ""
+        lines = answer.err.splitlines()
+        assert len(lines) == 1, answer.err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+
+@pytest.fixture(scope="session")
+def built() -> None:
+    """Both builds; skipped where this machine cannot make them."""
+    done = subprocess.run(
+        [ROOT / "scripts" / "cpp_build.sh"], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 3:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr
+
+
+def _programs(name: str) -> Programs:
+    capi = Path(ort.__file__).parent / "capi"
+    env = {"REXDEPLOY_ONNXRUNTIME": str(next(capi.glob("libonnxruntime.so.1*")))}
+    return Programs(BUILD / name, env)
+
+
+@pytest.fixture(scope="session")
+def release(built: None) -> Programs:
+    return _programs("release")
+
+
+@pytest.fixture(scope="session")
+def sanitized(built: None) -> Programs:
+    """Leaks are reported too."""
+    return _programs("sanitized")
+
+
+def test_the_unit_tests_pass_under_the_sanitizers(sanitized: Programs) -> None:
+    answer = sanitized.run("tests")
+    assert answer.code == 0, answer.out + answer.err
+
+
+# The same numbers
+
+
+def _logits(programs: Programs, bundle: Path, pool: np.ndarray[Any, Any], out: Path) -> Any:
+    raw = out.with_suffix(".raw")
+    raw.write_bytes(pool.tobytes())
+    assert programs.probe("logits", [(out, bundle, "0", raw)]) == ["onnxruntime"]
+    return np.fromfile(out, np.float32).reshape(len(pool), -1)
+
+
+def test_logits_are_pythons_bit_for_bit(
+    release: Programs, v1_original: Bundle, tmp_path: Path
+) -> None:
+    """18 images are one more than a whole chunk and one."""
+    pool = images.synthetic(18, v1_original.manifest.model.preprocess, seed=3)
+    for count in (1, 18):
+        got = _logits(release, v1_original.path, pool[:count], tmp_path / "logits")
+        with load(v1_original, "onnxruntime") as classifier:
+            np.testing.assert_array_equal(got, classifier.logits(pool[:count]))
+
+
+def test_logits_are_the_same_under_the_sanitizers(
+    sanitized: Programs, v1_original: Bundle, tmp_path: Path
+) -> None:
+    pool = images.synthetic(2, v1_original.manifest.model.preprocess, seed=4)
+    got = _logits(sanitized, v1_original.path, pool, tmp_path / "logits")
+    with load(v1_original, "onnxruntime") as classifier:
+        np.testing.assert_array_equal(got, classifier.logits(pool))
+
+
+@pytest.fixture(scope="session")
+def uint8_bundle(v1_original: Bundle, session_dir: Path) -> Path:
+    """The V1 bundle's graph behind its own normalisation, RGB bytes to probabilities."""
+    folder = session_dir / "uint8"
+    folder.mkdir()
+    manifest = json.loads((v1_original.path / "manifest.json").read_text())
+    graph = v1_original.manifest.find("onnx", "fp32")
+    assert graph is not None
+    model = _from_bytes(onnx.load_from_string(v1_original.read(graph)))
+    data = model.SerializeToString()
+    (folder / graph.file).write_bytes(data)
+    manifest["model"] |= {"input": "uint8", "output": "probabilities"}
+    manifest["artifacts"] = [{"kind": "onnx", "file": graph.file, "sha256": sha256(data)}]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def _from_bytes(model: onnx.ModelProto) -> onnx.ModelProto:
+    spec = Preprocess()
+    inner, outer = model.graph.input[0].name, "bytes"
+    constants = {
+        "scale": np.array(255, np.float32),
+        "mean": np.array(spec.mean, np.float32).reshape(3, 1, 1),
+        "std": np.array(spec.std, np.float32).reshape(3, 1, 1),
+    }
+    for name, value in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    before = [
+        helper.make_node("Cast", [outer], ["cast"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["cast"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Div", ["planes", "scale"], ["scaled"]),
+        helper.make_node("Sub", ["scaled", "mean"], ["centred"]),
+        helper.make_node("Div", ["centred", "std"], [inner]),
+    ]
+    nodes = [*before, *model.graph.node]
+    nodes.append(helper.make_node("Softmax", [model.graph.output[0].name], ["probabilities"]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    shape: list[str | int | None] = ["N", spec.height, spec.width, 3]
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info(outer, TensorProto.UINT8, shape))
+    output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 37])
+    model.graph.output[0].CopyFrom(output)
+    return model
+
+
+def test_bytes_in_and_probabilities_out(
+    release: Programs, uint8_bundle: Path, v1_original: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    pool = rng.integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
+    got = _logits(release, uint8_bundle, pool, tmp_path / "probabilities")
+    session = ort.InferenceSession(str(uint8_bundle / "fp32.onnx"))
+    np.testing.assert_array_equal(got, session.run(None, {"bytes": pool})[0])
+
+    # No second softmax: the percentages are those of the same network with logits.
+    paths = images.find(photos)
+    answer = release.run("run", uint8_bundle, *paths)
+    expected = release.run("run", v1_original.path, *paths, "--backend", "onnxruntime")
+    lines, wanted = answer.out.splitlines(), expected.out.splitlines()
+    assert [line.split()[0] for line in lines] == [line.split()[0] for line in wanted]
+
+
+SIZES = [
+    (1, 1), (1, 100), (100, 1), (2, 3), (223, 224), (224, 224), (225, 223), (256, 256),
+    (257, 255), (13, 900), (901, 17), (640, 427), (427, 640), (1031, 769), (50, 2477), (333, 334),
+    (2003, 1499), (4001, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Preprocess(),
+        Preprocess(interpolation="bilinear"),
+        Preprocess(height=97, width=131, crop_pct=0.91, mean=(0.1, 0.5, 0.9), std=(0.3, 0.7, 1.3)),
+        Preprocess(height=320, width=288, crop_pct=1.0, interpolation="bilinear"),
+    ],
+)
+def test_preprocessing_is_pillows_bit_for_bit(
+    release: Programs, v1_original: Bundle, spec: Preprocess, tmp_path: Path
+) -> None:
+    manifest = v1_original.manifest
+    manifest = replace(manifest, model=replace(manifest.model, preprocess=spec))
+    (tmp_path / "manifest.json").write_bytes(to_json(manifest))
+    rng = np.random.default_rng(1)
+    calls, expected = [], []
+    for width, height in SIZES:
+        if max(width, height) > 100 * min(width, height):
+            continue
+        # Noise reaches the resampler's overshoots on both sides.
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        file = tmp_path / f"{width}x{height}.png"
+        image.save(file, compress_level=1)
+        calls.append((tmp_path / f"{file.stem}.f32", tmp_path / "manifest.json", file))
+        expected.append(images.preprocess(image, spec))
+    assert set(release.probe("preprocess", calls)) == {"ok"}
+    for call, wanted in zip(calls, expected, strict=True):
+        got = np.fromfile(call[0], np.float32).reshape(wanted.shape)
+        np.testing.assert_array_equal(got, wanted, err_msg=call[2].stem)
+
+
+# The same pixels
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def _png(width: int, height: int, bits: int, colours: int, *extra: bytes) -> bytes:
+    """A PNG of any kind, which Pillow cannot write: random rows, `extra` chunks before them."""
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
+    row = (width * bits * channels + 7) // 8
+    rng = np.random.default_rng(bits + colours)
+    rows = b"".join(b"\0" + rng.integers(0, 256, row, np.uint8).tobytes() for _ in range(height))
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    head, data, end = (_chunk(name, content) for name, content in chunks)
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + data + end
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def _samples() -> Iterator[tuple[str, bytes]]:
+    """Every kind of JPEG and PNG, by name."""
+    rng = np.random.default_rng(2)
+    noise = Image.fromarray(rng.integers(0, 256, (45, 67, 3), dtype=np.uint8))
+    photo = noise.resize((131, 77), Image.Resampling.BICUBIC)
+    for quality, subsampling, progressive in ((90, 0, 0), (75, 2, 0), (60, 1, 1), (95, 2, 1)):
+        options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+        yield f"rgb-{quality}-{subsampling}.jpg", _encoded(photo, "JPEG", **options)
+    yield "restarts.jpg", _encoded(photo, "JPEG", restart_marker_blocks=2)
+    yield "grey.jpg", _encoded(photo.convert("L"), "JPEG")
+    yield "cmyk.jpg", _encoded(photo.convert("CMYK"), "JPEG", quality=95)
+    yield "kept-rgb.jpg", _encoded(photo, "JPEG", keep_rgb=True)
+    yield "tiny.jpg", _encoded(photo.resize((1, 1)), "JPEG")
+    for orientation in range(10):
+        yield f"turned-{orientation}.jpg", _encoded(photo, "JPEG", exif=_exif(orientation))
+        yield f"turned-{orientation}.png", _encoded(noise, "PNG", exif=_exif(orientation))
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
+    yield "xmp.jpg", _encoded(photo, "JPEG", xmp=xmp)
+    yield "xmp.png", _png(9, 7, 8, 2, _chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        yield f"{mode}.png", _encoded(noise.convert(mode), "PNG")
+    yield "transparent.png", _encoded(noise.convert("P"), "PNG", transparency=3)
+    for colours, all_bits in {0: (1, 2, 4, 8, 16), 2: (8, 16), 4: (8, 16), 6: (8, 16)}.items():
+        for bits in all_bits:
+            yield f"{colours}-{bits}.png", _png(21, 13, bits, colours)
+    palette = _chunk(b"PLTE", bytes(range(3 * 3)))  # fewer colours than the pixels name
+    for bits in (2, 4, 8):
+        yield f"palette-{bits}.png", _png(21, 13, bits, 3, palette)
+    yield "key.png", _png(21, 13, 8, 0, _chunk(b"tRNS", b"\0\x05"))
+    frames = [noise, noise.transpose(Image.Transpose.ROTATE_180)]
+    yield "animated.png", _encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+
+
+def test_decoded_pixels_are_pillows(
+    release: Programs, sanitized: Programs, photos: Path, tmp_path: Path
+) -> None:
+    with Image.open(images.find(photos)[0]) as photo:
+        photo.save(tmp_path / "photo.jpg", quality=88)
+    for name, data in _samples():
+        (tmp_path / name).write_bytes(data)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 50
+    calls = [(tmp_path / f"{file.name}.rgb", file) for file in files]
+    for programs in (release, sanitized):
+        lines = programs.probe("decode", calls)
+        for (raw, file), line in zip(calls, lines, strict=True):
+            wanted = np.asarray(images.load(file))
+            assert line == f"{wanted.shape[1]} {wanted.shape[0]}", file.name
+            got = np.fromfile(raw, np.uint8).reshape(wanted.shape)
+            np.testing.assert_array_equal(got, wanted, err_msg=file.name)
+
+
+# The same output
+
+
+def test_run_prints_what_predict_prints(
+    release: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    paths = images.find(photos)
+    common = ("--backend", "onnxruntime", "--top", "3")
+    answer = release.run("run", v1_original.path, *paths, *common)
+    expected = run_cli("predict", *paths, "--bundle", v1_original.path, *common, cwd=tmp_path)
+    assert (answer.code, answer.out, answer.err) == (0, expected.out, "")
+    answer = release.run("run", v1_original.path, f"{photos}/.//{paths[0].name}", *common)
+    assert answer.out.splitlines()[1] == str(paths[0])
+    answer = release.run("run", v1_original.path, *paths)
+    assert answer.err.startswith("passed over: fp16.rtx-sm89.engine on tensorrt-rtx: ")
+    assert release.run("run", v1_original.path, paths[0], "--quiet").out == ""
+
+
+def test_labels_are_pythons(release: Programs, v1_bundle: Bundle, photos: Path) -> None:
+    """All kinds of line breaks, and more than ASCII."""
+    names = [f"{'äß犬 '[n % 4]}{n}" for n in range(37)]
+    ends = ["\n", "\r\n", "\r", "\x0b", "\x1e", "\x85", "\u2028", "\u2029", "\f"]
+    text = "".join(name + ends[index % 9] for index, name in enumerate(names))
+    bundle = v1_bundle.update(
+        Artifact("labels", "labels.txt", sha256(text.encode())), files={"labels.txt": text.encode()}
+    )
+    photo = images.find(photos)[0]
+    answer = release.run("run", bundle.path, photo, "--top", "99", "--backend", "onnxruntime")
+    with load(bundle, "onnxruntime") as classifier:
+        expected = [item.label for item in classifier.classify([photo], 99)[0]]
+    assert [line.split("%  ")[1] for line in answer.out.splitlines()[2:]] == expected
+
+
+def test_bench_prints_percentiles(release: Programs, v1_original: Bundle) -> None:
+    arguments = ("--rounds", "3", "--threads", "1", "--batch", "2", "--backend", "onnxruntime")
+    answer = release.run("bench", v1_original.path, *arguments)
+    assert answer.code == 0, answer.err
+    first, second = answer.out.splitlines()
+    assert first == "rexnet 1 on onnxruntime, batch 2, 3 rounds"
+    numbers = [float(part.split()[-2]) for part in second.split(",")]
+    assert numbers[0] <= numbers[1] <= numbers[2]
+    assert numbers[3] == pytest.approx(2000 / numbers[0], rel=0.01)
+
+
+# What is wrong is refused in one line, under the sanitizers
+
+
+def test_wrong_arguments_are_refused(sanitized: Programs, v1_original: Bundle) -> None:
+    bundle = v1_original.path
+    assert "expected a bundle's folder" in sanitized.refused(bundle)
+    assert "no such option: --tops" in sanitized.refused(bundle, "a.png", "--tops", "1")
+    assert "needs a value" in sanitized.refused(bundle, "a.png", "--top")
+    assert "got '0', expected a number from 1" in sanitized.refused(bundle, "a.png", "--top=0")
+    wrong = sanitized.refused(bundle, "a.png", "--backend", "cuda")
+    assert "backend: got 'cuda', expected one of auto" in wrong
+    absent = sanitized.refused(bundle, "a.png", "--backend", "tensorrt")
+    assert "holds no file for backend tensorrt" in absent
+
+
+def test_unusable_images_are_refused(
+    sanitized: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    photo = images.find(photos)[0].read_bytes()
+    with Image.open(io.BytesIO(photo)) as opened:
+        jpeg = _encoded(opened, "JPEG")
+        gif = _encoded(opened.convert("P"), "GIF")
+        progressive = _encoded(opened.resize((16, 16)), "JPEG", progressive=True)
+    huge_jpeg = jpeg.replace(struct.pack(">BHH", 8, 427, 640), struct.pack(">BHH", 8, 30000, 30000))
+    header = struct.pack(">IIBBBBB", 30000, 30000, 1, 0, 0, 0, 0)
+    huge_png = photo[:8] + _chunk(b"IHDR", header) + _chunk(b"IDAT", b"")
+    scan = progressive[progressive.rindex(b"\xff\xda") : -2]
+    hostile = {
+        "empty.png": (b"", "is not an image"),
+        "text.jpg": (b"hello", "is not an image"),
+        "a.gif": (gif, "give JPEG or PNG"),
+        "huge.png": (huge_png, "too large to decode safely"),
+        "huge.jpg": (huge_jpeg, "too large to decode safely"),
+        "scans.jpg": (progressive[:-2] + 600 * scan + progressive[-2:], "more than 500 scans"),
+        "short.png": (photo[: len(photo) // 2], "cannot be decoded"),
+        "short.jpg": (jpeg[: len(jpeg) // 2], "cannot be decoded"),
+        "magic.png": (photo[:8], "cannot be decoded"),
+        "magic.jpg": (jpeg[:3], "cannot be decoded"),
+        "no-rows.png": (_png(9, 9, 8, 2).replace(b"IDAT", b"iDAT"), "cannot be decoded"),
+        "no-palette.png": (_png(9, 9, 8, 3), "cannot be decoded"),
+        "gone.png": (None, "no image at "),
+        ".": (None, "Is a directory"),
+    }
+    for name, (data, _) in hostile.items():
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+    calls = [(tmp_path / "out", tmp_path / name) for name in hostile]
+    for line, (name, (_, reason)) in zip(
+        sanitized.probe("decode", calls), hostile.items(), strict=True
+    ):
+        assert line.startswith("error: "), name
+        assert str(tmp_path / name) in line
+        assert reason in line
+
+    line = sanitized.refused(
+        v1_original.path, images.find(photos)[0], tmp_path / "empty.png", "--backend=onnxruntime"
+    )
+    assert "empty.png is not an image" in line
+    Image.new("RGB", (101, 1)).save(tmp_path / "thin.png")
+    line = sanitized.refused(v1_original.path, tmp_path / "thin.png", "--backend=onnxruntime")
+    assert f"{tmp_path / 'thin.png'}: an image of 101 x 1 pixels is too thin" in line
+
+
+def test_damaged_bundles_are_refused(
+    sanitized: Programs, v1_bundle: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    photo = images.find(photos)[0]
+    graph = v1_bundle.manifest.find("onnx")
+    assert graph is not None
+    file, manifest = v1_bundle.path / graph.file, v1_bundle.path / "manifest.json"
+    good, document = file.read_bytes(), manifest.read_text()
+
+    def refused() -> str:
+        return sanitized.refused(v1_bundle.path, photo, "--backend", "onnxruntime")
+
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert "fp32.onnx is not the file the manifest describes" in refused()
+    file.unlink()
+    assert "fp32.onnx cannot be read (No such file or directory); make it again" in refused()
+    os.mkfifo(file)
+    assert "fp32.onnx cannot be read (Invalid argument)" in refused()
+    file.unlink()
+    garbage = b"not onnx at all"
+    file.write_bytes(garbage)
+    manifest.write_text(document.replace(graph.sha256, sha256(garbage)))
+    assert "fp32.onnx: not an ONNX model that onnxruntime can load (" in refused()
+    file.write_bytes(good)
+    changes = {
+        '"num_classes": 37': ('"num_classes": 36', "the model maps [-1, 3, 224, 224] to [-1, 37]"),
+        '"height": 224': ('"height": 225', "expected [-1, 3, 225, 224]"),
+        '"file": "fp32.onnx"': ('"file": "../fp32.onnx"', "is not a plain name inside"),
+        '"format": 1': ('"format": 2', "got manifest format 2, this program reads 1"),
+        '"family": "rexnet"': ('"family": "resnet"', "'family' has the unknown value 'resnet'"),
+        '"crop_pct": 0.875': ('"crop_pct": 0.0', "'crop_pct' is not a usable number"),
+        '"model"': ('"\x01', "is not a readable manifest"),
+    }
+    for old, (new, reason) in changes.items():
+        assert old in document
+        manifest.write_text(document.replace(old, new, 1))
+        assert reason in refused()
+    manifest.write_text(document)
+    (v1_bundle.path / ".manifest.commit").write_text(document)
+    assert "unfinished work of a killed command: finish it with any rexdeploy" in refused()
+    assert "is not a bundle" in sanitized.refused(tmp_path / "nowhere", photo)
+    manifest.unlink()
+    (v1_bundle.path / ".manifest.commit").unlink()
+    assert "is not a bundle" in refused()
+
+
+def test_libraries_that_are_missing_or_wrong_are_named(
+    sanitized: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    photo = images.find(photos)[0]
+    (tmp_path / "text.so").write_text("no library")
+    # As a library of long ago answers.
+    _compile(
+        'static const char* version() { return "1.9.0"; }\n'
+        "static const void* base[] = {nullptr, (void*)version};\n"
+        'extern "C" const void* OrtGetApiBase() { return base; }\n',
+        tmp_path / "old.so",
+    )
+    for library, reason in {
+        str(tmp_path / "old.so"): "got ONNX Runtime 1.9.0 (",
+        "/nowhere/libonnxruntime.so": "No such file or directory); set REXDEPLOY_ONNXRUNTIME",
+        str(tmp_path / "text.so"): "cannot be loaded (",
+        "libm.so.6": "the library libm.so.6 has no function OrtGetApiBase",
+    }.items():
+        env = {"REXDEPLOY_ONNXRUNTIME": library}
+        arguments = (v1_original.path, photo, "--backend", "onnxruntime")
+        assert reason in sanitized.refused(*arguments, env=env)
+
+
+# Random damage
+
+
+def _mutated(data: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, removed or repeated."""
+    damaged = bytearray(data or b"\0")
+    for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(len(damaged) or 1)
+        length = rng.randint(1, 8)
+        match rng.randrange(3):
+            case 0:
+                damaged[at : at + 1] = bytes([rng.randrange(256)])
+            case 1:
+                del damaged[at : at + length]
+            case _:
+                damaged[at:at] = damaged[at : at + length]
+    return bytes(damaged)
+
+
+def _mutated_png(data: bytes, rng: random.Random) -> bytes:
+    """Damage inside chunks whose checksums are right, so that it is not found at once."""
+    chunks, at = [], 8
+    while at + 12 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + size]))
+        at += 12 + size
+    index = rng.randrange(len(chunks))
+    name, content = chunks[index]
+    if name == b"IDAT" and rng.random() < 0.5:  # damage rows, not their compression
+        content = zlib.compress(_mutated(zlib.decompress(content), rng))
+    else:
+        content = _mutated(content, rng)
+    chunks[index] = (name, content)
+    if rng.random() < 0.2:
+        rng.shuffle(chunks)
+    return data[:8] + b"".join(_chunk(*chunk) for chunk in chunks)
+
+
+def test_random_damage_does_no_harm(
+    sanitized: Programs, v1_original: Bundle, tmp_path: Path
+) -> None:
+    rng = random.Random(0)
+    samples = [(name, data) for name, data in _samples() if "-0" not in name]
+    decoded = []
+    for index in range(400):
+        name, data = samples[index % len(samples)]
+        damage: Callable[[bytes, random.Random], bytes] = _mutated
+        if name.endswith(".png") and index % 5:
+            damage = _mutated_png
+        file = tmp_path / f"{index}-{name}"
+        file.write_bytes(damage(data, rng))
+        decoded.append((tmp_path / "out", file))
+    lines = sanitized.probe("decode", decoded)
+    refused = sum(line.startswith("error: ") for line in lines)
+    assert 50 < refused < 350  # neither all of it was harmless, nor none
+
+    document = (v1_original.path / "manifest.json").read_bytes()
+    manifests = []
+    for index in range(300):
+        file = tmp_path / f"{index}.json"
+        file.write_bytes(_mutated(document, rng))
+        manifests.append((file,))
+    lines = sanitized.probe("manifest", manifests)
+    assert 50 < sum(line.startswith("error: ") for line in lines) < 300
+
+
+def _compile(source: str, library: Path) -> None:
+    command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+    subprocess.run(command, input=source, text=True, check=True)
+
+
+# TensorRT, as far as a machine without a GPU goes
+
+
+@pytest.fixture
+def with_tensorrt(sanitized: Programs) -> Programs:
+    if not os.environ.get(TENSORRT):
+        pytest.skip(f"built without TensorRT: {TENSORRT} is not set")
+    libraries = pytest.importorskip("tensorrt_rtx_libs", reason="TensorRT-RTX is not installed")
+    library = Path(libraries.__path__[0]) / "libtensorrt_rtx.so.1"
+    return replace(sanitized, env=sanitized.env | {"REXDEPLOY_TENSORRT_RTX": str(library)})
+
+
+def test_engines_that_cannot_be_loaded_are_explained(
+    with_tensorrt: Programs, v1_bundle: Bundle, photos: Path
+) -> None:
+    """Among them a good one: this machine has no GPU."""
+    if gpu.detect() is not None:
+        pytest.skip("this machine has a GPU")
+    engine = v1_bundle.manifest.find("engine")
+    assert engine is not None
+    good = v1_bundle.read(engine)
+    said = "the engine cannot be loaded: IRuntime::deserializeCudaEngine: Error Code 1: "
+    cases = [
+        (good, "no NVIDIA GPU driver, or too old a one: IRuntime::deserializeCudaEngine: "),
+        (b"x" * 1000, f"{said}Serialization"),
+        (good[:-1], f"a truncated TensorRT-RTX engine: got {len(good) - 1} bytes, expected"),
+        (good[:40], "a truncated TensorRT-RTX engine: got 40 bytes"),
+        (good[:24] + bytes([9, 8, 7, 6]) + good[28:], "built by TensorRT-RTX 9.8.7.6 and this"),
+    ]
+    for plan, reason in cases:
+        file = replace(engine, sha256=sha256(plan))
+        bundle = v1_bundle.update(file, files={engine.file: plan})
+        arguments = (bundle.path, images.find(photos)[0], "--backend", "tensorrt-rtx")
+        assert reason in with_tensorrt.refused(*arguments)
+
+
+def test_a_library_of_another_major_version_is_not_called(
+    with_tensorrt: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    """With other headers, the first call into it would crash."""
+    parts = {"Major": 10, "Minor": 9, "Patch": 0, "Build": 34}
+    source = "".join(
+        f'extern "C" int getInferLib{part}Version() {{ return {number}; }}\n'
+        for part, number in parts.items()
+    )
+    library = tmp_path / "libtensorrt_rtx.so.1"
+    _compile(source, library)
+    line = with_tensorrt.refused(
+        v1_original.path,
+        images.find(photos)[0],
+        "--backend",
+        "tensorrt-rtx",
+        env={"REXDEPLOY_TENSORRT_RTX": str(library)},
+    )
+    assert "got the library 10.9.0.34, expected one that fits the headers of TensorRT" in line
+
+
+def test_readmes_program_compiles(built: None) -> None:
+    (program,) = re.findall(
+        r"```cpp\n(.*?)```", (ROOT / "cpp" / "README.md").read_text(), re.DOTALL
+    )
+    command = ["c++", "-std=c++17", "-fsyntax-only", f"-I{ROOT}/cpp/include", "-x", "c++", "-"]
+    subprocess.run(command, input=program, text=True, check=True)
