@@ -11,9 +11,12 @@ left_out() {
     exit 3
 }
 
-for tool in cmake c++; do
+for tool in cmake c++ flock; do
     command -v "$tool" >/dev/null || left_out "$tool is not installed"
 done
+mkdir -p "$build"
+exec 9>"$build/lock" # two test processes may want a build at once
+flock 9
 # Without them, CMake may still find installed headers.
 "$root/scripts/cpp_headers.sh" "$build/headers" >/dev/null 2>&1 || true
 generator=$(command -v ninja >/dev/null && echo Ninja || echo "Unix Makefiles")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import re
@@ -16,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from rexdeploy import gpu, images
@@ -116,10 +113,10 @@ def test_the_unit_tests_pass_under_the_sanitizers(sanitized: Programs) -> None:
 # The same numbers
 
 
-def _logits(programs: Programs, bundle: Path, pool: np.ndarray[Any, Any], out: Path) -> Any:
+def _outputs(programs: Programs, bundle: Path, pool: np.ndarray[Any, Any], out: Path) -> Any:
     raw = out.with_suffix(".raw")
     raw.write_bytes(pool.tobytes())
-    assert programs.probe("logits", [(out, bundle, "0", raw)]) == ["onnxruntime"]
+    assert programs.probe("outputs", [(out, bundle, "0", raw)]) == ["onnxruntime"]
     return np.fromfile(out, np.float32).reshape(len(pool), -1)
 
 
@@ -129,7 +126,7 @@ def test_logits_are_pythons_bit_for_bit(
     """18 images are one more than a whole chunk and one."""
     pool = images.synthetic(18, v1_original.manifest.model.preprocess, seed=3)
     for count in (1, 18):
-        got = _logits(release, v1_original.path, pool[:count], tmp_path / "logits")
+        got = _outputs(release, v1_original.path, pool[:count], tmp_path / "logits")
         with load(v1_original, "onnxruntime") as classifier:
             np.testing.assert_array_equal(got, classifier.logits(pool[:count]))
 
@@ -138,71 +135,28 @@ def test_logits_are_the_same_under_the_sanitizers(
     sanitized: Programs, v1_original: Bundle, tmp_path: Path
 ) -> None:
     pool = images.synthetic(2, v1_original.manifest.model.preprocess, seed=4)
-    got = _logits(sanitized, v1_original.path, pool, tmp_path / "logits")
+    got = _outputs(sanitized, v1_original.path, pool, tmp_path / "logits")
     with load(v1_original, "onnxruntime") as classifier:
         np.testing.assert_array_equal(got, classifier.logits(pool))
 
 
-@pytest.fixture(scope="session")
-def uint8_bundle(v1_original: Bundle, session_dir: Path) -> Path:
-    """The V1 bundle's graph behind its own normalisation, RGB bytes to probabilities."""
-    folder = session_dir / "uint8"
-    folder.mkdir()
-    manifest = json.loads((v1_original.path / "manifest.json").read_text())
-    graph = v1_original.manifest.find("onnx", "fp32")
-    assert graph is not None
-    model = _from_bytes(onnx.load_from_string(v1_original.read(graph)))
-    data = model.SerializeToString()
-    (folder / graph.file).write_bytes(data)
-    manifest["model"] |= {"input": "uint8", "output": "probabilities"}
-    manifest["artifacts"] = [{"kind": "onnx", "file": graph.file, "sha256": sha256(data)}]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def _from_bytes(model: onnx.ModelProto) -> onnx.ModelProto:
-    spec = Preprocess()
-    inner, outer = model.graph.input[0].name, "bytes"
-    constants = {
-        "scale": np.array(255, np.float32),
-        "mean": np.array(spec.mean, np.float32).reshape(3, 1, 1),
-        "std": np.array(spec.std, np.float32).reshape(3, 1, 1),
-    }
-    for name, value in constants.items():
-        model.graph.initializer.append(numpy_helper.from_array(value, name))
-    before = [
-        helper.make_node("Cast", [outer], ["cast"], to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["cast"], ["planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("Div", ["planes", "scale"], ["scaled"]),
-        helper.make_node("Sub", ["scaled", "mean"], ["centred"]),
-        helper.make_node("Div", ["centred", "std"], [inner]),
-    ]
-    nodes = [*before, *model.graph.node]
-    nodes.append(helper.make_node("Softmax", [model.graph.output[0].name], ["probabilities"]))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    shape: list[str | int | None] = ["N", spec.height, spec.width, 3]
-    model.graph.input[0].CopyFrom(helper.make_tensor_value_info(outer, TensorProto.UINT8, shape))
-    output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 37])
-    model.graph.output[0].CopyFrom(output)
-    return model
-
-
 def test_bytes_in_and_probabilities_out(
-    release: Programs, uint8_bundle: Path, v1_original: Bundle, photos: Path, tmp_path: Path
+    release: Programs, v1_original: Bundle, pixels_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
     pool = rng.integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
-    got = _logits(release, uint8_bundle, pool, tmp_path / "probabilities")
-    session = ort.InferenceSession(str(uint8_bundle / "fp32.onnx"))
-    np.testing.assert_array_equal(got, session.run(None, {"bytes": pool})[0])
+    got = _outputs(release, pixels_original.path, pool, tmp_path / "probabilities")
+    with load(pixels_original, "onnxruntime") as classifier:
+        np.testing.assert_array_equal(got, classifier.run(pool))
 
-    # No second softmax: the percentages are those of the same network with logits.
-    paths = images.find(photos)
-    answer = release.run("run", uint8_bundle, *paths)
-    expected = release.run("run", v1_original.path, *paths, "--backend", "onnxruntime")
-    lines, wanted = answer.out.splitlines(), expected.out.splitlines()
-    assert [line.split()[0] for line in lines] == [line.split()[0] for line in wanted]
+    # No second softmax.
+    arguments: list[str | Path] = [*images.find(photos), "--backend", "onnxruntime"]
+    answer = release.run("run", pixels_original.path, *arguments)
+    expected = run_cli("predict", *arguments, "--bundle", pixels_original.path, cwd=tmp_path)
+    assert answer.out == expected.out
+    same = release.run("run", v1_original.path, *arguments)
+    labels = [[line.split()[-1] for line in text.splitlines()] for text in (answer.out, same.out)]
+    assert labels[0] == labels[1]
 
 
 SIZES = [
@@ -237,7 +191,7 @@ def test_preprocessing_is_pillows_bit_for_bit(
         file = tmp_path / f"{width}x{height}.png"
         image.save(file, compress_level=1)
         calls.append((tmp_path / f"{file.stem}.f32", tmp_path / "manifest.json", file))
-        expected.append(images.preprocess(image, spec))
+        expected.append(images.normalise(images.crop(image, spec), spec))
     assert set(release.probe("preprocess", calls)) == {"ok"}
     for call, wanted in zip(calls, expected, strict=True):
         got = np.fromfile(call[0], np.float32).reshape(wanted.shape)

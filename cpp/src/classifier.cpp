@@ -19,7 +19,7 @@ constexpr int kChunk = 16;  // images at once where the model takes any number
 
 struct Choice {
     std::string backend;
-    Artifact artifact;
+    const Artifact* artifact;
 };
 
 int rank(const Artifact& engine) {
@@ -27,30 +27,38 @@ int rank(const Artifact& engine) {
 }
 
 /// Backends with the file each would run, best first.
-std::vector<Choice> choices(const Bundle& bundle, const std::string& backend) {
-    const std::vector<std::string> known{"auto", "tensorrt", "tensorrt-rtx", "onnxruntime"};
-    if (std::find(known.begin(), known.end(), backend) == known.end()) {
-        throw Error("backend: got '" + backend +
-                    "', expected one of auto, tensorrt, tensorrt-rtx, onnxruntime");
-    }
-    std::vector<Choice> all;
-    for (const Artifact& artifact : bundle.manifest().artifacts) {
-        if (artifact.kind == "engine") {
-            all.push_back({artifact.flavor == "rtx" ? "tensorrt-rtx" : "tensorrt", artifact});
+std::vector<Choice> choices(const Manifest& manifest, const std::string& backend) {
+    std::vector<Choice> choices;
+    const auto add = [&](const char* name, const Artifact& artifact) {
+        if (backend == "auto" || backend == name) {
+            choices.push_back({name, &artifact});
+        }
+    };
+    for (const int wanted : {0, 1, 2}) {
+        for (const Artifact& artifact : manifest.artifacts) {
+            if (artifact.kind == "engine" && rank(artifact) == wanted) {
+                add(artifact.flavor == "rtx" ? "tensorrt-rtx" : "tensorrt", artifact);
+            }
         }
     }
-    std::stable_sort(all.begin(), all.end(), [](const Choice& left, const Choice& right) {
-        return rank(left.artifact) < rank(right.artifact);
-    });
-    if (const Artifact* graph = bundle.manifest().find("onnx")) {
-        all.push_back({"onnxruntime", *graph});
+    if (const Artifact* graph = manifest.find("onnx")) {
+        add("onnxruntime", *graph);
     }
-    all.erase(std::remove_if(all.begin(), all.end(),
-                             [&](const Choice& choice) {
-                                 return backend != "auto" && backend != choice.backend;
-                             }),
-              all.end());
-    return all;
+    return choices;
+}
+
+void check(const Options& options) {
+    bool is_known = false;
+    for (const char* name : {"auto", "tensorrt", "tensorrt-rtx", "onnxruntime"}) {
+        is_known = is_known || options.backend == name;
+    }
+    if (!is_known) {
+        throw Error("backend: got '" + options.backend +
+                    "', expected one of auto, tensorrt, tensorrt-rtx, onnxruntime");
+    }
+    if (options.threads < 0) {
+        throw Error("threads: got " + std::to_string(options.threads) + ", expected 0 or more");
+    }
 }
 
 /// The length of the line break at `position`, 0 if there is none: those of Python's splitlines.
@@ -122,22 +130,20 @@ class Classifier::Impl {
  public:
     Impl(const Bundle& bundle, const Options& options)
         : spec(bundle.manifest().model), labels(read_labels(bundle)) {
-        if (options.threads < 0) {
-            throw Error("threads: got " + std::to_string(options.threads) + ", expected 0 or more");
-        }
-        for (const Choice& choice : choices(bundle, options.backend)) {
-            const std::vector<std::uint8_t> file = bundle.read(choice.artifact);
+        check(options);
+        for (const Choice& choice : choices(bundle.manifest(), options.backend)) {
+            const std::vector<std::uint8_t> file = bundle.read(*choice.artifact);
             try {
                 model = open(choice.backend, file, options);
             } catch (const Unavailable& error) {
-                passed_over.push_back(choice.artifact.file + " on " + choice.backend + ": " +
+                passed_over.push_back(choice.artifact->file + " on " + choice.backend + ": " +
                                       error.what());
                 continue;
             } catch (const Error& error) {
-                throw Error((bundle.path() / choice.artifact.file).string() + ": " + error.what());
+                throw Error((bundle.path() / choice.artifact->file).string() + ": " + error.what());
             }
             backend = choice.backend;
-            batch = choice.artifact.batch.value_or(BatchRange{1, kChunk, kChunk});
+            batch = choice.artifact->batch.value_or(BatchRange{1, kChunk, kChunk});
             return;
         }
         std::string reasons;
@@ -177,6 +183,11 @@ class Classifier::Impl {
             model->run(filled.data(), batch.min, answers.data());
             std::copy_n(answers.data(), static_cast<std::size_t>(length) * classes, answer);
         }
+        if (!std::all_of(output.begin(), output.end(), [](float x) { return std::isfinite(x); })) {
+            throw Error(backend + " gave " +
+                        (spec.gives_probabilities ? "probabilities" : "logits") +
+                        " that are NaN or infinite; see 'rexdeploy verify'");
+        }
         return output;
     }
 
@@ -188,9 +199,6 @@ class Classifier::Impl {
 
     std::vector<Prediction> best(const float* row, int top) const {
         std::vector<double> probabilities(row, row + spec.num_classes);
-        if (!std::all_of(row, row + spec.num_classes, [](float x) { return std::isfinite(x); })) {
-            throw Error(backend + " gave logits that are NaN or infinite; see 'rexdeploy verify'");
-        }
         if (!spec.gives_probabilities) {
             probabilities = softmax(row, spec.num_classes);
         }

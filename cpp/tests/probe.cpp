@@ -63,22 +63,22 @@ std::vector<float> run(const Classifier& classifier, const std::vector<std::uint
     const std::size_t size = std::size_t{3} * static_cast<std::size_t>(classifier.height()) *
                              static_cast<std::size_t>(classifier.width());
     const int count = static_cast<int>(images.size() / size);
-    const std::vector<float> logits = classifier.run(images.data(), count);
+    const std::vector<float> outputs = classifier.run(images.data(), count);
     std::vector<std::future<std::vector<float>>> answers;
     for (int thread = 0; thread < 3; ++thread) {
         answers.push_back(
             std::async(std::launch::async, [&] { return classifier.run(images.data(), count); }));
     }
     for (auto& answer : answers) {
-        if (answer.get() != logits) {
-            throw rexdeploy::Error("another thread got other logits");
+        if (answer.get() != outputs) {
+            throw rexdeploy::Error("another thread got other outputs");
         }
     }
-    return logits;
+    return outputs;
 }
 
-/// logits OUT BUNDLE THREADS IMAGES: float32 [N, num_classes] of raw images
-void logits(char** arguments) {
+/// outputs OUT BUNDLE THREADS IMAGES: float32 [N, num_classes] of raw images
+void outputs(char** arguments) {
     rexdeploy::Options options;
     options.threads = std::atoi(arguments[2]);
     const Classifier classifier(arguments[1], options);
@@ -99,7 +99,7 @@ constexpr Command kCommands[] = {
     {"decode", 2, decode},
     {"preprocess", 3, preprocess},
     {"manifest", 1, manifest},
-    {"logits", 4, logits},
+    {"outputs", 4, outputs},
 };
 
 }  // namespace
