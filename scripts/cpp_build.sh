@@ -17,8 +17,6 @@ done
 mkdir -p "$build"
 exec 9>"$build/lock" # two test processes may want a build at once
 flock 9
-# Without them, CMake may still find installed headers.
-"$root/scripts/cpp_headers.sh" "$build/headers" >/dev/null 2>&1 || true
 generator=$(command -v ninja >/dev/null && echo Ninja || echo "Unix Makefiles")
 
 configure() { # FOLDER OPTION...
@@ -26,12 +24,20 @@ configure() { # FOLDER OPTION...
         -DTENSORRT_INCLUDE_DIR="${TENSORRT_INCLUDE_DIR:-}" "${@:2}" 2>&1
 }
 
-if ! log=$(configure release && configure sanitized -DREXDEPLOY_SANITIZE=ON); then
-    reason=$(grep -iE "could not find|not found|not set" <<<"$log" | head -n 1) || {
+both() {
+    configure release && configure sanitized -DREXDEPLOY_SANITIZE=ON
+}
+
+if ! log=$(both) && grep -q cpp_headers.sh <<<"$log"; then # headers that are not installed
+    fetched=$("$root/scripts/cpp_headers.sh" "$build/headers" 2>&1) || left_out "${fetched#error: }"
+    log=$(both) || true
+fi
+if ! report=$(grep "^-- C++: " <<<"$log") || grep -q "^CMake Error" <<<"$log"; then
+    reason=$(grep -io "could not find .*" <<<"$log") || {
         echo "$log" >&2
         exit 1
     }
-    left_out "${reason#"${reason%%[![:space:]]*}"}"
+    left_out "${reason%%$'\n'*}"
 fi
 
 build() { # FOLDER TARGET...
@@ -43,4 +49,4 @@ build() { # FOLDER TARGET...
 
 build release rexdeploy-run rexdeploy-bench rexdeploy-probe
 build sanitized rexdeploy-run rexdeploy-probe rexdeploy-tests
-sed -n '/^-- C++: /{s/^-- //p;q}' <<<"$log"
+echo "${report##*-- }"

@@ -10,8 +10,8 @@ suite=trixie # the first Debian release that has libonnxruntime-dev
 packages=(libonnxruntime-dev nlohmann-json3-dev doctest-dev)
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
-by_hand="install the headers of ONNX Runtime, nlohmann-json and doctest, and give CMake their \
-folders (-DONNXRUNTIME_INCLUDE_DIR=..., -DCMAKE_PREFIX_PATH=...)"
+by_hand="install the headers of ONNX Runtime, nlohmann-json and doctest, or name their folders in \
+the environment variables ONNXRUNTIME_INCLUDE_DIR and CMAKE_INCLUDE_PATH"
 
 if [ -f "$folder/complete" ]; then
     echo "$folder/usr/include"

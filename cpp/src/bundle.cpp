@@ -10,7 +10,6 @@
 #include <array>
 #include <cerrno>
 #include <system_error>
-#include <utility>
 
 namespace rexdeploy {
 namespace {
@@ -18,42 +17,16 @@ namespace {
 constexpr const char* kManifest = "manifest.json";
 constexpr const char* kJournal = ".manifest.commit";
 
-/// A file descriptor that closes itself.
-class Descriptor {
- public:
-    Descriptor(const std::filesystem::path& path, int flags)
-        : value_(::open(path.c_str(), flags | O_CLOEXEC)) {
-        if (value_ < 0) {
+[[noreturn]] void throw_errno() { throw std::system_error(errno, std::generic_category()); }
+
+std::unique_ptr<Descriptor> lock(const std::filesystem::path& folder) {
+    auto descriptor = std::make_unique<Descriptor>(folder, O_RDONLY | O_DIRECTORY);
+    while (::flock(descriptor->get(), LOCK_SH) != 0) {
+        if (errno != EINTR) {
             throw_errno();
         }
     }
-    ~Descriptor() {
-        if (value_ >= 0) {
-            ::close(value_);
-        }
-    }
-    Descriptor(const Descriptor&) = delete;
-    Descriptor& operator=(const Descriptor&) = delete;
-
-    int get() const { return value_; }
-    int release() { return std::exchange(value_, -1); }
-
-    [[noreturn]] static void throw_errno() {
-        throw std::system_error(errno, std::generic_category());
-    }
-
- private:
-    int value_;
-};
-
-int open_locked(const std::filesystem::path& folder) {
-    Descriptor descriptor(folder, O_RDONLY | O_DIRECTORY);
-    while (::flock(descriptor.get(), LOCK_SH) != 0) {
-        if (errno != EINTR) {
-            Descriptor::throw_errno();
-        }
-    }
-    return descriptor.release();
+    return descriptor;
 }
 
 bool is_there(const std::filesystem::path& path) {
@@ -65,6 +38,15 @@ std::string reason(const std::system_error& error) { return error.code().message
 
 }  // namespace
 
+Descriptor::Descriptor(const std::filesystem::path& path, int flags)
+    : value_(::open(path.c_str(), flags | O_CLOEXEC)) {
+    if (value_ < 0) {
+        throw_errno();
+    }
+}
+
+Descriptor::~Descriptor() { ::close(value_); }
+
 Bundle::Bundle(const std::filesystem::path& path) : path_(path) {
     if (!is_there(path / kManifest) && !is_there(path / kJournal)) {
         throw Error(path.string() +
@@ -72,7 +54,7 @@ Bundle::Bundle(const std::filesystem::path& path) : path_(path) {
                     "makes one");
     }
     try {
-        descriptor_ = open_locked(path);
+        lock_ = lock(path);
         if (is_there(path / kJournal)) {
             throw Error(path.string() +
                         " holds the unfinished work of a killed command: finish it with any "
@@ -83,15 +65,9 @@ Bundle::Bundle(const std::filesystem::path& path) : path_(path) {
         manifest_ = parse_manifest({reinterpret_cast<const char*>(json.data()), json.size()},
                                    (path / kManifest).string());
     } catch (const std::system_error& error) {
-        ::close(descriptor_);
         throw Error("the bundle " + path.string() + " cannot be opened (" + reason(error) + ")");
-    } catch (...) {
-        ::close(descriptor_);
-        throw;
     }
 }
-
-Bundle::~Bundle() { ::close(descriptor_); }
 
 std::vector<std::uint8_t> Bundle::read(const Artifact& artifact) const {
     const std::string file = (path_ / artifact.file).string();
@@ -116,7 +92,7 @@ std::vector<std::uint8_t> read_file(const std::filesystem::path& file) {
     const Descriptor descriptor(file, O_RDONLY | O_NONBLOCK);
     struct stat status{};
     if (::fstat(descriptor.get(), &status) != 0) {
-        Descriptor::throw_errno();
+        throw_errno();
     }
     if (!S_ISREG(status.st_mode)) {
         throw std::system_error(S_ISDIR(status.st_mode) ? EISDIR : EINVAL, std::generic_category());
@@ -126,7 +102,7 @@ std::vector<std::uint8_t> read_file(const std::filesystem::path& file) {
     while (size < data.size()) {
         const ssize_t count = ::read(descriptor.get(), data.data() + size, data.size() - size);
         if (count < 0 && errno != EINTR) {
-            Descriptor::throw_errno();
+            throw_errno();
         }
         if (count == 0) {  // somebody cut it meanwhile
             break;

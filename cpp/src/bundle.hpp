@@ -3,11 +3,27 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <vector>
 
 #include "manifest.hpp"
 
 namespace rexdeploy {
+
+/// A file descriptor that closes itself.
+class Descriptor {
+ public:
+    /// Throws std::system_error with the system's reason.
+    Descriptor(const std::filesystem::path& path, int flags);
+    ~Descriptor();
+    Descriptor(const Descriptor&) = delete;
+    Descriptor& operator=(const Descriptor&) = delete;
+
+    int get() const { return value_; }
+
+ private:
+    int value_;
+};
 
 /// An open bundle. Holds a shared lock on the folder: no command changes it meanwhile.
 class Bundle {
@@ -15,9 +31,6 @@ class Bundle {
     /// Throws Error if there is none at `path`, if it is damaged, or if the work of a killed
     /// command has to be finished first.
     explicit Bundle(const std::filesystem::path& path);
-    ~Bundle();
-    Bundle(const Bundle&) = delete;
-    Bundle& operator=(const Bundle&) = delete;
 
     const std::filesystem::path& path() const { return path_; }
     const Manifest& manifest() const { return manifest_; }
@@ -27,7 +40,7 @@ class Bundle {
 
  private:
     std::filesystem::path path_;
-    int descriptor_ = -1;
+    std::unique_ptr<Descriptor> lock_;
     Manifest manifest_;
 };
 

@@ -86,34 +86,40 @@ std::uint8_t weigh(const std::uint8_t* input, std::size_t step, const std::int32
     return static_cast<std::uint8_t>(std::clamp(sum >> kPrecisionBits, 0, 255));
 }
 
-std::vector<std::uint8_t> resample(const std::uint8_t* rgb, int width, const Axis& horizontal,
-                                   const Axis& vertical) {
-    const Axis::Window rows = vertical.span();
+/// `rows` of an image `[..., width, 3]`, each resampled along its length.
+std::vector<std::uint8_t> resample_rows(const std::uint8_t* rgb, int width, Axis::Window rows,
+                                        const Axis& axis) {
     const std::size_t in_row = static_cast<std::size_t>(width) * kChannels;
-    const std::size_t out_row = static_cast<std::size_t>(horizontal.size()) * kChannels;
-    std::vector<std::uint8_t> narrowed(static_cast<std::size_t>(rows.count) * out_row);
-    std::uint8_t* next = narrowed.data();
+    std::vector<std::uint8_t> output(static_cast<std::size_t>(rows.count) *
+                                     static_cast<std::size_t>(axis.size()) * kChannels);
+    std::uint8_t* next = output.data();
     for (int y = 0; y < rows.count; ++y) {
         const std::uint8_t* row = rgb + static_cast<std::size_t>(rows.first + y) * in_row;
-        for (int x = 0; x < horizontal.size(); ++x) {
-            const Axis::Window& window = horizontal.window(x);
+        for (int x = 0; x < axis.size(); ++x) {
+            const Axis::Window& window = axis.window(x);
             const std::uint8_t* first = row + static_cast<std::size_t>(window.first) * kChannels;
             for (int channel = 0; channel < kChannels; ++channel) {
-                *next++ = weigh(first + channel, kChannels, horizontal.weights(x), window.count);
+                *next++ = weigh(first + channel, kChannels, axis.weights(x), window.count);
             }
         }
     }
-    std::vector<std::uint8_t> resized(static_cast<std::size_t>(vertical.size()) * out_row);
-    next = resized.data();
-    for (int y = 0; y < vertical.size(); ++y) {
-        const Axis::Window& window = vertical.window(y);
-        const std::uint8_t* first =
-            narrowed.data() + static_cast<std::size_t>(window.first - rows.first) * out_row;
-        for (std::size_t x = 0; x < out_row; ++x) {
-            *next++ = weigh(first + x, out_row, vertical.weights(y), window.count);
+    return output;
+}
+
+/// All columns of an image `[..., width, 3]` whose first row is the axis's row `first_row`.
+std::vector<std::uint8_t> resample_columns(const std::uint8_t* rgb, int width, int first_row,
+                                           const Axis& axis) {
+    const std::size_t row = static_cast<std::size_t>(width) * kChannels;
+    std::vector<std::uint8_t> output(static_cast<std::size_t>(axis.size()) * row);
+    std::uint8_t* next = output.data();
+    for (int y = 0; y < axis.size(); ++y) {
+        const Axis::Window& window = axis.window(y);
+        const std::uint8_t* first = rgb + static_cast<std::size_t>(window.first - first_row) * row;
+        for (std::size_t x = 0; x < row; ++x) {
+            *next++ = weigh(first + x, row, axis.weights(y), window.count);
         }
     }
-    return resized;
+    return output;
 }
 
 /// Half of a difference >= 0, halves to even: Python's round(difference / 2).
@@ -150,7 +156,17 @@ std::vector<std::uint8_t> crop(const std::uint8_t* rgb, int width, int height,
     const int top = rounded_half(resized_h - spec.height);
     const Axis horizontal(width, resized_w, left, spec.width, spec.interpolation);
     const Axis vertical(height, resized_h, top, spec.height, spec.interpolation);
-    return resample(rgb, width, horizontal, vertical);
+    // Pillow's order since 13.0; before, rows always came first. What lies between is rounded to 8
+    // bits, so the order shows.
+    const std::int64_t lost_rows = std::int64_t{height} - resized_h;
+    const std::int64_t lost_columns = std::int64_t{width} - resized_w;
+    if (lost_rows > 0 && lost_rows > 2 * lost_columns) {
+        const auto shortened = resample_columns(rgb, width, 0, vertical);
+        return resample_rows(shortened.data(), width, {0, spec.height}, horizontal);
+    }
+    const Axis::Window rows = vertical.span();
+    const auto narrowed = resample_rows(rgb, width, rows, horizontal);
+    return resample_columns(narrowed.data(), spec.width, rows.first, vertical);
 }
 
 void normalise(const std::uint8_t* pixels, const Preprocess& spec, float* output) {

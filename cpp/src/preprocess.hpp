@@ -9,7 +9,7 @@
 namespace rexdeploy {
 
 /// The resized centre crop `[spec.height, spec.width, 3]` of RGB bytes `[height, width, 3]`.
-/// Equal to rexdeploy/images.py's (which Pillow resizes), byte for byte. Throws Error for sides
+/// Equal to rexdeploy/images.py's with Pillow 13.0 or later, byte for byte. Throws Error for sides
 /// below 1 and for images thinner than 1:100.
 std::vector<std::uint8_t> crop(const std::uint8_t* rgb, int width, int height,
                                const Preprocess& spec);

@@ -53,8 +53,9 @@ class Logger final : public nvinfer1::ILogger {
 };
 
 Logger& logger() {
-    static Logger instance;
-    return instance;
+    // Never destroyed: the library may log when the process ends.
+    static Logger* const instance = new Logger;
+    return *instance;
 }
 
 struct Version {

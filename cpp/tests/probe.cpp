@@ -81,7 +81,13 @@ std::vector<float> run(const Classifier& classifier, const std::vector<std::uint
 void outputs(char** arguments) {
     rexdeploy::Options options;
     options.threads = std::atoi(arguments[2]);
-    const Classifier classifier(arguments[1], options);
+    Classifier moved(arguments[1], options);
+    const Classifier classifier(std::move(moved));
+    try {
+        moved.run(static_cast<const float*>(nullptr), 1);
+        throw std::logic_error("what was moved from ran");
+    } catch (const rexdeploy::Error&) {
+    }
     const std::vector<std::uint8_t> data = rexdeploy::read_file(arguments[3]);
     write(arguments[0], classifier.input() == rexdeploy::InputType::uint8
                             ? run<std::uint8_t>(classifier, data)

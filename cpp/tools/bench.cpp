@@ -17,7 +17,7 @@ constexpr const char* kUsage =
     "  --backend NAME  auto, tensorrt, tensorrt-rtx or onnxruntime [default: auto]\n";
 constexpr int kWarmUps = 5;
 
-/// The smallest sample that `share` of them do not exceed; `samples` are sorted.
+/// The sample that a `share` of them lies below; `samples` are sorted.
 double percentile(const std::vector<double>& samples, double share) {
     const auto rank = static_cast<std::size_t>(share * static_cast<double>(samples.size()));
     return samples[std::min(rank, samples.size() - 1)];

@@ -12,7 +12,9 @@ constexpr const char* kUsage =
     "Classifies JPEG and PNG files with the best backend present.\n"
     "  --top N         classes to print for an image [default: 5]\n"
     "  --backend NAME  auto, tensorrt, tensorrt-rtx or onnxruntime [default: auto]\n"
-    "  -q, --quiet     print errors only\n";
+    "  -q, --quiet     print errors only\n"
+    "Libraries that the system's loader does not find are named by REXDEPLOY_ONNXRUNTIME,\n"
+    "REXDEPLOY_TENSORRT and REXDEPLOY_TENSORRT_RTX.\n";
 
 /// The path as Python's pathlib prints it: without "." and doubled slashes.
 std::string shown(const std::string& path) {

@@ -24,7 +24,7 @@ struct Options {
     /// Threads of ONNX Runtime; 0 leaves it to the library.
     int threads = 0;
     /// ONNX Runtime's shared library. Empty: $REXDEPLOY_ONNXRUNTIME, or libonnxruntime.so.1 where
-    /// the system's loader finds it.
+    /// the system's loader finds it. A process loads it once.
     std::filesystem::path onnxruntime{};
     /// TensorRT's shared library, of the flavour of the engine that is to run. Empty:
     /// $REXDEPLOY_TENSORRT or $REXDEPLOY_TENSORRT_RTX, or where the system's loader finds it.
@@ -57,7 +57,7 @@ class Classifier {
     std::vector<float> run(const std::uint8_t* images, int batch) const;
 
     /// The resized centre crop `[height, width, 3]` of RGB bytes `[image_height, image_width, 3]`:
-    /// what a uint8 network takes. Equal to Pillow's, byte for byte.
+    /// what a uint8 network takes. Equal to Pillow's (13.0 or later), byte for byte.
     std::vector<std::uint8_t> crop(const std::uint8_t* rgb, int image_width,
                                    int image_height) const;
     /// The same crop, normalised, `[3, height, width]`: what a float32 network takes. Equal to
