@@ -150,10 +150,10 @@ class Classifier::Impl {
         for (const std::string& reason : passed_over) {
             reasons += (reasons.empty() ? "" : "; ") + reason;
         }
-        if (reasons.empty()) {
-            reasons = bundle.path().string() + " holds no file for backend " + options.backend;
-        }
-        throw Error("nothing in the bundle can run here: " + reasons);
+        throw Error(reasons.empty()
+                        ? bundle.path().string() + " holds no file for backend " + options.backend +
+                              ": 'rexdeploy build-trt' makes an engine, 'rexdeploy export' a graph"
+                        : "nothing in the bundle can run here: " + reasons);
     }
 
     /// Runs images of any number in batches that the model takes.
@@ -302,6 +302,7 @@ std::vector<std::vector<Prediction>> Classifier::classify(const std::vector<std:
 }
 
 InputType Classifier::input() const { return impl().spec.input; }
+int Classifier::max_batch() const { return impl().batch.max; }
 int Classifier::num_classes() const { return impl().spec.num_classes; }
 int Classifier::height() const { return impl().spec.preprocess.height; }
 int Classifier::width() const { return impl().spec.preprocess.width; }

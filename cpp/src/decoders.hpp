@@ -14,7 +14,6 @@ struct Oriented {
     int orientation = 1;  // EXIF's, 1 to 8
 };
 
-/// Errors' texts go on from a file's name: "cannot be decoded as an image (...)".
 Oriented decode_jpeg(const std::vector<std::uint8_t>& data);
 Oriented decode_png(const std::vector<std::uint8_t>& data);
 

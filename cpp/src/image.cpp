@@ -71,7 +71,7 @@ Image decode_image(const std::vector<std::uint8_t>& data) {
     } else if (begins_with(data, "\x89PNG\r\n\x1a\n", 8)) {
         decoded = decode_png(data);
     } else {
-        throw Error("is not an image that this program can read; give JPEG or PNG");
+        throw Error("not an image that this program can read; give JPEG or PNG");
     }
     return turn(std::move(decoded.image), decoded.orientation);
 }
@@ -82,14 +82,14 @@ Image load_image(const std::filesystem::path& file) {
         data = read_file(file);
     } catch (const std::system_error& error) {
         if (error.code() == std::errc::no_such_file_or_directory) {
-            throw Error("no image at " + file.string());
+            throw Error(file.string() + ": no such file");
         }
-        throw Error(file.string() + " cannot be read (" + error.code().message() + ")");
+        throw Error(file.string() + ": cannot be read (" + error.code().message() + ")");
     }
     try {
         return decode_image(data);
     } catch (const Error& error) {
-        throw Error(file.string() + " " + error.what());
+        throw Error(file.string() + ": " + error.what());
     }
 }
 

@@ -221,6 +221,10 @@ const Artifact* Manifest::find(std::string_view kind) const {
 }
 
 Manifest parse_manifest(std::string_view json, const std::string& where) {
+    const auto unreadable = [&](const std::exception& error) {
+        return Error(where + " is not a readable manifest (" + error.what() +
+                     "); remove the folder and make it anew with 'rexdeploy export'");
+    };
     int format = kFormat;
     try {
         const Json document = Json::parse(json);
@@ -228,12 +232,10 @@ Manifest parse_manifest(std::string_view json, const std::string& where) {
         if (format == kFormat) {
             return read_manifest(document);
         }
-    } catch (const std::runtime_error& error) {
-        throw Error(where + " is not a readable manifest (" + error.what() +
-                    "); remove the folder and make it anew with 'rexdeploy export'");
+    } catch (const Error& error) {
+        throw unreadable(error);
     } catch (const Json::exception& error) {
-        throw Error(where + " is not a readable manifest (" + error.what() +
-                    "); remove the folder and make it anew with 'rexdeploy export'");
+        throw unreadable(error);
     }
     throw Error(where + ": got manifest format " + std::to_string(format) +
                 ", this program reads " + std::to_string(kFormat) +

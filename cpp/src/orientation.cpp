@@ -35,7 +35,7 @@ class Tiff {
 
 void check_size(std::uint32_t width, std::uint32_t height) {
     if (std::uint64_t{width} * height > kMaxPixels) {
-        throw Error("is too large to decode safely (" + std::to_string(width) + " x " +
+        throw Error("too large to decode safely (" + std::to_string(width) + " x " +
                     std::to_string(height) + " pixels, limit " + std::to_string(kMaxPixels) + ")");
     }
 }

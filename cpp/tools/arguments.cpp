@@ -66,11 +66,16 @@ int run_program(int argc, char** argv, const char* usage, const std::vector<std:
         }
     }
     try {
-        command(parse(argc, argv, known));
+        int code = 0;
+        try {
+            command(parse(argc, argv, known));
+        } catch (const Failed&) {
+            code = 2;
+        }
         if (std::fflush(stdout) != 0) {
             throw Error("the output cannot be written");
         }
-        return 0;
+        return code;
     } catch (const Error& error) {
         std::fprintf(stderr, "error: %s\n", error.what());
         return 2;

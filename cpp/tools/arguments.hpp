@@ -1,6 +1,7 @@
 // The command lines of the two programs.
 #pragma once
 
+#include <exception>
 #include <functional>
 #include <map>
 #include <string>
@@ -17,6 +18,9 @@ struct Arguments {
     /// A whole number from `low` to `high`; throws Error.
     int number(const std::string& option, int otherwise, int low, int high) const;
 };
+
+/// Ends a program with exit code 2 that has said already what is wrong.
+class Failed : public std::exception {};
 
 /// Reads `--option VALUE`, `--option=VALUE`, `-q`/`--quiet` and `--help`, which prints `usage` and
 /// leaves; calls `command`. Returns the exit code: 0, 2 after one line on stderr for an Error, 1

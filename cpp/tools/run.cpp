@@ -1,5 +1,8 @@
 // rexdeploy-run: classifies image files; prints what `rexdeploy predict` prints.
+#include <algorithm>
 #include <cstdio>
+#include <set>
+#include <utility>
 
 #include "arguments.hpp"
 #include "rexdeploy/classifier.hpp"
@@ -16,6 +19,8 @@ constexpr const char* kUsage =
     "Libraries that the system's loader does not find are named by REXDEPLOY_ONNXRUNTIME,\n"
     "REXDEPLOY_TENSORRT and REXDEPLOY_TENSORRT_RTX.\n";
 
+constexpr int kMaxBatch = 64;  // of what an engine may take more of: rows should come soon
+
 /// The path as Python's pathlib prints it: without "." and doubled slashes.
 std::string shown(const std::string& path) {
     std::filesystem::path result;
@@ -27,6 +32,74 @@ std::string shown(const std::string& path) {
     return result.empty() ? "." : result.string();
 }
 
+/// What became of one image: its classes, or why there are none.
+struct Row {
+    std::string file;
+    std::vector<rexdeploy::Prediction> predictions{};
+    std::string error{};
+};
+
+std::vector<std::uint8_t> load(const rexdeploy::Classifier& classifier, const std::string& file) {
+    const rexdeploy::Image image = rexdeploy::load_image(file);
+    try {
+        return classifier.crop(image.rgb.data(), image.width, image.height);
+    } catch (const rexdeploy::Error& error) {
+        throw rexdeploy::Error(file + ": " + error.what());
+    }
+}
+
+/// The rows of one batch of files; one that cannot be read does not spoil the others.
+std::vector<Row> classify(const rexdeploy::Classifier& classifier,
+                          const std::vector<std::string>& files, int top) {
+    std::vector<Row> rows;
+    std::vector<std::uint8_t> crops;
+    for (const std::string& file : files) {
+        rows.push_back({file});
+        try {
+            const std::vector<std::uint8_t> crop = load(classifier, file);
+            crops.insert(crops.end(), crop.begin(), crop.end());
+        } catch (const rexdeploy::Error& error) {
+            rows.back().error = error.what();
+        }
+    }
+    if (crops.empty()) {
+        return rows;
+    }
+    try {
+        auto results = classifier.classify(crops, top);
+        auto next = results.begin();
+        for (Row& row : rows) {
+            if (row.error.empty()) {
+                row.predictions = std::move(*next++);
+            }
+        }
+    } catch (const rexdeploy::Error& error) {  // such as NaN, of one of them
+        if (files.size() == 1) {
+            return {{files[0], {}, files[0] + ": " + error.what()}};
+        }
+        rows.clear();
+        for (const std::string& file : files) {
+            rows.push_back(classify(classifier, {file}, top)[0]);
+        }
+    }
+    return rows;
+}
+
+/// What runs, and on stderr why nothing better does.
+void introduce(const rexdeploy::Classifier& classifier) {
+    for (const std::string& reason : classifier.passed_over()) {
+        std::fprintf(stderr, "passed over: %s\n", reason.c_str());
+    }
+    std::printf("%s on %s\n", classifier.title().c_str(), classifier.backend().c_str());
+}
+
+void show(const Row& row) {
+    std::printf("%s\n", row.file.c_str());
+    for (const rexdeploy::Prediction& item : row.predictions) {
+        std::printf("  %6.2f%%  %s\n", 100 * item.probability, item.label.c_str());
+    }
+}
+
 void run(const rexdeploy::Arguments& arguments) {
     if (arguments.positional.size() < 2) {
         throw rexdeploy::Error("expected a bundle's folder and one or more images; see --help");
@@ -36,31 +109,35 @@ void run(const rexdeploy::Arguments& arguments) {
     options.backend = arguments.text("--backend", options.backend);
     const rexdeploy::Classifier classifier(arguments.positional[0], options);
     std::vector<std::string> files;
-    std::vector<std::uint8_t> crops;
+    std::set<std::string> seen;
     for (std::size_t index = 1; index < arguments.positional.size(); ++index) {
-        files.push_back(shown(arguments.positional[index]));
-        const rexdeploy::Image image = rexdeploy::load_image(files.back());
-        std::vector<std::uint8_t> crop;
-        try {
-            crop = classifier.crop(image.rgb.data(), image.width, image.height);
-        } catch (const rexdeploy::Error& error) {
-            throw rexdeploy::Error(files.back() + ": " + error.what());
+        const std::string file = shown(arguments.positional[index]);
+        if (seen.insert(file).second) {
+            files.push_back(file);
         }
-        crops.insert(crops.end(), crop.begin(), crop.end());
     }
-    const auto results = classifier.classify(crops, top);
-    if (arguments.is_quiet) {
-        return;
-    }
-    for (const std::string& reason : classifier.passed_over()) {
-        std::fprintf(stderr, "passed over: %s\n", reason.c_str());
-    }
-    std::printf("%s on %s\n", classifier.title().c_str(), classifier.backend().c_str());
-    for (std::size_t index = 0; index < results.size(); ++index) {
-        std::printf("%s\n", files[index].c_str());
-        for (const rexdeploy::Prediction& item : results[index]) {
-            std::printf("  %6.2f%%  %s\n", 100 * item.probability, item.label.c_str());
+    const auto size = static_cast<std::size_t>(std::min(classifier.max_batch(), kMaxBatch));
+    bool is_introduced = false;
+    std::size_t errors = 0;
+    for (std::size_t start = 0; start < files.size(); start += size) {
+        const auto first = files.begin() + static_cast<std::ptrdiff_t>(start);
+        const std::size_t count = std::min(size, files.size() - start);
+        const std::vector<std::string> batch(first, first + static_cast<std::ptrdiff_t>(count));
+        for (const Row& row : classify(classifier, batch, top)) {
+            if (!row.error.empty()) {
+                ++errors;
+                std::fflush(stdout);
+                std::fprintf(stderr, "error: %s\n", row.error.c_str());
+            } else if (!arguments.is_quiet) {
+                if (!std::exchange(is_introduced, true)) {
+                    introduce(classifier);
+                }
+                show(row);
+            }
         }
+    }
+    if (errors > 0) {
+        throw rexdeploy::Failed();
     }
 }
 

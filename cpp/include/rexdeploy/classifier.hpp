@@ -70,6 +70,7 @@ class Classifier {
                                                   int top = 5) const;
 
     InputType input() const;
+    int max_batch() const;  ///< images that the model runs at once; run() takes any number
     int num_classes() const;
     int height() const;  ///< of the network's input, pixels
     int width() const;   ///< of the network's input, pixels
