@@ -8,7 +8,9 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -31,44 +33,48 @@ _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 
 
 def load(path: Path) -> Image.Image:
-    """Decodes one image file to RGB, upright by its EXIF orientation.
-
-    Raises UsageError, `PATH: why`, for whatever cannot be decoded; no file makes it wait, run a
-    program, or take more memory than its 89 megapixels (Pillow's own limit).
-    """
-    try:
-        # A named pipe would be waited for, and a folder's error differs between systems.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UsageError("not a file")
-        with _open(path) as image:
-            if image.format == "EPS":  # Pillow would have Ghostscript run it
-                raise UsageError("EPS is a program, not pixels; save it as PNG")
-            return to_rgb(image)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except UnidentifiedImageError:
-        raise UsageError(f"{path}: not an image that Pillow can read; give JPEG or PNG") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UsageError(f"{path}: too large to decode safely ({error})") from None
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise UsageError(f"{path}: cannot be decoded as an image ({reason})") from None
-    except Exception as error:  # on broken files Pillow raises almost any, MemoryError too
-        raise UsageError(f"{path}: cannot be decoded as an image ({first_line(error)})") from None
+    """Decodes one image file to RGB, upright by its EXIF orientation; raises like `opened`."""
+    with opened(path, str(path)) as image:
+        return to_rgb(image)
 
 
 def read(path: Path, spec: Preprocess) -> UInt8:
-    """One image file to uint8 RGB `[height, width, 3]`, resized and cropped.
+    """One image file to uint8 RGB `[height, width, 3]`, resized and cropped; as `opened` raises."""
+    with opened(path, str(path)) as image:
+        return crop(to_rgb(image), spec)
 
-    Raises UsageError, `PATH: why`.
+
+@contextmanager
+def opened(
+    source: Path | BinaryIO, name: str, formats: Sequence[str] | None = None
+) -> Iterator[Image.Image]:
+    """An image whose header is read, and whose pixels are decoded when the block uses them.
+
+    `formats` are Pillow's names of those that are taken; None: all. Raises UsageError, `NAME: why`,
+    for whatever cannot be decoded, also in the block; no file makes it wait, run a program, or take
+    more memory than its 89 megapixels (Pillow's own limit).
     """
-    image = load(path)
     try:
-        return crop(image, spec)
-    except (UsageError, MemoryError) as error:
-        raise UsageError(f"{path}: {first_line(error)}") from None
+        # A named pipe would be waited for, and a folder's error differs between systems.
+        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
+            raise UsageError("not a file")
+        with _open(source, formats) as image:
+            if image.format == "EPS":  # Pillow would have Ghostscript run it
+                raise UsageError("EPS is a program, not pixels; save it as PNG")
+            yield image
+    except FileNotFoundError:
+        raise UsageError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise UsageError(f"{name}: not an image that Pillow can read; give JPEG or PNG") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UsageError(f"{name}: too large to decode safely ({error})") from None
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UsageError(f"{name}: cannot be decoded as an image ({reason})") from None
+    except Exception as error:  # on broken files Pillow raises almost any, MemoryError too
+        raise UsageError(f"{name}: cannot be decoded as an image ({first_line(error)})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -198,7 +204,7 @@ def synthetic_pixels(count: int, spec: Preprocess, seed: int = 0) -> UInt8:
     return np.stack(images)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(source: Path | BinaryIO, formats: Sequence[str] | None) -> Image.Image:
     """Reads a file's header; raises what Pillow does, DecompressionBombWarning among it.
 
     Pillow warns above 89 megapixels and refuses above twice that; here both refuse. The lock is
@@ -206,7 +212,7 @@ def _open(path: Path) -> Image.Image:
     """
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path)
+        return Image.open(source, formats=formats)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -24,6 +24,7 @@ LEVELS = [
     {"export", "build", "verify", "bench", "classify", "doctor", "inspection", "tune"},
     {"predictions"},
     {"results"},
+    {"triton", "serve", "triton_backend"},
     {"__init__", "show", "plot"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,308 @@
+"""Starts a real Triton Inference Server over a model repository, waits for it, and ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import http.client
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+
+POLL_SECONDS = 2  # how long a new version waits before it is loaded
+_START_SECONDS = 600  # an engine for a large GPU may take minutes to load and warm up
+_GRACE_SECONDS = 30  # for the requests in flight, when the server is asked to end
+_NO_GPU = "CudaDriverHelper"  # in the error that Triton 2.51 logs on every machine without a GPU
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A tritonserver, and what it needs to start."""
+
+    path: Path
+    origin: str  # how it was found
+    libraries: Path | None = None  # a folder for the loader
+    python_backend: tuple[Path, ...] = ()  # its files, where they lie apart; else none
+    backends: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the server listens; gRPC and metrics are at the two ports after HTTP's."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    @property
+    def http(self) -> str:
+        """The base of HTTP's URLs."""
+        return f"http://{self._reached}:{self.port}"
+
+    @property
+    def grpc(self) -> str:
+        """What a gRPC client takes."""
+        return f"{self._reached}:{self.port + 1}"
+
+    @property
+    def metrics(self) -> str:
+        """The URL of the Prometheus metrics."""
+        return f"http://{self._reached}:{self.port + 2}/metrics"
+
+    @property
+    def _reached(self) -> str:
+        """The host by which a client on this machine reaches the server."""
+        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
+
+
+def find_server(wanted: Path | None = None) -> Binary:
+    """The tritonserver at `wanted`, the one on PATH, or nvidia-pytriton's.
+
+    Raises UsageError if there is none at `wanted`, BackendUnavailable where there is none at all.
+    """
+    if wanted is not None and not (wanted.is_file() and os.access(wanted, os.X_OK)):
+        raise UsageError(f"--tritonserver: {wanted} is not a program; expected tritonserver's path")
+    on_path = shutil.which("tritonserver")
+    if wanted is not None or on_path is not None:
+        path = Path(wanted or on_path or "").resolve()
+        backends = path.parents[1] / "backends"  # /opt/tritonserver/{bin,backends}
+        names = {folder.name for folder in backends.iterdir()} if backends.is_dir() else set()
+        origin = "--tritonserver" if wanted else "on PATH"
+        return Binary(path, origin, backends=frozenset(names))
+    return _packaged_server()
+
+
+def _packaged_server() -> Binary:
+    """The server in the nvidia-pytriton wheel, whose own Python API is not imported."""
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise BackendUnavailable(
+            "no tritonserver on PATH, and nvidia-pytriton, which carries one, is not installed: "
+            "pip install 'rexdeploy[serve]', or give --tritonserver FILE"
+        )
+    package = Path(spec.origin).parent
+    root = package / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stubs = root / "python_backend_stubs"
+    stub = stubs / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        known = sorted(folder.name for folder in stubs.glob("*"))
+        raise BackendUnavailable(
+            f"nvidia-pytriton's server runs models in Python {', '.join(known)}, and this is "
+            f"{version}; make an environment with one of them"
+        )
+    backend = root / "backends" / "python"
+    return Binary(
+        root / "bin" / "tritonserver",
+        "in nvidia-pytriton",
+        libraries=package.parent / "nvidia_pytriton.libs",
+        python_backend=(
+            backend / "libtriton_python.so",
+            backend / "triton_python_backend_utils.py",
+            stub,
+        ),
+        backends=frozenset({"python"}),
+    )
+
+
+class Server:
+    """A running tritonserver."""
+
+    def __init__(self, process: subprocess.Popen[str], address: Address, log: _Log) -> None:
+        self.address = address
+        self._process = process
+        self._log = log
+
+    @property
+    def pid(self) -> int:
+        """The process that serves."""
+        return self._process.pid
+
+    def wait_until_ready(self, models: Sequence[str]) -> None:
+        """Returns when the server and the models answer; raises RexdeployError if it ends first."""
+        deadline = time.monotonic() + _START_SECONDS
+        paths = ["/v2/health/ready", *(f"/v2/models/{name}/ready" for name in models)]
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                self._log.join()
+                reason = self._log.first_error or f"exit code {self._process.returncode}"
+                raise RexdeployError(f"tritonserver ended while starting: {reason}")
+            if all(self._answers(path) for path in paths):
+                return
+            time.sleep(0.05)
+        raise RexdeployError(
+            f"tritonserver was not ready after {_START_SECONDS} s: {self._log.first_error}"
+        )
+
+    def wait(self) -> None:
+        """Returns when the server has ended by `stop`; raises RexdeployError if it ended else."""
+        code = self._process.wait()
+        if code != 0:
+            self._log.join()
+            raise RexdeployError(
+                f"tritonserver ended with code {code}; its last error: {self._log.last_error}"
+            )
+
+    def stop(self) -> None:
+        """Asks the server to answer what is in flight and to end; it need not run any more."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def _answers(self, path: str) -> bool:
+        connection = http.client.HTTPConnection(
+            self.address.http.removeprefix("http://"), timeout=2
+        )
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+
+@contextlib.contextmanager
+def running(
+    binary: Binary, repository: Path, address: Address, show_log: Callable[[str], None]
+) -> Iterator[Server]:
+    """A server over the repository, ended when the block is left.
+
+    `show_log` is given its log, line by line. Raises UsageError where a port is taken.
+    """
+    _check_ports(address)
+    with tempfile.TemporaryDirectory(prefix="rexdeploy-triton-") as folder:
+        command = [str(binary.path), *_arguments(repository, address)]
+        if binary.python_backend:
+            backend = Path(folder) / "backends" / "python"
+            backend.mkdir(parents=True)
+            for file in binary.python_backend:  # the backend looks for its stub beside itself
+                (backend / file.name).symlink_to(file)
+            command.append(f"--backend-directory={backend.parent}")
+        process = subprocess.Popen(
+            command,
+            env=_environment(binary),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
+            preexec_fn=_die_with_parent,
+        )
+        server = Server(process, address, _Log(process, show_log))
+        try:
+            yield server
+        finally:
+            server.stop()
+            try:
+                process.wait(_GRACE_SECONDS + 5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextlib.contextmanager
+def stopped_by_signals(server: Server) -> Iterator[None]:
+    """Within it, Ctrl-C and SIGTERM end the server and not this process."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        server.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Log(threading.Thread):
+    """Reads a server's log as it is written, and keeps its first and last error."""
+
+    def __init__(self, process: subprocess.Popen[str], show: Callable[[str], None]) -> None:
+        super().__init__(daemon=True)
+        self.first_error: str | None = None
+        self.last_error: str | None = None
+        self._process, self._show = process, show
+        self.start()
+
+    def run(self) -> None:
+        for line in self._process.stderr or ():
+            line = line.rstrip()
+            if line.startswith("E") and _NO_GPU not in line:
+                # E1123 07:56:26.000000 123 file.cc:45] "what\\n\\nAt:\\n  where"
+                self.last_error = line.partition("] ")[2].strip('"').partition("\\n")[0]
+                self.first_error = self.first_error or self.last_error
+            self._show(line)
+
+
+def _arguments(repository: Path, address: Address) -> list[str]:
+    options = {
+        "model-repository": repository,
+        # Explicit control would let every client load models, with code of its own.
+        "model-control-mode": "poll",
+        "repository-poll-secs": POLL_SECONDS,
+        "http-address": address.host,
+        "grpc-address": address.host,
+        "metrics-address": address.host,
+        "http-port": address.port,
+        "grpc-port": address.port + 1,
+        "metrics-port": address.port + 2,
+        "exit-timeout-secs": _GRACE_SECONDS,
+    }
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def _environment(binary: Binary) -> dict[str, str]:
+    """Ours, with the libraries that the server needs and this Python first on the path.
+
+    The Python backend's process looks for its packages by the python3 on PATH.
+    """
+    environment = dict(os.environ)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # The models run the code of this very package, from wherever it was imported.
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if binary.libraries is not None:
+        folders = [os.environ.get("LD_LIBRARY_PATH", ""), str(binary.libraries)]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+    return environment
+
+
+def _check_ports(address: Address) -> None:
+    """Raises UsageError unless all three ports are free."""
+    if not 1 <= address.port <= 65533:
+        raise UsageError(f"port: got {address.port}, expected 1 to 65533, for it and the next two")
+    for port, what in enumerate(("HTTP", "gRPC", "metrics"), address.port):
+        try:
+            family, kind, protocol, _, where = socket.getaddrinfo(
+                address.host, port, type=socket.SOCK_STREAM
+            )[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+                probe.bind(where)
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {address.host}:{port} for {what} ({error.strerror}); "
+                "choose another --port (it and the next two are used) or --host"
+            ) from None
+
+
+def _die_with_parent() -> None:
+    """Runs in the server's process: a killed `rexdeploy serve` leaves no server behind."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,150 @@
+"""What Triton's Python backend runs: a bundle's network, and the decoding of image files.
+
+A model.py in a repository imports one of these classes under the name that Triton expects. They
+need this package, numpy, pillow and one runtime in Triton's Python, and no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rexdeploy import images
+from rexdeploy.bundle import Bundle
+from rexdeploy.classify import load
+from rexdeploy.errors import RexdeployError
+from rexdeploy.images import Images, UInt8
+from rexdeploy.manifest import ModelSpec
+
+Float32 = npt.NDArray[np.float32]
+
+_LARGE = 2**24  # pixels: 48 MiB decoded, and several copies of it on the way to the network
+
+_USED = ctypes.c_char_p(b"used_dltensor")  # how a consumer names a DLPack capsule; kept alive here
+_set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
+_set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+class Network:
+    """Runs a bundle's network on batches that Triton has put together from several requests."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Loads the bundle in the version's folder with the best backend of this machine."""
+        self._utils = import_module("triton_python_backend_utils")  # exists inside Triton only
+        self._classifier = load(_version_folder(args))
+        self._spec = self._classifier.spec
+        for reason in self._classifier.passed_over:
+            self._utils.Logger.log_warning(f"passed over: {reason}")
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answers every request with its own outputs, or with its own error."""
+        batches = [_input(self._utils, request, self._spec.input_name) for request in requests]
+        return [
+            _response(self._utils, self._spec.output_name, outputs)
+            for outputs in run_each(self._classifier.run, batches)
+        ]
+
+    def finalize(self) -> None:
+        """Frees the network."""
+        self._classifier.close()
+
+
+class Preprocess:
+    """Decodes, crops and normalises image files."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Reads how from the manifest in the version's folder."""
+        self._utils = import_module("triton_python_backend_utils")  # exists inside Triton only
+        self._spec = Bundle.open(_version_folder(args)).manifest.model
+        # Pillow decodes and resizes without the GIL.
+        self._threads = ThreadPoolExecutor(os.cpu_count())
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answers every request with its images, or with what is wrong with one of them."""
+        batches = [_input(self._utils, request, "image") for request in requests]
+        waiting = [
+            [
+                self._threads.submit(decode, row.tobytes(), n, self._spec)
+                for n, row in enumerate(batch)
+            ]
+            for batch in batches
+        ]
+        answers: list[Images | RexdeployError] = []
+        for futures in waiting:
+            try:
+                pixels = np.stack([future.result() for future in futures])
+                answers.append(images.model_input(pixels, self._spec))
+            except RexdeployError as error:
+                answers.append(error)
+        return [_response(self._utils, "preprocessed", answer) for answer in answers]
+
+    def finalize(self) -> None:
+        """Ends the threads."""
+        self._threads.shutdown()
+
+
+def run_each(
+    run: Callable[[Any], Float32], batches: Sequence[Images]
+) -> list[Float32 | RexdeployError]:
+    """The outputs of each batch, all run as one; or of those that fail, why.
+
+    One client's NaN must not fail the others' requests: where the whole fails, each runs alone.
+    """
+    try:
+        ends = np.cumsum([len(batch) for batch in batches])
+        return list(np.split(run(np.concatenate(batches)), ends[:-1]))
+    except RexdeployError as error:
+        if len(batches) == 1:
+            return [error]
+        return [answer for batch in batches for answer in run_each(run, [batch])]
+
+
+_one_large = threading.Lock()
+
+
+def decode(data: bytes, index: int, spec: ModelSpec) -> UInt8:
+    """The bytes of an image file to uint8 RGB `[height, width, 3]`; raises UsageError.
+
+    `index` is the image's place in its request. Large images are decoded one at a time, so that
+    many together cannot exhaust the memory.
+    """
+    with images.opened(BytesIO(data), f"image {index}") as image:
+        large = image.width * image.height > _LARGE
+        with _one_large if large else contextlib.nullcontext():
+            return images.crop(images.to_rgb(image), spec.preprocess)
+
+
+def _version_folder(args: dict[str, str]) -> Path:
+    return Path(args["model_repository"]) / args["model_version"]
+
+
+def _input(utils: Any, request: Any, name: str) -> Any:
+    """A request's tensor as an array that lives as long as the request.
+
+    By DLPack, as the answers go back: Triton's Python backend up to 2.51 is built for NumPy 1, and
+    with NumPy 2 its `as_numpy` silently repeats the first element, its `Tensor` drops the data.
+    """
+    return np.from_dlpack(utils.get_input_tensor_by_name(request, name))
+
+
+def _response(utils: Any, name: str, answer: Images | RexdeployError) -> Any:
+    if isinstance(answer, RexdeployError):
+        error = utils.TritonError(str(answer), utils.TritonError.INVALID_ARG)
+        return utils.InferenceResponse([], error)
+    array: Any = np.ascontiguousarray(answer)
+    capsule = array.__dlpack__()
+    tensor = utils.Tensor.from_dlpack(name, capsule)
+    # Triton leaves "used_dlpack", at which NumPy complains once a response.
+    _set_capsule_name(capsule, _USED)
+    return utils.InferenceResponse([tensor])
