@@ -23,18 +23,22 @@ from rexdeploy.console import (
     progress,
     progress_bar,
     say,
+    write_text,
 )
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.show import (
     show_benchmark,
     show_build,
+    show_deployment,
     show_export,
     show_inspection,
+    show_log_line,
     show_models,
     show_published_table,
     show_results,
     show_row,
     show_runner,
+    show_serving,
     show_tuning,
     show_verification,
 )
@@ -708,6 +712,130 @@ def bench(
             show_benchmark(result)
     if result.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command()
+def triton(
+    bundle: BundleArgument = None,
+    repository: Annotated[
+        Path, typer.Option(metavar="DIR", help="Model repository to add it to.")
+    ] = Path("models"),
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="tensorrt, onnxruntime or python [auto: the bundle's TensorRT engine, or ONNX]."
+        ),
+    ] = "auto",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model [default: the bundle's].")
+    ] = None,
+    kserve: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write a KServe InferenceService, as YAML."),
+    ] = None,
+    storage_uri: Annotated[
+        str, typer.Option(help="Where the cluster will find the repository.")
+    ] = "pvc://models",
+    image: Annotated[
+        str, typer.Option(help="Container image of the cluster's Triton, with rexdeploy in it.")
+    ] = "tritonserver-rexdeploy",
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Add a bundle to a model repository of NVIDIA's Triton Inference Server.
+
+    Three models: the network (NAME), the decoding of image files (NAME_preprocess), and both in a
+    row (NAME_image). A changed bundle becomes the next version, in one atomic step, which a server
+    that polls takes up without a pause.
+
+    \b
+    Example:
+    rexdeploy triton rexnet_1.5 --repository models --backend onnxruntime
+    """
+    check_json(json)
+    check_json(kserve)
+    from rexdeploy.bundle import Bundle
+    from rexdeploy.kserve import check_place, inference_service
+    from rexdeploy.triton import deploy
+
+    check_place(storage_uri, image)
+    opened = Bundle.find(bundle)
+    result = deploy(opened, repository, backend, name)
+    if kserve is not None:
+        write_text(kserve, inference_service(result.name, result.backend, storage_uri, image))
+    emit(json, lambda: result)
+    if not quiet and Path("-") not in (json, kserve):
+        show_deployment(opened.manifest.model.title, result)
+
+
+@app.command()
+def serve(
+    bundle: BundleArgument = None,
+    repository: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Model repository to add it to and serve [default: a temporary one].",
+        ),
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="tensorrt, onnxruntime or python [auto: python without a GPU, else as in triton]."
+        ),
+    ] = "auto",
+    tritonserver: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The server [default: the one on PATH, or nvidia-pytriton's, of the extra serve].",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP; gRPC and metrics take the next two.")] = 8000,
+    show_log: Annotated[bool, typer.Option("--log", help="Show all of Triton's log.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Serve a bundle with a real Triton Inference Server, until Ctrl-C or SIGTERM.
+
+    New versions that 'rexdeploy triton' adds to the repository are taken up within seconds. An
+    asked-for end is exit code 0.
+
+    \b
+    Example:
+    rexdeploy serve rexnet_1.5 --port 9000
+    """
+    from tempfile import TemporaryDirectory
+
+    from rexdeploy.bundle import Bundle
+    from rexdeploy.serve import (
+        Address,
+        check_ports,
+        choose_backend,
+        find_server,
+        running,
+        stopped_by_signals,
+    )
+    from rexdeploy.triton import deploy
+
+    opened = Bundle.find(bundle)
+    server = find_server(tritonserver)
+    chosen, reason = choose_backend(server, backend)
+    address = Address(host, port)
+    check_ports(address)
+    with TemporaryDirectory(prefix="rexdeploy-models-") as folder:
+        result = deploy(opened, repository or Path(folder), chosen)
+        show = show_log_line if show_log else None
+        with (
+            running(server, result.repository, address, show) as process,
+            stopped_by_signals(process),
+        ):
+            with progress(quiet) as report:
+                report("starting tritonserver")
+                ready = process.wait_until_ready([result.name, result.image_name])
+            if ready and not quiet:
+                show_serving(opened.manifest.model.title, result, reason, server, address)
+            process.wait()
 
 
 @app.command()

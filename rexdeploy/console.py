@@ -114,7 +114,7 @@ lost_output: list[str] = []
 
 
 def check_json(file: Path | None) -> None:
-    """Raises UsageError if --json names a file that cannot be written; call it before the work."""
+    """Raises UsageError if a result's file cannot be written; call it before the work."""
     if file is None or file == Path("-"):
         return
     if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
@@ -127,12 +127,16 @@ def emit(file: Path | None, result: Callable[[], object]) -> None:
         return
     from rexdeploy.manifest import to_json
 
-    data = to_json(result())
+    write_text(file, to_json(result()).decode())
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes text to a file that the user has named; '-' is stdout."""
     if file == Path("-"):
-        say(data.decode().rstrip("\n"))
+        say(text.rstrip("\n"))
         return
     try:
-        file.write_bytes(data)
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {file} ({error.strerror})") from None
 

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from rexdeploy import gpu
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 
 POLL_SECONDS = 2  # how long a new version waits before it is loaded
 _START_SECONDS = 600  # an engine for a large GPU may take minutes to load and warm up
-_GRACE_SECONDS = 30  # for the requests in flight, when the server is asked to end
+# Triton ends when every connection is closed or after this: idle clients hold theirs open.
+_GRACE_SECONDS = 5
 _NO_GPU = "CudaDriverHelper"  # in the error that Triton 2.51 logs on every machine without a GPU
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -118,6 +120,44 @@ def _packaged_server() -> Binary:
     )
 
 
+def choose_backend(binary: Binary, wanted: str) -> tuple[str, str]:
+    """The backend to deploy a bundle for, on this server and machine, and why.
+
+    Raises UsageError where the server lacks the one that is wanted.
+    """
+    if wanted != "auto":
+        if binary.backends and wanted not in binary.backends:
+            raise UsageError(
+                f"--backend {wanted}: the tritonserver {binary.origin} has only "
+                f"{', '.join(sorted(binary.backends))}; give another with --tritonserver"
+            )
+        return wanted, "asked for"
+    if gpu.detect() is None:
+        return "python", "no NVIDIA GPU on this machine"
+    if not binary.backends >= {"tensorrt", "onnxruntime"}:
+        return "python", f"the tritonserver {binary.origin} has no other"
+    return "auto", ""
+
+
+def check_ports(address: Address) -> None:
+    """Raises UsageError unless all three ports are free."""
+    if not 1 <= address.port <= 65533:
+        raise UsageError(f"port: got {address.port}, expected 1 to 65533, for it and the next two")
+    for port, what in enumerate(("HTTP", "gRPC", "metrics"), address.port):
+        try:
+            family, kind, protocol, _, where = socket.getaddrinfo(
+                address.host, port, type=socket.SOCK_STREAM
+            )[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+                probe.bind(where)
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {address.host}:{port} for {what} ({error.strerror}); "
+                "choose another --port (it and the next two are used) or --host"
+            ) from None
+
+
 class Server:
     """A running tritonserver."""
 
@@ -125,32 +165,38 @@ class Server:
         self.address = address
         self._process = process
         self._log = log
+        self._stopping = False
 
     @property
     def pid(self) -> int:
         """The process that serves."""
         return self._process.pid
 
-    def wait_until_ready(self, models: Sequence[str]) -> None:
-        """Returns when the server and the models answer; raises RexdeployError if it ends first."""
+    def wait_until_ready(self, models: Sequence[str]) -> bool:
+        """Waits until the server and the models answer; False: it was asked to stop meanwhile.
+
+        Raises RexdeployError, with the server's own reason, if it ends before.
+        """
         deadline = time.monotonic() + _START_SECONDS
         paths = ["/v2/health/ready", *(f"/v2/models/{name}/ready" for name in models)]
         while time.monotonic() < deadline:
+            if self._stopping:
+                return False
             if self._process.poll() is not None:
                 self._log.join()
                 reason = self._log.first_error or f"exit code {self._process.returncode}"
                 raise RexdeployError(f"tritonserver ended while starting: {reason}")
             if all(self._answers(path) for path in paths):
-                return
+                return True
             time.sleep(0.05)
         raise RexdeployError(
             f"tritonserver was not ready after {_START_SECONDS} s: {self._log.first_error}"
         )
 
     def wait(self) -> None:
-        """Returns when the server has ended by `stop`; raises RexdeployError if it ended else."""
+        """Returns when the server has ended after `stop`; raises RexdeployError otherwise."""
         code = self._process.wait()
-        if code != 0:
+        if not self._stopping:
             self._log.join()
             raise RexdeployError(
                 f"tritonserver ended with code {code}; its last error: {self._log.last_error}"
@@ -158,6 +204,7 @@ class Server:
 
     def stop(self) -> None:
         """Asks the server to answer what is in flight and to end; it need not run any more."""
+        self._stopping = True
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
@@ -176,13 +223,15 @@ class Server:
 
 @contextlib.contextmanager
 def running(
-    binary: Binary, repository: Path, address: Address, show_log: Callable[[str], None]
+    binary: Binary,
+    repository: Path,
+    address: Address,
+    show_log: Callable[[str], None] | None = None,
 ) -> Iterator[Server]:
     """A server over the repository, ended when the block is left.
 
-    `show_log` is given its log, line by line. Raises UsageError where a port is taken.
+    `show_log` is given its log, line by line. Raises RexdeployError where it cannot be started.
     """
-    _check_ports(address)
     with tempfile.TemporaryDirectory(prefix="rexdeploy-triton-") as folder:
         command = [str(binary.path), *_arguments(repository, address)]
         if binary.python_backend:
@@ -191,17 +240,22 @@ def running(
             for file in binary.python_backend:  # the backend looks for its stub beside itself
                 (backend / file.name).symlink_to(file)
             command.append(f"--backend-directory={backend.parent}")
-        process = subprocess.Popen(
-            command,
-            env=_environment(binary),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
-            preexec_fn=_die_with_parent,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                env=_environment(binary),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
+                preexec_fn=_die_with_parent,
+            )
+        except OSError as error:
+            raise RexdeployError(
+                f"{binary.path} ({binary.origin}) cannot be started ({error.strerror})"
+            ) from None
         server = Server(process, address, _Log(process, show_log))
         try:
             yield server
@@ -233,7 +287,7 @@ def stopped_by_signals(server: Server) -> Iterator[None]:
 class _Log(threading.Thread):
     """Reads a server's log as it is written, and keeps its first and last error."""
 
-    def __init__(self, process: subprocess.Popen[str], show: Callable[[str], None]) -> None:
+    def __init__(self, process: subprocess.Popen[str], show: Callable[[str], None] | None) -> None:
         super().__init__(daemon=True)
         self.first_error: str | None = None
         self.last_error: str | None = None
@@ -247,7 +301,8 @@ class _Log(threading.Thread):
                 # E1123 07:56:26.000000 123 file.cc:45] "what\\n\\nAt:\\n  where"
                 self.last_error = line.partition("] ")[2].strip('"').partition("\\n")[0]
                 self.first_error = self.first_error or self.last_error
-            self._show(line)
+            if self._show is not None:
+                self._show(line)
 
 
 def _arguments(repository: Path, address: Address) -> list[str]:
@@ -281,25 +336,6 @@ def _environment(binary: Binary) -> dict[str, str]:
         folders = [os.environ.get("LD_LIBRARY_PATH", ""), str(binary.libraries)]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
     return environment
-
-
-def _check_ports(address: Address) -> None:
-    """Raises UsageError unless all three ports are free."""
-    if not 1 <= address.port <= 65533:
-        raise UsageError(f"port: got {address.port}, expected 1 to 65533, for it and the next two")
-    for port, what in enumerate(("HTTP", "gRPC", "metrics"), address.port):
-        try:
-            family, kind, protocol, _, where = socket.getaddrinfo(
-                address.host, port, type=socket.SOCK_STREAM
-            )[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-                probe.bind(where)
-        except OSError as error:
-            raise UsageError(
-                f"cannot listen on {address.host}:{port} for {what} ({error.strerror}); "
-                "choose another --port (it and the next two are used) or --host"
-            ) from None
 
 
 def _die_with_parent() -> None:

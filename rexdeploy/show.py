@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rexdeploy.predictions import Row
     from rexdeploy.ranges import Ranges
     from rexdeploy.results import Results
+    from rexdeploy.serve import Address, Binary
+    from rexdeploy.triton import Deployment
     from rexdeploy.tune import Trial, Tuning
     from rexdeploy.verify import Verification
 
@@ -362,6 +364,49 @@ def show_models(rows: Sequence[tuple[Published, Cost, bool]]) -> None:
         "2.2; the model",
         "table's 1.5B / 16M is right. No accuracy is published for 2.2.",
     )
+
+
+def show_deployment(title: str, result: Deployment) -> None:
+    """Where a bundle went in a model repository, and how to serve it."""
+    version = (
+        f"version {result.version}" if result.added else f"unchanged, version {result.version}"
+    )
+    say(
+        f"{title} in {result.repository}: {version}",
+        f"  {result.name}: {result.backend} backend ({result.reason}), batches up to "
+        f"{result.batch.max}",
+        f"  {result.image_name}: the same, of image files",
+        f"next: tritonserver --model-repository {result.repository}",
+    )
+
+
+def show_serving(
+    title: str, result: Deployment, reason: str, server: Binary, address: Address
+) -> None:
+    """Where a server answers, and a command to try it."""
+    header = (
+        f'{{"inputs":[{{"name":"image","datatype":"UINT8","shape":[1,\'$n\'],'
+        f'"parameters":{{"binary_data_size":\'$n\'}}}}],'
+        f'"outputs":[{{"name":"{result.output}","parameters":{{"classification":5}}}}]}}'
+    )
+    say(
+        f"{title}, version {result.version}, {result.backend} backend ({reason or result.reason}), "
+        f"tritonserver {server.origin}",
+        f"  HTTP     {address.http}/v2/models/{result.image_name}",
+        f"  gRPC     {address.grpc}",
+        f"  metrics  {address.metrics}",
+        "the five best classes of photo.jpg:",
+        f"  n=$(wc -c < photo.jpg); h='{header}'",
+        '  { printf %s "$h"; cat photo.jpg; } | curl -s --data-binary @- \\',
+        f'  -H "Inference-Header-Content-Length: ${{#h}}" '
+        f"{address.http}/v2/models/{result.image_name}/infer",
+        "Ctrl-C ends it",
+    )
+
+
+def show_log_line(line: str) -> None:
+    """A line of a server's log."""
+    say(line, to_stderr=True)
 
 
 def _ratio(first: Latency, row: Latency) -> float:

@@ -69,6 +69,7 @@ class Deployment:
     backend: TritonBackend
     reason: str  # why that backend
     batch: BatchRange
+    output: str  # the output's name, the same for both
 
 
 def deploy(
@@ -135,7 +136,9 @@ def deploy(
             "in a folder of the same disk that can be written: models appear by a rename from there"
         ) from None
     version, added = published[1]
-    return Deployment(repository, name, models[2].name, version, added, chosen, reason, batch)
+    return Deployment(
+        repository, name, models[2].name, version, added, chosen, reason, batch, spec.output_name
+    )
 
 
 @dataclass(frozen=True)
@@ -328,7 +331,7 @@ def _check(repository: Path, models: list[_Model], signature: Signature) -> None
         raise UsageError(
             f"repository: {repository} is a bundle, expected a folder of models; choose another"
         )
-    for model in models:
+    for model in sorted(models, key=lambda model: not model.has_versions):
         folder = repository / model.name
         if not os.path.lexists(folder):
             continue

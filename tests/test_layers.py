@@ -24,7 +24,7 @@ LEVELS = [
     {"export", "build", "verify", "bench", "classify", "doctor", "inspection", "tune"},
     {"predictions"},
     {"results"},
-    {"triton", "serve", "triton_backend"},
+    {"triton", "serve", "triton_backend", "kserve"},
     {"__init__", "show", "plot"},
     {"cli"},
     {"__main__"},
