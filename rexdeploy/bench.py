@@ -160,7 +160,7 @@ def bench(subjects: Sequence[Subject], options: BenchOptions, report: Report = s
         for competitor, times in zip(competitors, samples[len(probes) :], strict=True)
     )
     return Benchmark(
-        _machine(), len(samples[0]), latencies, tuple(probes), tuple(skipped), interrupted
+        machine(), len(samples[0]), latencies, tuple(probes), tuple(skipped), interrupted
     )
 
 
@@ -195,6 +195,25 @@ class _Competitor:
     subject: Subject
     row: Latency
     task: Callable[[], object] = field(repr=False)
+
+
+def machine() -> dict[str, str]:
+    """The machine, and the libraries that decide about its speed, as a result names them."""
+    described = {
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+    for package in _PACKAGES:
+        try:
+            described[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found = gpu.detect()
+    if found is not None:
+        described["gpu"] = f"{found.name}, driver {found.driver}"
+        described["gpu clocks"] = gpu.clocks() or "not known: nvidia-smi does not say"
+    return described
 
 
 def _check_options(options: BenchOptions) -> None:
@@ -383,24 +402,6 @@ def _time(
             raise
         return samples, True
     return samples, False
-
-
-def _machine() -> dict[str, str]:
-    described = {
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-    }
-    for package in _PACKAGES:
-        try:
-            described[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    found = gpu.detect()
-    if found is not None:
-        described["gpu"] = f"{found.name}, driver {found.driver}"
-        described["gpu clocks"] = gpu.clocks() or "not known: nvidia-smi does not say"
-    return described
 
 
 def _processor() -> str:
