@@ -45,7 +45,7 @@ class Network:
         self._classifier = load(_version_folder(args))
         self._spec = self._classifier.spec
         for reason in self._classifier.passed_over:
-            self._utils.Logger.log_warning(f"passed over: {reason}")
+            self._utils.Logger.log_warn(f"passed over: {reason}")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answers every request with its own outputs, or with its own error."""

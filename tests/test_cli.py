@@ -15,7 +15,17 @@ import pytest
 from rexdeploy.bundle import Bundle
 from tests.helpers import assert_refused, folder_state, run_cli, run_python
 
-COMMANDS = ["export", "build-trt", "verify", "predict", "bench", "models", "doctor"]
+COMMANDS = [
+    "export",
+    "build-trt",
+    "verify",
+    "predict",
+    "bench",
+    "triton",
+    "serve",
+    "models",
+    "doctor",
+]
 
 
 def test_help_loads_nothing_heavy() -> None:

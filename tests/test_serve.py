@@ -1,0 +1,406 @@
+"""A real Triton server: its answers, its batches, its versions, how it starts and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from rexdeploy import images, load
+from rexdeploy.bundle import Bundle
+from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.serve import Binary, choose_backend, find_server
+from rexdeploy.triton import deploy
+from tests.helpers import assert_refused, run_cli
+from tests.test_triton import bomb, encoded, with_changed_weights, with_labels
+
+http = pytest.importorskip("tritonclient.http")
+grpc = pytest.importorskip("tritonclient.grpc")
+
+UInt8 = npt.NDArray[np.uint8]
+
+
+def _missing() -> str:
+    try:
+        find_server()
+    except BackendUnavailable as error:
+        return str(error)
+    return ""
+
+
+needs_server = pytest.mark.skipif(bool(_missing()), reason=_missing() or "there is one")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A `rexdeploy serve` that runs."""
+
+    bundle: Bundle
+    repository: Path
+    port: int
+    process: subprocess.Popen[str]
+    printed: str
+
+    @property
+    def http(self) -> Any:
+        return http.InferenceServerClient(f"127.0.0.1:{self.port}")
+
+    @property
+    def grpc(self) -> Any:
+        return grpc.InferenceServerClient(f"127.0.0.1:{self.port + 1}")
+
+    def get(self, path: str, port: int = 0) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port + port}{path}") as answer:
+            text: str = answer.read().decode()
+            return text
+
+
+def free_port() -> int:
+    """The first of three ports in a row that are free now."""
+    while True:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            sockets[0].bind(("127.0.0.1", 0))
+            port: int = sockets[0].getsockname()[1]
+            for place in (1, 2):
+                sockets[place].bind(("127.0.0.1", port + place))
+            return port
+
+
+@contextlib.contextmanager
+def serving(bundle: Bundle, repository: Path) -> Iterator[Served]:
+    """`rexdeploy serve` as a user starts it, killed at the end if it still runs."""
+    port = free_port()
+    arguments = [bundle.path, "--repository", repository, "--port", str(port)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rexdeploy", "serve", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        lines: list[str] = []
+        for line in process.stdout or ():
+            lines.append(line)
+            if line.startswith("Ctrl-C"):
+                break
+        assert lines, "the server did not start"
+        yield Served(bundle, repository, port, process, "".join(lines))
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def served(pixels_original: Bundle, session_dir: Path) -> Iterator[Served]:
+    folder = session_dir / "served"
+    bundle = with_labels(Bundle.open(shutil.copytree(pixels_original.path, folder / "pixels")))
+    with serving(bundle, folder / "models") as server:
+        yield server
+
+
+def infer(client: Any, model: str, name: str, tensor: npt.NDArray[Any], classes: int = 0) -> Any:
+    library = http if isinstance(client, http.InferenceServerClient) else grpc
+    value = library.InferInput(name, list(tensor.shape), library_type(tensor))
+    value.set_data_from_numpy(tensor)
+    output = library.InferRequestedOutput("probabilities", class_count=classes)
+    return client.infer(model, [value], outputs=[output]).as_numpy("probabilities")
+
+
+def library_type(tensor: npt.NDArray[Any]) -> str:
+    return {"uint8": "UINT8", "float32": "FP32"}[str(tensor.dtype)]
+
+
+def file_tensor(*files: bytes) -> UInt8:
+    """Files as rows, the shorter ones filled up with zeros."""
+    longest = max(map(len, files))
+    return np.stack([np.frombuffer(file.ljust(longest, b"\0"), np.uint8) for file in files])
+
+
+@needs_server
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_answers_are_those_of_the_library(served: Served, photos: Path, protocol: str) -> None:
+    client = getattr(served, protocol)
+    paths = images.find(photos)
+    files = file_tensor(*(path.read_bytes() for path in paths))
+    with load(served.bundle, "onnxruntime") as classifier:
+        batch = classifier.prepare(paths)
+        expected = classifier.run(batch)
+    np.testing.assert_allclose(infer(client, "pixels", "pixels", batch), expected, atol=1e-6)
+    np.testing.assert_allclose(infer(client, "pixels_image", "image", files), expected, atol=1e-6)
+    for index in range(len(paths)):  # files of another batch size, and of their own length
+        row = infer(client, "pixels_image", "image", file_tensor(paths[index].read_bytes()))
+        np.testing.assert_allclose(row, expected[index : index + 1], atol=1e-5)
+
+
+@needs_server
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["pixels", "pixels_image"])
+def test_the_classification_extension_gives_the_labels(
+    served: Served, photos: Path, model: str
+) -> None:
+    path = images.find(photos)[0]
+    with load(served.bundle, "onnxruntime") as classifier:
+        tensor = classifier.prepare([path])
+        expected = classifier.classify([path], top=3)[0]
+    if model == "pixels_image":
+        answer = infer(served.http, model, "image", file_tensor(path.read_bytes()), classes=3)
+    else:
+        answer = infer(served.http, model, "pixels", tensor, classes=3)
+    got = [text.decode().split(":") for text in answer.reshape(-1)]
+    assert [(int(index), label) for _, index, label in got] == [
+        (best.index, best.label) for best in expected
+    ]
+
+
+@needs_server
+@pytest.mark.slow
+def test_the_printed_command_works(served: Served, photos: Path, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    with Image.open(images.find(photos)[0]) as photo:
+        photo.save(tmp_path / "photo.jpg")
+    lines = served.printed.splitlines()
+    command = "\n".join(lines[lines.index("the five best classes of photo.jpg:") + 1 : -1])
+    answer = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, check=True)
+    output = json.loads(answer.stdout)["outputs"][0]
+    with load(served.bundle, "onnxruntime") as classifier:
+        best = classifier.classify([tmp_path / "photo.jpg"])[0]
+    assert [text.partition(":")[2] for text in output["data"]] == [
+        f"{item.index}:{item.label}" for item in best
+    ]
+
+
+@needs_server
+@pytest.mark.slow
+def test_requests_are_batched_and_broken_ones_harm_only_themselves(
+    served: Served, photos: Path
+) -> None:
+    """Many connections at once: every request gets its own answer or its own error."""
+    good = file_tensor(images.find(photos)[0].read_bytes())
+    with Image.open(images.find(photos)[0]) as photo:
+        jpeg = encoded(photo, "JPEG")
+    bad = {
+        "image 0 cannot be decoded": file_tensor(jpeg[: len(jpeg) // 2]),
+        "image 0 is not an image": file_tensor(b"\0"),
+        "image 0 is too large": file_tensor(bomb()),
+        "image 1 is not an image": file_tensor(jpeg, b"\0" * 9),
+    }
+    expected = infer(served.http, "pixels_image", "image", good)
+    wrong: list[str] = []
+
+    def ask(number: int) -> None:
+        client = served.http if number % 2 else served.grpc
+        kinds: list[tuple[str, UInt8]] = [("", good)] * 6 + list(bad.items())
+        part, tensor = kinds[number % len(kinds)]
+        try:
+            answer = infer(client, "pixels_image", "image", tensor)
+        except Exception as error:  # the clients' errors, and whatever else comes
+            if not part or part not in str(error):
+                wrong.append(f"{part}: {error}")
+            return
+        if part or np.abs(answer - expected).max() > 1e-5:
+            wrong.append(f"{part}: answered")
+
+    before = _joined(served)
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(ask, range(120)))
+    assert wrong == []
+    # By the server's own count, the network ran on several requests together.
+    assert _joined(served) > before
+    assert served.http.is_server_live()
+
+
+def _joined(served: Served) -> int:
+    """How often the network has run on more than one image; no request above had more to run."""
+    statistics = json.loads(served.get("/v2/models/pixels/stats"))["model_stats"][0]
+    return sum(
+        entry["compute_infer"]["count"]
+        for entry in statistics["batch_stats"]
+        if entry["batch_size"] > 1
+    )
+
+
+@needs_server
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tensor", "part"),
+    [
+        (np.zeros((1, 224, 223, 3), np.uint8), "unexpected shape"),
+        (np.zeros((9, 224, 224, 3), np.uint8), "batch-size must be <= 8"),
+        (np.zeros((1, 224, 224, 3), np.float32), "data-type is 'FP32'"),
+    ],
+)
+def test_wrong_tensors_are_refused(served: Served, tensor: Any, part: str) -> None:
+    with pytest.raises(Exception, match=part):
+        infer(served.http, "pixels", "pixels", tensor)
+
+
+@needs_server
+@pytest.mark.slow
+def test_metrics_answer(served: Served) -> None:
+    assert re.search(r'nv_inference_request_success{model="pixels"', served.get("/metrics", port=2))
+
+
+@needs_server
+@pytest.mark.slow
+def test_a_new_version_takes_over_under_load(served: Served, photos: Path) -> None:
+    """Nobody is refused meanwhile, and every answer is the old network's or the new one's."""
+    path = images.find(photos)[0]
+    file = file_tensor(path.read_bytes())
+    changed = with_changed_weights(served.bundle)
+    with load(changed, "onnxruntime") as classifier:
+        new = classifier.run(classifier.prepare([path]))
+    old = infer(served.http, "pixels_image", "image", file)
+    assert np.abs(old - new).max() > 1e-3
+    answers: list[str] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        client = served.http
+        while not done.is_set():
+            answer = infer(client, "pixels_image", "image", file)
+            known = [name for name, one in (("old", old), ("new", new)) if _same(answer, one)]
+            answers.append(known[0] if known else "neither")
+
+    with ThreadPoolExecutor(4) as threads:
+        asking = [threads.submit(ask) for _ in range(4)]
+        assert deploy(changed, served.repository, "python").version == 2
+        deadline = time.monotonic() + 60
+        while answers[-20:] != ["new"] * 20 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        done.set()
+        for future in asking:
+            future.result()  # raises if a request was refused
+    assert set(answers) == {"old", "new"}
+    assert answers[-1] == "new"
+    versions = {
+        entry["version"]
+        for entry in json.loads(served.get("/v2/models/pixels/stats"))["model_stats"]
+    }
+    assert "2" in versions
+
+
+def _same(answer: Any, known: Any) -> bool:
+    return bool(np.abs(answer - known).max() < 1e-5)
+
+
+@needs_server
+@pytest.mark.slow
+def test_sigterm_ends_it_cleanly_and_ports_are_checked(
+    pixels_original: Bundle, tmp_path: Path
+) -> None:
+    with serving(pixels_original, tmp_path / "models") as server:
+        for port in (server.port, server.port - 1):  # its own HTTP port, and as gRPC's
+            result = run_cli("serve", pixels_original.path, "--port", str(port), cwd=tmp_path)
+            assert_refused(result, f"cannot listen on 127.0.0.1:{server.port}", "--port")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", server.port))
+
+
+@needs_server
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_server(pixels_original: Bundle, tmp_path: Path) -> None:
+    with serving(pixels_original, tmp_path / "models") as server:
+        server.process.kill()
+        server.process.wait()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", server.port)).close()
+            except OSError:
+                return
+            time.sleep(0.1)
+        pytest.fail("the server outlives the command that started it")
+
+
+@needs_server
+@pytest.mark.slow
+def test_a_server_that_cannot_start_says_why(pixels_original: Bundle, tmp_path: Path) -> None:
+    theirs = tmp_path / "models" / "theirs"
+    (theirs / "1").mkdir(parents=True)
+    (theirs / "config.pbtxt").write_text('name: "theirs"\nbackend: "python"\nmax_batch_size: 1\n')
+    (theirs / "1" / "model.py").write_text("import a_module_that_is_not_there\n")
+    result = run_cli(
+        "serve", pixels_original.path, "--repository", "models", "--port", str(free_port()),
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert_refused(result, "tritonserver ended while starting", "a_module_that_is_not_there")
+
+
+def test_without_a_server_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, pixels_original: Bundle, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(sys.modules, "pytriton", None)
+    result = run_cli("serve", pixels_original.path, cwd=tmp_path)
+    assert_refused(result, "no tritonserver on PATH", "pip install 'rexdeploy[serve]'")
+
+
+def test_a_program_that_is_no_server_is_refused(pixels_original: Bundle, tmp_path: Path) -> None:
+    arguments = ("serve", pixels_original.path, "--port", str(free_port()), "--tritonserver")
+    assert_refused(run_cli(*arguments, "gone", cwd=tmp_path), "gone is not a program")
+    false = shutil.which("false")
+    assert false is not None
+    result = run_cli(*arguments, false, cwd=tmp_path)
+    assert_refused(result, "tritonserver ended while starting: exit code 1")
+    (tmp_path / "text").write_text("not a program")
+    (tmp_path / "text").chmod(0o755)
+    assert_refused(run_cli(*arguments, "text", cwd=tmp_path), "cannot be started")
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", 0), ("127.0.0.1", 65534), ("999.1.1.1", 8000)]
+)
+def test_unusable_addresses_are_refused(
+    host: str, port: int, pixels_original: Bundle, tmp_path: Path
+) -> None:
+    if _missing():
+        pytest.skip(_missing())
+    result = run_cli(
+        "serve", pixels_original.path, "--host", host, "--port", str(port), cwd=tmp_path
+    )
+    assert_refused(result, str(port))
+
+
+def test_the_backend_is_one_that_the_server_has(tmp_path: Path) -> None:
+    """The layout of a Triton installation, of which the folders decide."""
+    program = tmp_path / "bin" / "tritonserver"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    for name in ("onnxruntime", "python"):
+        (tmp_path / "backends" / name).mkdir(parents=True)
+    server = find_server(program)
+    assert server.backends == {"onnxruntime", "python"}
+    assert choose_backend(server, "onnxruntime") == ("onnxruntime", "asked for")
+    with pytest.raises(UsageError, match="--backend tensorrt: .* has only onnxruntime, python"):
+        choose_backend(server, "tensorrt")
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+def test_without_a_gpu_the_python_backend_serves() -> None:
+    everything = frozenset({"tensorrt", "onnxruntime", "python"})
+    backend, reason = choose_backend(Binary(Path("x"), "on PATH", backends=everything), "auto")
+    assert (backend, reason) == ("python", "no NVIDIA GPU on this machine")

@@ -1,0 +1,330 @@
+"""Model repositories: their configurations by Triton's own schema, versions, what is refused."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from PIL import Image
+
+from rexdeploy import images, load
+from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.manifest import Artifact, BatchRange
+from rexdeploy.triton import deploy
+from rexdeploy.triton_backend import decode, run_each
+from tests.helpers import assert_refused, edit_weights, run_cli
+
+Float32 = npt.NDArray[np.float32]
+
+LABELS = "\n".join(f"kind {index}" for index in range(37)).encode()
+
+
+def with_labels(bundle: Bundle, labels: bytes = LABELS) -> Bundle:
+    artifact = Artifact("labels", "labels.txt", sha256(labels))
+    return bundle.update(artifact, files={"labels.txt": labels})
+
+
+def with_changed_weights(bundle: Bundle) -> Bundle:
+    """The same bundle with another network in its graph, and no engine."""
+    graph = bundle.manifest.find("onnx")
+    assert graph is not None
+    model = onnx.load_from_string(bundle.read(graph))
+    names = [tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 4]
+    data = edit_weights(model, names[:3], lambda old: old * np.float32(1.1)).SerializeToString()
+    return bundle.update(replace(graph, sha256=sha256(data)), files={graph.file: data})
+
+
+def with_plan(bundle: Bundle) -> Bundle:
+    """The bundle with its engine said to be full TensorRT's, which nothing here can build."""
+    engine = bundle.manifest.find("engine")
+    assert engine is not None
+    data = bundle.read(engine)
+    named = replace(engine, built_with={**engine.built_with, "flavor": "tensorrt"})
+    return bundle.update(named, files={engine.file: data})
+
+
+def config(folder: Path) -> Any:
+    """A config.pbtxt by the schema that Triton publishes."""
+    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    return text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime", "python"])
+@pytest.mark.parametrize("form", ["v1_bundle", "pixels_bundle"])
+def test_configurations_are_those_of_the_engine_and_the_graph(
+    form: str, backend: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    bundle: Bundle = with_plan(with_labels(request.getfixturevalue(form)))
+    deployment = deploy(bundle, tmp_path / "models", backend)
+    network = config(tmp_path / "models" / deployment.name)
+    graph = bundle.manifest.find("onnx")
+    engine = bundle.manifest.find("engine")
+    assert graph is not None
+    assert engine is not None
+    value = onnx.load_from_string(bundle.read(graph)).graph
+
+    assert (network.name, network.backend) == (deployment.name, backend)
+    profile = engine.batch or BatchRange(0, 0, 0)
+    most, best = (64, 8) if backend == "onnxruntime" else (profile.max, profile.opt)
+    assert network.max_batch_size == most
+    assert list(network.dynamic_batching.preferred_batch_size) == [best, most]
+    assert network.dynamic_batching.max_queue_delay_microseconds == 0
+    for tensor, known in ((network.input[0], value.input[0]), (network.output[0], value.output[0])):
+        assert tensor.name == known.name
+        assert list(tensor.dims) == [dim.dim_value for dim in known.type.tensor_type.shape.dim][1:]
+        types = {onnx.TensorProto.FLOAT: 11, onnx.TensorProto.UINT8: 2}  # TYPE_FP32, TYPE_UINT8
+        assert tensor.data_type == types[known.type.tensor_type.elem_type]
+    assert network.output[0].label_filename == "labels.txt"
+    assert (tmp_path / "models" / deployment.name / "labels.txt").read_bytes() == LABELS
+    assert network.version_policy.latest.num_versions == 1
+    kinds = {"tensorrt": 1, "onnxruntime": 0, "python": 2}  # KIND_GPU, KIND_AUTO, KIND_CPU
+    assert [(group.kind, group.count) for group in network.instance_group] == [(kinds[backend], 1)]
+    assert [warm.batch_size for warm in network.model_warmup] == [1, best]
+    for warm in network.model_warmup:
+        assert list(warm.inputs[network.input[0].name].dims) == list(network.input[0].dims)
+
+    file = {"tensorrt": "model.plan", "onnxruntime": "model.onnx", "python": graph.file}[backend]
+    original = engine if backend == "tensorrt" else graph
+    written = tmp_path / "models" / deployment.name / "1" / file
+    assert sha256(written.read_bytes()) == original.sha256
+
+    preprocess = config(tmp_path / "models" / f"{deployment.name}_preprocess")
+    ensemble = config(tmp_path / "models" / deployment.image_name)
+    first, second = ensemble.ensemble_scheduling.step
+    assert (first.model_name, second.model_name) == (preprocess.name, network.name)
+    assert preprocess.output[0].dims == network.input[0].dims
+    assert preprocess.output[0].data_type == network.input[0].data_type
+    assert first.output_map[preprocess.output[0].name] == second.input_map[network.input[0].name]
+    assert second.output_map[network.output[0].name] == ensemble.output[0].name
+    assert {preprocess.max_batch_size, ensemble.max_batch_size} == {most}
+
+
+def test_a_version_of_the_python_backend_is_a_bundle_with_the_same_logits(
+    v1_bundle: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    deploy(v1_bundle, tmp_path / "models", "python")
+    folder = tmp_path / "models" / "v1" / "1"
+    with load(folder, "onnxruntime") as served, load(v1_bundle, "onnxruntime") as original:
+        batch = original.prepare(images.find(photos))
+        np.testing.assert_array_equal(served.run(batch), original.run(batch))
+    (folder / "fp32.onnx").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="is not the file the manifest describes"):
+        load(folder, "onnxruntime")
+
+
+def test_versions_are_added_beside_what_is_there(v1_bundle: Bundle, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    assert deploy(v1_bundle, repository, "onnxruntime").added
+    before = tree(repository)
+    again = deploy(v1_bundle, repository, "onnxruntime")
+    assert (again.version, again.added) == (1, False)
+    assert tree(repository) == before
+
+    changed = deploy(with_changed_weights(v1_bundle), repository, "onnxruntime")
+    assert (changed.version, changed.added) == (2, True)
+    after = tree(repository)
+    assert after.keys() - before.keys() == {"v1/2/model.onnx"}
+    assert {name: after[name] for name in before} == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_write_that_fails_shows_a_server_whole_models_only(
+    v1_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+    for fail_at in range(3):
+        repository, left = tmp_path / f"models{fail_at}", iter(range(fail_at))
+
+        def failing(self: Path, target: Path, left: Any = left) -> Path:
+            if next(left, None) is None:
+                raise OSError(28, "No space left on device")
+            return rename(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", failing)
+            with pytest.raises(RexdeployError, match="No space left"):
+                deploy(v1_bundle, repository, "python")
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+        models = list(repository.iterdir())
+        assert len(models) == fail_at
+        for model in models:
+            assert {"config.pbtxt", "1"} <= {path.name for path in model.iterdir()}
+        assert deploy(v1_bundle, repository, "python").version == 1
+        assert len(list(repository.iterdir())) == 3
+
+
+@pytest.mark.parametrize("model", ["v1", "v1_preprocess", "v1_image"])
+def test_somebody_elses_model_is_refused_and_untouched(
+    model: str, v1_bundle: Bundle, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "models" / model
+    (theirs / "1").mkdir(parents=True)
+    (theirs / "config.pbtxt").write_text('name: "v1"\nbackend: "pytorch"\n')
+    (theirs / "1" / "model.pt").write_bytes(b"weights")
+    before = tree(tmp_path / "models")
+    result = run_cli("triton", v1_bundle.path, "--repository", "models", cwd=tmp_path)
+    assert_refused(result, f"models/{model} is not a model that rexdeploy has written", "--name")
+    assert tree(tmp_path / "models") == before
+
+
+def test_another_signature_under_one_name_is_refused(
+    v1_bundle: Bundle, pixels_bundle: Bundle, tmp_path: Path
+) -> None:
+    repository = tmp_path / "models"
+    deploy(v1_bundle, repository, "python")
+    before = tree(repository)
+    with pytest.raises(UsageError, match="another input, input_name, output, output_name, and"):
+        deploy(pixels_bundle, repository, "python", "v1")
+    with pytest.raises(UsageError, match="another backend, and"):
+        deploy(v1_bundle, repository, "onnxruntime")
+    with pytest.raises(UsageError, match="another labels, and"):
+        deploy(with_labels(v1_bundle), repository, "python")
+    assert tree(repository) == before
+    assert deploy(pixels_bundle, repository, "python").version == 1  # by its own name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--backend", "tensorrt"], ["only TensorRT-RTX engines", "--flavor tensorrt"]),
+        (["--backend", "pytorch"], ["backend: got 'pytorch', expected one of auto, tensorrt"]),
+        (["--name", "../x"], ["name: got '../x'"]),
+        (["--repository", "file"], ["file is a file, expected a folder of models"]),
+        (["--repository", "artifacts/v1"], ["artifacts/v1 is a bundle"]),
+        (["--repository", "file/models"], ["cannot write the model repository file/models"]),
+        (["--kserve", "nowhere/x.yaml"], ["cannot write nowhere/x.yaml"]),
+        (["--storage-uri", "x"], ["storage-uri: got 'x'"]),
+    ],
+)
+def test_bad_usage_is_one_line(
+    arguments: list[str], parts: list[str], v1_bundle: Bundle, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(run_cli("triton", "v1", *arguments, cwd=tmp_path), *parts)
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_fixed_batch_is_for_the_python_backend(v1_bundle: Bundle, tmp_path: Path) -> None:
+    graph = v1_bundle.manifest.find("onnx")
+    assert graph is not None
+    fixed = v1_bundle.update(
+        replace(graph, batch=BatchRange(4, 4, 4)), files={graph.file: v1_bundle.read(graph)}
+    )
+    with pytest.raises(UsageError, match="takes batches of 4 and more.*--backend python"):
+        deploy(fixed, tmp_path / "models")
+    assert deploy(fixed, tmp_path / "models", "python").batch.max == 8
+
+
+def test_the_command_says_what_it_wrote(v1_bundle: Bundle, tmp_path: Path) -> None:
+    result = run_cli("triton", "v1", "--kserve", "service.yaml", cwd=tmp_path)
+    assert result.code == 0
+    assert "models: version 1\n  v1: onnxruntime backend" in result.out
+    assert "kind: InferenceService" in (tmp_path / "service.yaml").read_text()
+    assert "unchanged, version 1" in run_cli("triton", "v1", cwd=tmp_path).out
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def bomb(width: int = 30000) -> bytes:
+    """A small PNG file whose header promises that many pixels a side."""
+    header = struct.pack(">II5B", width, width, 8, 0, 0, 0, 0)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        checked = name + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    pixels = chunk(b"IDAT", zlib.compress(bytes(100)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+GOOD: dict[str, Callable[[Image.Image], bytes]] = {
+    "jpeg": lambda image: encoded(image, "JPEG"),
+    "cmyk": lambda image: encoded(image.convert("CMYK"), "JPEG"),
+    "16-bit": lambda image: encoded(image.convert("L").convert("I;16"), "PNG"),
+    "palette": lambda image: encoded(image.quantize(16), "PNG", transparency=3),
+    "alpha": lambda image: encoded(image.convert("RGBA"), "PNG"),
+    "animated": lambda image: encoded(
+        image, "GIF", save_all=True, append_images=[Image.new("RGB", image.size)]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_the_server_decodes_what_the_library_decodes(
+    kind: str, v1_original: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    """Also with the zeros that fill up the shorter files of a batch."""
+    spec = v1_original.manifest.model
+    with Image.open(images.find(photos)[0]) as photo:
+        data = GOOD[kind](photo)
+    (tmp_path / "photo").write_bytes(data)
+    expected = images.crop(images.load(tmp_path / "photo"), spec.preprocess)
+    for end in (b"", bytes(1000)):
+        np.testing.assert_array_equal(decode(data + end, 0, spec), expected)
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (b"", "is not an image"),
+        (bytes(100), "is not an image"),
+        (b"\xff\xd8\xff\xe0 and so on", "cannot be decoded|is not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+        (bomb(), "too large to decode safely"),
+        (bomb(9000), "cannot be decoded"),
+    ],
+    ids=["empty", "zeros", "cut", "a program", "bomb", "large and cut"],
+)
+def test_what_cannot_be_decoded_names_the_image(
+    data: bytes, part: str, v1_original: Bundle
+) -> None:
+    with pytest.raises(UsageError, match=f"image 7.*({part})"):
+        decode(data, 7, v1_original.manifest.model)
+
+
+def test_one_request_that_fails_does_not_fail_its_neighbours(v1_original: Bundle) -> None:
+    spec = v1_original.manifest.model
+    good = images.synthetic(3, spec.preprocess)
+    bad = np.full_like(good[:1], np.nan)
+    with load(v1_original, "onnxruntime") as classifier:
+        first, second, third = run_each(classifier.run, [good[:1], bad, good[1:]])
+        alone = classifier.run(good)
+    assert isinstance(second, RexdeployError)
+    assert "NaN" in str(second)
+    np.testing.assert_allclose(np.concatenate([first, third]), alone, rtol=1e-3, atol=1e-3)
+
+
+def test_a_missing_part_of_a_model_is_written_again(v1_bundle: Bundle, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    deploy(v1_bundle, repository, "python")
+    before = tree(repository)
+    shutil.rmtree(repository / "v1_image")
+    (repository / "v1" / "config.pbtxt").write_text(
+        (repository / "v1" / "config.pbtxt").read_text().replace("max_batch_size: 8", "")
+    )
+    deploy(v1_bundle, repository, "python")
+    assert tree(repository) == before
