@@ -825,9 +825,8 @@ def serve(
     check_ports(address)
     with TemporaryDirectory(prefix="rexdeploy-models-") as folder:
         result = deploy(opened, repository or Path(folder), chosen)
-        show = show_log_line if show_log else None
         with (
-            running(server, result.repository, address, show) as process,
+            running(server, result.repository, address, show_log_line, show_log) as process,
             stopped_by_signals(process),
         ):
             with progress(quiet) as report:

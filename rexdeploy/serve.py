@@ -27,7 +27,8 @@ POLL_SECONDS = 2  # how long a new version waits before it is loaded
 _START_SECONDS = 600  # an engine for a large GPU may take minutes to load and warm up
 # Triton ends when every connection is closed or after this: idle clients hold theirs open.
 _GRACE_SECONDS = 5
-_NO_GPU = "CudaDriverHelper"  # in the error that Triton 2.51 logs on every machine without a GPU
+# In the errors that Triton 2.51 logs on every machine without a GPU.
+_NO_GPU = ("CudaDriverHelper", "unable to create stream")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -135,7 +136,7 @@ def choose_backend(binary: Binary, wanted: str) -> tuple[str, str]:
     if gpu.detect() is None:
         return "python", "no NVIDIA GPU on this machine"
     if not binary.backends >= {"tensorrt", "onnxruntime"}:
-        return "python", f"the tritonserver {binary.origin} has no other"
+        return "python", f"the tritonserver {binary.origin} lacks TensorRT's or ONNX Runtime's"
     return "auto", ""
 
 
@@ -187,6 +188,7 @@ class Server:
                 reason = self._log.first_error or f"exit code {self._process.returncode}"
                 raise RexdeployError(f"tritonserver ended while starting: {reason}")
             if all(self._answers(path) for path in paths):
+                self._log.shows_errors = True
                 return True
             time.sleep(0.05)
         raise RexdeployError(
@@ -205,6 +207,7 @@ class Server:
     def stop(self) -> None:
         """Asks the server to answer what is in flight and to end; it need not run any more."""
         self._stopping = True
+        self._log.shows_errors = False  # clients that stay connected are no error at the end
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
@@ -226,11 +229,13 @@ def running(
     binary: Binary,
     repository: Path,
     address: Address,
-    show_log: Callable[[str], None] | None = None,
+    show: Callable[[str], None] | None = None,
+    whole_log: bool = False,
 ) -> Iterator[Server]:
     """A server over the repository, ended when the block is left.
 
-    `show_log` is given its log, line by line. Raises RexdeployError where it cannot be started.
+    `show` is given what goes wrong while it serves, or the `whole_log`, line by line. Raises
+    RexdeployError where it cannot be started.
     """
     with tempfile.TemporaryDirectory(prefix="rexdeploy-triton-") as folder:
         command = [str(binary.path), *_arguments(repository, address)]
@@ -256,7 +261,7 @@ def running(
             raise RexdeployError(
                 f"{binary.path} ({binary.origin}) cannot be started ({error.strerror})"
             ) from None
-        server = Server(process, address, _Log(process, show_log))
+        server = Server(process, address, _Log(process, show, whole_log))
         try:
             yield server
         finally:
@@ -287,22 +292,27 @@ def stopped_by_signals(server: Server) -> Iterator[None]:
 class _Log(threading.Thread):
     """Reads a server's log as it is written, and keeps its first and last error."""
 
-    def __init__(self, process: subprocess.Popen[str], show: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str], show: Callable[[str], None] | None, whole: bool
+    ) -> None:
         super().__init__(daemon=True)
         self.first_error: str | None = None
         self.last_error: str | None = None
-        self._process, self._show = process, show
+        self.shows_errors = False
+        self._process, self._show, self._whole = process, show, whole
         self.start()
 
     def run(self) -> None:
         for line in self._process.stderr or ():
             line = line.rstrip()
-            if line.startswith("E") and _NO_GPU not in line:
-                # E1123 07:56:26.000000 123 file.cc:45] "what\\n\\nAt:\\n  where"
+            is_error = line.startswith("E") and not any(known in line for known in _NO_GPU)
+            if is_error:  # E1123 07:56:26.000000 123 file.cc:45] "what\n\nAt:\n  where"
                 self.last_error = line.partition("] ")[2].strip('"').partition("\\n")[0]
                 self.first_error = self.first_error or self.last_error
-            if self._show is not None:
+            if self._show is not None and self._whole:
                 self._show(line)
+            elif self._show is not None and is_error and self.shows_errors:
+                self._show(f"tritonserver: {self.last_error}")
 
 
 def _arguments(repository: Path, address: Address) -> list[str]:

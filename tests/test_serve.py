@@ -58,6 +58,7 @@ class Served:
     port: int
     process: subprocess.Popen[str]
     printed: str
+    errors: Path  # what it writes to stderr
 
     @property
     def http(self) -> Any:
@@ -88,21 +89,24 @@ def free_port() -> int:
 @contextlib.contextmanager
 def serving(bundle: Bundle, repository: Path) -> Iterator[Served]:
     """`rexdeploy serve` as a user starts it, killed at the end if it still runs."""
-    port = free_port()
+    port, errors = free_port(), repository.parent / "serve.err"
+    errors.parent.mkdir(parents=True, exist_ok=True)
     arguments = [bundle.path, "--repository", repository, "--port", str(port)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rexdeploy", "serve", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    with open(errors, "w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rexdeploy", "serve", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
     try:
         lines: list[str] = []
         for line in process.stdout or ():
             lines.append(line)
             if line.startswith("Ctrl-C"):
                 break
-        assert lines, "the server did not start"
-        yield Served(bundle, repository, port, process, "".join(lines))
+        assert lines, errors.read_text()
+        yield Served(bundle, repository, port, process, "".join(lines), errors)
     finally:
         if process.poll() is None:
             process.terminate()
@@ -302,6 +306,24 @@ def test_a_new_version_takes_over_under_load(served: Served, photos: Path) -> No
 
 def _same(answer: Any, known: Any) -> bool:
     return bool(np.abs(answer - known).max() < 1e-5)
+
+
+@needs_server
+@pytest.mark.slow
+def test_a_damaged_version_is_told_and_the_last_one_goes_on(served: Served, photos: Path) -> None:
+    file = file_tensor(images.find(photos)[0].read_bytes())
+    before = infer(served.http, "pixels_image", "image", file)
+    latest = max(int(path.name) for path in (served.repository / "pixels").glob("[1-9]*"))
+    damaged = served.repository / "pixels" / str(latest + 1)
+    shutil.copytree(damaged.with_name(str(latest)), served.repository.parent / "damaged")
+    (served.repository.parent / "damaged" / "fp32.onnx").write_bytes(b"damaged")
+    (served.repository.parent / "damaged").rename(damaged)
+    deadline = time.monotonic() + 30
+    while "is not the file" not in served.errors.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert f"failed to load 'pixels' version {latest + 1}" in served.errors.read_text()
+    assert _same(infer(served.http, "pixels_image", "image", file), before)
+    shutil.rmtree(damaged)
 
 
 @needs_server
