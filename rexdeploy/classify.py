@@ -179,12 +179,15 @@ class Classifier:
         return model.run(batch[np.arange(size) % len(batch)])[: len(batch)]
 
 
-def load(bundle: Bundle | Path | str, backend: str = "auto") -> Classifier:
+def load(
+    bundle: Bundle | Path | str, backend: str = "auto", threads: int | None = None
+) -> Classifier:
     """Loads a bundle (or the one in a folder) for classification.
 
     `backend` is "auto" or one backend's name. "auto" takes the first that works: TensorRT engines
-    (float16 first), ONNX Runtime with CUDA, ONNX Runtime, PyTorch. Raises UsageError or
-    BackendUnavailable with every reason.
+    (float16 first), ONNX Runtime with CUDA, ONNX Runtime, PyTorch. `threads` is how many a CPU
+    backend may use, and lets none of them spin while it waits; None leaves both to the library.
+    Raises UsageError or BackendUnavailable with every reason.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(Path(bundle))
@@ -195,7 +198,7 @@ def load(bundle: Bundle | Path | str, backend: str = "auto") -> Classifier:
     passed_over: list[str] = []
     for name, artifact in choices:
         try:
-            model = open_backend(name, bundle.read(artifact), bundle.manifest.model)
+            model = open_backend(name, bundle.read(artifact), bundle.manifest.model, threads)
         except BackendUnavailable as error:
             passed_over.append(f"{artifact.file} on {name}: {error}")
             continue

@@ -42,7 +42,9 @@ class Network:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the bundle in the version's folder with the best backend of this machine."""
         self._utils = import_module("triton_python_backend_utils")  # exists inside Triton only
-        self._classifier = load(_version_folder(args))
+        # Threads that spin between two runs take the cores from those that decode the next images:
+        # 29 images a second without, 19 with (V1 1.0, two busy cores, scripts/load_test.py).
+        self._classifier = load(_version_folder(args), threads=os.cpu_count())
         self._spec = self._classifier.spec
         for reason in self._classifier.passed_over:
             self._utils.Logger.log_warn(f"passed over: {reason}")
