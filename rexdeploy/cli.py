@@ -719,11 +719,11 @@ def triton(
     bundle: BundleArgument = None,
     repository: Annotated[
         Path, typer.Option(metavar="DIR", help="Model repository to add it to.")
-    ] = Path("models"),
+    ] = Path("artifacts/triton"),
     backend: Annotated[
         str,
         typer.Option(
-            help="tensorrt, onnxruntime or python [auto: the bundle's TensorRT engine, or ONNX]."
+            help="tensorrt, onnxruntime or python; auto: the bundle's TensorRT engine, else ONNX."
         ),
     ] = "auto",
     name: Annotated[
@@ -750,7 +750,7 @@ def triton(
 
     \b
     Example:
-    rexdeploy triton rexnet_1.5 --repository models --backend onnxruntime
+    rexdeploy triton rexnet_1.5 --backend onnxruntime
     """
     check_json(json)
     check_json(kserve)
@@ -763,7 +763,18 @@ def triton(
     result = deploy(opened, repository, backend, name)
     if kserve is not None:
         write_text(kserve, inference_service(result.name, result.backend, storage_uri, image))
-    emit(json, lambda: result)
+    emit(
+        json,
+        lambda: {
+            "repository": str(result.repository),
+            "network": result.name,
+            "ensemble": result.image_name,
+            "version": result.version,
+            "added": result.added,
+            "backend": result.backend,
+            "batch": result.batch,
+        },
+    )
     if not quiet and Path("-") not in (json, kserve):
         show_deployment(opened.manifest.model.title, result)
 
@@ -781,7 +792,7 @@ def serve(
     backend: Annotated[
         str,
         typer.Option(
-            help="tensorrt, onnxruntime or python [auto: python without a GPU, else as in triton]."
+            help="tensorrt, onnxruntime or python; auto: python without a GPU, else as in triton."
         ),
     ] = "auto",
     tritonserver: Annotated[

@@ -43,7 +43,7 @@ class Network:
         """Loads the bundle in the version's folder with the best backend of this machine."""
         self._utils = import_module("triton_python_backend_utils")  # exists inside Triton only
         # Threads that spin between two runs take the cores from those that decode the next images:
-        # 29 images a second without, 19 with (V1 1.0, two busy cores, scripts/load_test.py).
+        # 38 to 51 ms of processor time an image with, 24 to 36 without (V1 1.0, two shared cores).
         self._classifier = load(_version_folder(args), threads=os.cpu_count())
         self._spec = self._classifier.spec
         for reason in self._classifier.passed_over:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import struct
 import zlib
@@ -221,7 +222,7 @@ def test_bad_usage_is_one_line(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert_refused(run_cli("triton", "v1", *arguments, cwd=tmp_path), *parts)
-    assert not (tmp_path / "models").exists()
+    assert not (tmp_path / "artifacts" / "triton").exists()
 
 
 def test_a_fixed_batch_is_for_the_python_backend(v1_bundle: Bundle, tmp_path: Path) -> None:
@@ -238,7 +239,9 @@ def test_a_fixed_batch_is_for_the_python_backend(v1_bundle: Bundle, tmp_path: Pa
 def test_the_command_says_what_it_wrote(v1_bundle: Bundle, tmp_path: Path) -> None:
     result = run_cli("triton", "v1", "--kserve", "service.yaml", cwd=tmp_path)
     assert result.code == 0
-    assert "models: version 1\n  v1: onnxruntime backend" in result.out
+    assert "artifacts/triton: version 1\n  v1: onnxruntime backend" in result.out
+    answer = json.loads(run_cli("triton", "v1", "--json", "-", cwd=tmp_path).out)
+    assert (answer["version"], answer["added"], answer["batch"]["max"]) == (1, False, 64)
     assert "kind: InferenceService" in (tmp_path / "service.yaml").read_text()
     assert "unchanged, version 1" in run_cli("triton", "v1", cwd=tmp_path).out
 
