@@ -46,7 +46,7 @@ def read(path: Path, spec: Preprocess) -> UInt8:
 
 @contextmanager
 def opened(
-    source: Path | BinaryIO, name: str, formats: Sequence[str] | None = None
+    source: Path | BinaryIO, name: str, formats: tuple[str, ...] | None = None
 ) -> Iterator[Image.Image]:
     """An image whose header is read, and whose pixels are decoded when the block uses them.
 
@@ -204,7 +204,7 @@ def synthetic_pixels(count: int, spec: Preprocess, seed: int = 0) -> UInt8:
     return np.stack(images)
 
 
-def _open(source: Path | BinaryIO, formats: Sequence[str] | None) -> Image.Image:
+def _open(source: Path | BinaryIO, formats: tuple[str, ...] | None) -> Image.Image:
     """Reads a file's header; raises what Pillow does, DecompressionBombWarning among it.
 
     Pillow warns above 89 megapixels and refuses above twice that; here both refuse. The lock is

@@ -204,10 +204,10 @@ def test_requests_are_batched_and_broken_ones_harm_only_themselves(
     with Image.open(images.find(photos)[0]) as photo:
         jpeg = encoded(photo, "JPEG")
     bad = {
-        "image 0 cannot be decoded": file_tensor(jpeg[: len(jpeg) // 2]),
-        "image 0 is not an image": file_tensor(b"\0"),
-        "image 0 is too large": file_tensor(bomb()),
-        "image 1 is not an image": file_tensor(jpeg, b"\0" * 9),
+        "image 0: cannot be decoded": file_tensor(jpeg[: len(jpeg) // 2]),
+        "image 0: not an image": file_tensor(b"\0"),
+        "image 0: too large": file_tensor(bomb()),
+        "image 1: not an image": file_tensor(jpeg, b"\0" * 9),
     }
     expected = infer(served.http, "pixels_image", "image", good)
     wrong: list[str] = []

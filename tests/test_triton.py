@@ -293,10 +293,10 @@ def test_the_server_decodes_what_the_library_decodes(
 @pytest.mark.parametrize(
     ("data", "part"),
     [
-        (b"", "is not an image"),
-        (bytes(100), "is not an image"),
-        (b"\xff\xd8\xff\xe0 and so on", "cannot be decoded|is not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+        (b"", "not an image"),
+        (bytes(100), "not an image"),
+        (b"\xff\xd8\xff\xe0 and so on", "cannot be decoded|not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (bomb(), "too large to decode safely"),
         (bomb(9000), "cannot be decoded"),
     ],
