@@ -45,7 +45,7 @@ class Network:
         """Loads the bundle in the version's folder with the best backend of this machine."""
         self._utils = import_module("triton_python_backend_utils")  # exists inside Triton only
         # Threads that spin between two runs take the cores from those that decode the next images:
-        # 38 to 51 ms of processor time an image with, 24 to 36 without (V1 1.0, two shared cores).
+        # with a number of threads, none of them spins.
         self._classifier = load(_version_folder(args), threads=os.cpu_count())
         self._spec = self._classifier.spec
         for reason in self._classifier.passed_over:
