@@ -10,14 +10,12 @@ one image. Bundles take turns, and their files are in the page cache.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
+from rexdeploy.bench import machine
 from rexdeploy.bundle import Bundle
 
 RUNS = 15
@@ -58,18 +56,6 @@ def main() -> None:
         medians = [f"{step} {statistics.median(samples[step]):.0f}" for step in STEPS]
         print(bundle.manifest.model.title, f"{size / 2**20:.0f} MiB", *medians)
     out.write_text(json.dumps({"machine": machine(), "networks": rows}, indent=1) + "\n")
-
-
-def machine() -> dict[str, str]:
-    """What the numbers come from."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": (models or [platform.processor()])[0],
-        "cores": str(os.cpu_count()),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        **{name: metadata.version(name) for name in ("rexdeploy", "onnxruntime", "pillow")},
-    }
 
 
 if __name__ == "__main__":
