@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from rexdeploy import images
+from rexdeploy import gpu, images
 from rexdeploy.backends import (
     ENGINE_BACKENDS,
     ONNX_BACKENDS,
@@ -235,8 +235,8 @@ def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
     graph = manifest.find("onnx")
     weights = manifest.find("weights")
     if graph is not None:
-        # On a machine without it, a line about CUDA at every prediction would say nothing.
-        if backend == "onnxruntime-cuda" or has_onnxruntime_cuda():
+        # On a machine without a GPU, a line about CUDA at every prediction would say nothing.
+        if backend == "onnxruntime-cuda" or has_onnxruntime_cuda() or gpu.has_device():
             choices.append(("onnxruntime-cuda", graph))
         choices.append(("onnxruntime", graph))
         if backend == "openvino":

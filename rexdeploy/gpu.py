@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
+
+_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # Linux, and Linux inside Windows
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ def detect() -> Gpu | None:
         return _from_driver()
     except ImportError:
         return _from_nvidia_smi()
+
+
+def has_device() -> bool:
+    """Whether a GPU's driver is loaded, without asking it: `detect` takes 80 ms."""
+    return any(device.exists() for device in _DEVICES)
 
 
 def clocks() -> str | None:

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import rexdeploy
-from rexdeploy import images
+from rexdeploy import gpu, images
+from rexdeploy.backends import has_onnxruntime_cuda
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.classify import load
 from rexdeploy.compare import softmax
@@ -68,6 +69,20 @@ def test_better_backends_are_passed_over_with_a_reason(v1_original: Bundle) -> N
         BackendUnavailable, match="holds no file for backend tensorrt: 'rexdeploy build-trt' makes"
     ):
         load(v1_original, "tensorrt")
+
+
+def test_a_cpu_onnxruntime_on_a_machine_with_a_gpu_is_named(
+    v1_original: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if has_onnxruntime_cuda():
+        pytest.skip("this onnxruntime can use a GPU")
+    for exists in (False, True):
+        device = tmp_path / "nvidiactl"
+        if exists:
+            device.touch()
+        monkeypatch.setattr(gpu, "_DEVICES", (device,))
+        with load(v1_original) as classifier:
+            assert any("CPU build" in line for line in classifier.passed_over) is exists
 
 
 def test_many_threads_get_their_own_answers(v1_original: Bundle) -> None:
