@@ -119,13 +119,18 @@ def test_what_is_no_regular_file_has_its_row_and_hangs_nothing(
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone")
-    files = [str(tmp_path / name) for name in ("pipe.jpg", "loop.jpg", "dangling.jpg", "a\0b")]
+    (tmp_path / "far.jpg").symlink_to("x" * 300)
+    names = ("pipe.jpg", "loop.jpg", "dangling.jpg", "a\0b", "far.jpg", "x" * 300)
+    files = [str(tmp_path / name) for name in names]
+    assert expand(list(map(Path, files))) == files
     (rows,) = classify_files(colours, files, 1)
     errors = [row.error or "" for row in rows]
     assert errors[0] == "not a file"
     assert "symbolic links" in errors[1]
     assert errors[2] == "no such file"
     assert "null" in errors[3]
+    assert "name too long" in errors[4]
+    assert "name too long" in errors[5]
     with pytest.raises(UsageError, match="no images in"):
         expand([tmp_path])  # in a folder, such are passed over
 
