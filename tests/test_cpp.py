@@ -8,6 +8,8 @@ import random
 import re
 import struct
 import subprocess
+import sys
+import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -263,6 +265,12 @@ def _samples() -> Iterator[tuple[str, bytes]]:
         yield f"turned-{orientation}.png", _encoded(noise, "PNG", exif=_exif(orientation))
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
     yield "xmp.jpg", _encoded(photo, "JPEG", xmp=xmp)
+    block = b"Exif\0\0" + _exif(6).tobytes()
+    hexadecimal = textwrap.fill(block.hex(), 72)
+    profile = f"\nexif\n{len(block):8}\n{hexadecimal}\n".encode()  # as ImageMagick writes it
+    text = _chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile))
+    yield "raw-profile.png", _png(9, 7, 8, 2, text)
+    yield "no-end.png", _png(9, 7, 8, 2)[:-12]
     yield "xmp.png", _png(9, 7, 8, 2, _chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         yield f"{mode}.png", _encoded(noise.convert(mode), "PNG")
@@ -396,6 +404,9 @@ def test_unusable_images_are_refused(
     for name, (data, _) in hostile.items():
         if data is not None:
             (tmp_path / name).write_bytes(data)
+    with open(tmp_path / "sparse.jpg", "wb") as sparse:
+        sparse.truncate(2**40)
+    hostile["sparse.jpg"] = (None, "too large to decode safely (limit 1073741824 bytes)")
     calls = [(tmp_path / "out", tmp_path / name) for name in hostile]
     for line, (name, (_, reason)) in zip(
         sanitized.probe("decode", calls), hostile.items(), strict=True
@@ -407,6 +418,22 @@ def test_unusable_images_are_refused(
     Image.new("RGB", (101, 1)).save(tmp_path / "thin.png")
     line = sanitized.refused(v1_original.path, tmp_path / "thin.png", "--backend=onnxruntime")
     assert f"{tmp_path / 'thin.png'}: an image of 101 x 1 pixels is too thin" in line
+
+
+def test_texts_that_unpack_to_gigabytes_are_not_kept(release: Programs, tmp_path: Path) -> None:
+    text = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 7_900_000))
+    (tmp_path / "bomb.png").write_bytes(_png(9, 7, 8, 2, *[text] * 120))
+    # From a small process: what this one holds would count as its child's.
+    measure = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    probe = [release.folder / "rexdeploy-probe", "decode", tmp_path / "out", tmp_path / "bomb.png"]
+    done = subprocess.run(
+        [sys.executable, "-c", measure, *probe], capture_output=True, text=True, check=True
+    )
+    assert "9 7" in done.stdout.splitlines()
+    assert int(done.stdout.splitlines()[-1]) < 500_000  # KiB
 
 
 def test_damaged_bundles_are_refused(
