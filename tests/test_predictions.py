@@ -161,9 +161,8 @@ def test_predict_prints_the_good_ones_and_a_line_for_each_other(
 ) -> None:
     files = _folder(tmp_path / "folder", 3)
     files[1].write_text("no image")
-    result = run_cli(
-        "predict", "folder", "gone.jpg", "--top", "1", "--json", "r.json", cwd=tmp_path
-    )
+    images = ("folder", "gone.jpg", "two\nlines.jpg")
+    result = run_cli("predict", *images, "--top", "1", "--json", "r.json", cwd=tmp_path)
     assert result.code == 2
     lines = result.out.splitlines()
     assert lines[0] == "rexnet 1 on onnxruntime" or "tensorrt" in lines[0]
@@ -171,9 +170,10 @@ def test_predict_prints_the_good_ones_and_a_line_for_each_other(
     assert [line for line in result.err.splitlines() if line.startswith("error: ")] == [
         "error: folder/001.png: not an image that Pillow can read; give JPEG or PNG",
         "error: gone.jpg: no such file",
+        "error: two lines.jpg: no such file",
     ]
     answer = json.loads((tmp_path / "r.json").read_text())
-    assert [bool(row["error"]) for row in answer["images"]] == [False, True, False, True]
+    assert [bool(row["error"]) for row in answer["images"]] == [False, True, False, True, True]
     assert answer["passed_over"]
 
 
