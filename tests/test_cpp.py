@@ -602,7 +602,7 @@ def test_engines_that_cannot_be_loaded_are_explained(
         (good, "no NVIDIA GPU driver, or too old a one: IRuntime::deserializeCudaEngine: "),
         (b"x" * 1000, f"{said}Serialization"),
         (good[:-1], f"a truncated TensorRT-RTX engine: got {len(good) - 1} bytes, expected"),
-        (good[:40], "a truncated TensorRT-RTX engine: got 40 bytes"),
+        (good[:40], "a truncated TensorRT-RTX engine: got 40 bytes, expected 64"),
         (good[:24] + bytes([9, 8, 7, 6]) + good[28:], "built by TensorRT-RTX 9.8.7.6 and this"),
     ]
     for plan, reason in cases:
