@@ -330,6 +330,7 @@ def test_run_prints_what_predict_prints(
     answer = release.run("run", v1_original.path, *paths)
     assert answer.err.startswith("passed over: fp16.rtx-sm89.engine on tensorrt-rtx: ")
     assert release.run("run", v1_original.path, paths[0], "--quiet").out == ""
+    assert "--help: no such file" in release.run("run", v1_original.path, "--", "--help").err
 
 
 def test_labels_are_pythons(release: Programs, v1_bundle: Bundle, photos: Path) -> None:
