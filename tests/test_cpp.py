@@ -634,6 +634,14 @@ def test_a_library_of_another_major_version_is_not_called(
     assert "got the library 10.9.0.34, expected one that fits the headers of TensorRT" in line
 
 
+def test_onnxruntime_in_a_program_of_ones_own_is_left_alone(release: Programs) -> None:
+    """Its C++ headers keep the library in one symbol, the same for all who include them."""
+    command = ["nm", "--demangle", release.folder / "librexdeploy.a"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Ort::Global<void>::api_" in names
+    assert not re.search(r"\bOrt::", names)
+
+
 def test_readmes_program_compiles(built: None) -> None:
     (program,) = re.findall(
         r"```cpp\n(.*?)```", (ROOT / "cpp" / "README.md").read_text(), re.DOTALL
