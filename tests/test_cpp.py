@@ -642,6 +642,16 @@ def test_onnxruntime_in_a_program_of_ones_own_is_left_alone(release: Programs) -
     assert not re.search(r"\bOrt::", names)
 
 
+def test_folders_that_hold_other_things_are_not_replaced_by_headers(tmp_path: Path) -> None:
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "mine.h").touch()
+    command = [ROOT / "scripts" / "cpp_headers.sh", tmp_path / "include"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "holds something else" in done.stderr
+    assert (tmp_path / "include" / "mine.h").exists()
+
+
 def test_readmes_program_compiles(built: None) -> None:
     (program,) = re.findall(
         r"```cpp\n(.*?)```", (ROOT / "cpp" / "README.md").read_text(), re.DOTALL
