@@ -429,10 +429,17 @@ def test_texts_that_unpack_to_gigabytes_are_not_kept(release: Programs, tmp_path
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    probe = [release.folder / "rexdeploy-probe", "decode", tmp_path / "out", tmp_path / "bomb.png"]
-    done = subprocess.run(
-        [sys.executable, "-c", measure, *probe], capture_output=True, text=True, check=True
-    )
+    program, out = release.folder / "rexdeploy-probe", tmp_path / "out"
+    command: list[str | Path] = [
+        sys.executable,
+        "-c",
+        measure,
+        program,
+        "decode",
+        out,
+        tmp_path / "bomb.png",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "9 7" in done.stdout.splitlines()
     assert int(done.stdout.splitlines()[-1]) < 500_000  # KiB
 
@@ -636,7 +643,7 @@ def test_a_library_of_another_major_version_is_not_called(
 
 def test_onnxruntime_in_a_program_of_ones_own_is_left_alone(release: Programs) -> None:
     """Its C++ headers keep the library in one symbol, the same for all who include them."""
-    command = ["nm", "--demangle", release.folder / "librexdeploy.a"]
+    command = ["nm", "--demangle", str(release.folder / "librexdeploy.a")]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "Ort::Global<void>::api_" in names
     assert not re.search(r"\bOrt::", names)
@@ -645,8 +652,10 @@ def test_onnxruntime_in_a_program_of_ones_own_is_left_alone(release: Programs) -
 def test_folders_that_hold_other_things_are_not_replaced_by_headers(tmp_path: Path) -> None:
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "mine.h").touch()
-    command = [ROOT / "scripts" / "cpp_headers.sh", tmp_path / "include"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    script = ROOT / "scripts" / "cpp_headers.sh"
+    done = subprocess.run(
+        [script, tmp_path / "include"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "holds something else" in done.stderr
     assert (tmp_path / "include" / "mine.h").exists()
