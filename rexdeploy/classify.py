@@ -78,7 +78,7 @@ class Classifier:
         """Images as the model takes them: one array of N, by `spec.input` and `spec.input_shape`.
 
         Needs no lock: decoding and resizing run beside the model. Raises UsageError that names the
-        image.
+        image, a Pillow image by its place in `inputs`.
         """
         if not inputs:
             raise UsageError("got 0 images, expected 1 or more")
@@ -86,10 +86,10 @@ class Classifier:
             raise UsageError(f"got one image ({inputs}), expected a list of images")
         preprocess = self.spec.preprocess
         pixels = [
-            images.crop(images.to_rgb(item), preprocess)
+            images.take(item, f"image {index}", preprocess)
             if isinstance(item, Image.Image)
             else images.read(Path(item), preprocess)
-            for item in inputs
+            for index, item in enumerate(inputs)
         ]
         return images.model_input(np.stack(pixels), self.spec)
 

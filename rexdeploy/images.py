@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import stat
+import struct
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,7 +55,7 @@ def opened(
     for whatever cannot be decoded, also in the block; no file makes it wait, run a program, or take
     more memory than its 89 megapixels (Pillow's own limit).
     """
-    try:
+    with _named(name):
         # A named pipe would be waited for, and a folder's error differs between systems.
         if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
             raise UsageError("not a file")
@@ -62,19 +63,15 @@ def opened(
             if image.format == "EPS":  # Pillow would have Ghostscript run it
                 raise UsageError("EPS is a program, not pixels; save it as PNG")
             yield image
-    except FileNotFoundError:
-        raise UsageError(f"{name}: no such file") from None
-    except UnidentifiedImageError:
-        raise UsageError(f"{name}: not an image that Pillow can read; give JPEG or PNG") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UsageError(f"{name}: too large to decode safely ({error})") from None
-    except UsageError as error:
-        raise UsageError(f"{name}: {error}") from None
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise UsageError(f"{name}: cannot be decoded as an image ({reason})") from None
-    except Exception as error:  # on broken files Pillow raises almost any, MemoryError too
-        raise UsageError(f"{name}: cannot be decoded as an image ({first_line(error)})") from None
+
+
+def take(image: Image.Image, name: str, spec: Preprocess) -> UInt8:
+    """Any Pillow image, its pixels decoded or not yet, as `read` gives a file's.
+
+    Raises UsageError, `NAME: why`.
+    """
+    with _named(name):
+        return crop(to_rgb(image), spec)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -82,10 +79,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     16-bit grey is scaled to 8 bits (Pillow's own conversion clips it to white). Transparency is
     dropped, as torchvision's and timm's loaders drop it: a transparent pixel keeps its colour. Of
-    an animation the first frame is taken. Raises UsageError for pixels without a known range.
+    an animation the first frame is taken. EXIF that cannot be read is ignored. Raises UsageError
+    for pixels without a known range, and what Pillow raises for those that cannot be decoded.
     """
     if image.mode in ("I", "F"):
         raise UsageError(f"pixels of type {image.mode} have no known range; save it with 8 bits")
+    image.load()  # so that what is raised below is about EXIF, and not about pixels
+    with suppress(SyntaxError, ValueError, struct.error):
+        image.getexif()  # what cannot be read, Pillow takes for empty from now on
     image = ImageOps.exif_transpose(image)
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # the same colours; straight to RGB, Pillow warns
@@ -98,9 +99,9 @@ def crop(image: Image.Image, spec: Preprocess) -> UInt8:
     """One RGB image to uint8 RGB `[height, width, 3]`, resized and cropped.
 
     The same arithmetic as timm's evaluation transform: resize so that the crop covers
-    `crop_pct`, crop the centre. Raises UsageError for an image too thin to resize.
+    `crop_pct`, crop the centre. Raises UsageError for an image too thin to resize, or empty.
     """
-    if max(image.size) > _MAX_ASPECT * min(image.size):
+    if not min(image.size) or max(image.size) > _MAX_ASPECT * min(image.size):
         raise UsageError(
             f"an image of {image.width} x {image.height} pixels is too thin: expected sides at "
             f"most {_MAX_ASPECT} times as long as each other"
@@ -160,7 +161,8 @@ def walk(folder: Path) -> Iterator[Path]:
         elif (
             path.suffix.lower() in _EXTENSIONS
             and not entry.name.startswith(".")
-            and (entry.is_file(follow_symlinks=False) or path.is_file())
+            # Path's own raises for what may not be looked at.
+            and (entry.is_file(follow_symlinks=False) or os.path.isfile(path))  # noqa: PTH113
         ):
             found = True
             yield path
@@ -202,6 +204,26 @@ def synthetic_pixels(count: int, spec: Preprocess, seed: int = 0) -> UInt8:
         mixed *= rng.uniform(60, 255) / max(mixed.max(), 1)
         images.append(mixed.astype(np.uint8))
     return np.stack(images)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Makes UsageError, `NAME: why`, of whatever goes wrong with one image in the block."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UsageError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise UsageError(f"{name}: not an image that Pillow can read; give JPEG or PNG") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UsageError(f"{name}: too large to decode safely ({error})") from None
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UsageError(f"{name}: cannot be decoded as an image ({reason})") from None
+    except Exception as error:  # on broken files Pillow raises almost any, MemoryError too
+        raise UsageError(f"{name}: cannot be decoded as an image ({first_line(error)})") from None
 
 
 def _open(source: Path | BinaryIO, formats: tuple[str, ...] | None) -> Image.Image:

@@ -40,7 +40,9 @@ def expand(inputs: Sequence[Path]) -> list[str]:
     """
     files: dict[str, None] = {}
     for path in inputs:
-        files.update(dict.fromkeys(map(str, images.walk(path) if path.is_dir() else [path])))
+        # Not Path.is_dir, which raises for a name too long: that is one image's error.
+        found = images.walk(path) if os.path.isdir(path) else [path]  # noqa: PTH112
+        files.update(dict.fromkeys(map(str, found)))
     return list(files)
 
 

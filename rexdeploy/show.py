@@ -233,7 +233,7 @@ def show_runner(classifier: Classifier, quiet: bool, silent: bool) -> None:
 def show_row(row: Row, silent: bool) -> None:
     """One image's classes, unless `silent`; on stderr, why it has none."""
     if row.error is not None:
-        say(f"error: {row.file}: {row.error}", to_stderr=True)
+        say("error: " + " ".join(f"{row.file}: {row.error}".split()), to_stderr=True)
     elif not silent:
         lines = (f"  {item.probability:7.2%}  {item.label}" for item in row.predictions)
         say(row.file, *lines)

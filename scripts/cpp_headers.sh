@@ -5,7 +5,7 @@
 # Nothing is fetched twice. CMake uses headers that are installed instead where it finds them.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-folder=${1:-$root/cpp/build/headers}
+folder=$(realpath -m "${1:-$root/cpp/build/headers}")
 suite=trixie # the first Debian release that has libonnxruntime-dev
 packages=(libonnxruntime-dev nlohmann-json3-dev doctest-dev)
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
@@ -17,8 +17,12 @@ if [ -f "$folder/complete" ]; then
     echo "$folder/usr/include"
     exit
 fi
+if [ -e "$folder" ] && ! rmdir "$folder" 2>/dev/null; then
+    echo "error: $folder holds something else: give a folder that is empty or not there" >&2
+    exit 2
+fi
 mirror=
-if command -v apt-get dpkg-deb >/dev/null; then
+if command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then
     mirror=$(apt-get indextargets --format '$(REPO_URI)' "Label: Debian" 2>/dev/null | head -n 1)
 fi
 if [ -z "$mirror" ] || [ ! -f "$keyring" ]; then
@@ -47,6 +51,5 @@ for package in "$work"/packages/*.deb; do
     dpkg-deb -x "$package" "$work/tree"
 done
 touch "$work/tree/complete"
-rm -rf "$folder"
 mv "$work/tree" "$folder"
 echo "$folder/usr/include"

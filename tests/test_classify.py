@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import threading
 import time
@@ -146,6 +147,21 @@ def test_pillow_images_are_taken_in_any_mode(v1_original: Bundle, photos: Path) 
         same = classifier.classify([path, image.convert("RGBA")])
         assert [item.index for item in same[0]] == [item.index for item in same[1]]
         assert classifier.classify([image.convert("L")])[0][0].label.startswith("class ")
+
+
+def test_pillow_images_that_are_broken_are_refused_like_files(
+    v1_original: Bundle, photos: Path
+) -> None:
+    photo = images.find(photos)[0].read_bytes()
+    lazy = Image.open(io.BytesIO(photo[: len(photo) // 2]))  # its pixels are not read yet
+    with load(v1_original) as classifier:
+        for image, reason in (
+            (lazy, "cannot be decoded as an image"),
+            (Image.new("RGB", (0, 0)), "an image of 0 x 0 pixels"),
+            (Image.new("F", (9, 9)), "no known range"),
+        ):
+            with pytest.raises(UsageError, match=f"^image 1: .*{reason}"):
+                classifier.classify([Image.new("RGB", (9, 9)), image])
 
 
 def test_wrong_shapes_and_closed_classifiers_are_refused(v1_original: Bundle) -> None:

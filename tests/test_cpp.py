@@ -8,6 +8,8 @@ import random
 import re
 import struct
 import subprocess
+import sys
+import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -263,6 +265,12 @@ def _samples() -> Iterator[tuple[str, bytes]]:
         yield f"turned-{orientation}.png", _encoded(noise, "PNG", exif=_exif(orientation))
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
     yield "xmp.jpg", _encoded(photo, "JPEG", xmp=xmp)
+    block = b"Exif\0\0" + _exif(6).tobytes()
+    hexadecimal = textwrap.fill(block.hex(), 72)
+    profile = f"\nexif\n{len(block):8}\n{hexadecimal}\n".encode()  # as ImageMagick writes it
+    text = _chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile))
+    yield "raw-profile.png", _png(9, 7, 8, 2, text)
+    yield "no-end.png", _png(9, 7, 8, 2)[:-12]
     yield "xmp.png", _png(9, 7, 8, 2, _chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         yield f"{mode}.png", _encoded(noise.convert(mode), "PNG")
@@ -322,6 +330,7 @@ def test_run_prints_what_predict_prints(
     answer = release.run("run", v1_original.path, *paths)
     assert answer.err.startswith("passed over: fp16.rtx-sm89.engine on tensorrt-rtx: ")
     assert release.run("run", v1_original.path, paths[0], "--quiet").out == ""
+    assert "--help: no such file" in release.run("run", v1_original.path, "--", "--help").err
 
 
 def test_labels_are_pythons(release: Programs, v1_bundle: Bundle, photos: Path) -> None:
@@ -396,6 +405,9 @@ def test_unusable_images_are_refused(
     for name, (data, _) in hostile.items():
         if data is not None:
             (tmp_path / name).write_bytes(data)
+    with open(tmp_path / "sparse.jpg", "wb") as sparse:
+        sparse.truncate(2**40)
+    hostile["sparse.jpg"] = (None, "too large to decode safely (limit 1073741824 bytes)")
     calls = [(tmp_path / "out", tmp_path / name) for name in hostile]
     for line, (name, (_, reason)) in zip(
         sanitized.probe("decode", calls), hostile.items(), strict=True
@@ -407,6 +419,29 @@ def test_unusable_images_are_refused(
     Image.new("RGB", (101, 1)).save(tmp_path / "thin.png")
     line = sanitized.refused(v1_original.path, tmp_path / "thin.png", "--backend=onnxruntime")
     assert f"{tmp_path / 'thin.png'}: an image of 101 x 1 pixels is too thin" in line
+
+
+def test_texts_that_unpack_to_gigabytes_are_not_kept(release: Programs, tmp_path: Path) -> None:
+    text = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 7_900_000))
+    (tmp_path / "bomb.png").write_bytes(_png(9, 7, 8, 2, *[text] * 120))
+    # From a small process: what this one holds would count as its child's.
+    measure = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    program, out = release.folder / "rexdeploy-probe", tmp_path / "out"
+    command: list[str | Path] = [
+        sys.executable,
+        "-c",
+        measure,
+        program,
+        "decode",
+        out,
+        tmp_path / "bomb.png",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "9 7" in done.stdout.splitlines()
+    assert int(done.stdout.splitlines()[-1]) < 500_000  # KiB
 
 
 def test_damaged_bundles_are_refused(
@@ -575,7 +610,7 @@ def test_engines_that_cannot_be_loaded_are_explained(
         (good, "no NVIDIA GPU driver, or too old a one: IRuntime::deserializeCudaEngine: "),
         (b"x" * 1000, f"{said}Serialization"),
         (good[:-1], f"a truncated TensorRT-RTX engine: got {len(good) - 1} bytes, expected"),
-        (good[:40], "a truncated TensorRT-RTX engine: got 40 bytes"),
+        (good[:40], "a truncated TensorRT-RTX engine: got 40 bytes, expected 64"),
         (good[:24] + bytes([9, 8, 7, 6]) + good[28:], "built by TensorRT-RTX 9.8.7.6 and this"),
     ]
     for plan, reason in cases:
@@ -604,6 +639,26 @@ def test_a_library_of_another_major_version_is_not_called(
         env={"REXDEPLOY_TENSORRT_RTX": str(library)},
     )
     assert "got the library 10.9.0.34, expected one that fits the headers of TensorRT" in line
+
+
+def test_onnxruntime_in_a_program_of_ones_own_is_left_alone(release: Programs) -> None:
+    """Its C++ headers keep the library in one symbol, the same for all who include them."""
+    command = ["nm", "--demangle", str(release.folder / "librexdeploy.a")]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Ort::Global<void>::api_" in names
+    assert not re.search(r"\bOrt::", names)
+
+
+def test_folders_that_hold_other_things_are_not_replaced_by_headers(tmp_path: Path) -> None:
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "mine.h").touch()
+    script = ROOT / "scripts" / "cpp_headers.sh"
+    done = subprocess.run(
+        [script, tmp_path / "include"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "holds something else" in done.stderr
+    assert (tmp_path / "include" / "mine.h").exists()
 
 
 def test_readmes_program_compiles(built: None) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from timm.data.transforms_factory import create_transform
 
 from rexdeploy import images
@@ -153,6 +153,17 @@ def test_a_huge_exif_block_does_no_harm(tmp_path: Path) -> None:
     exif[0x9286] = b"x" * 65_000  # a comment
     _noise((20, 10)).save(tmp_path / "a.jpg", exif=exif)
     assert images.load(tmp_path / "a.jpg").size == (20, 10)
+
+
+def test_exif_that_cannot_be_read_is_ignored(tmp_path: Path) -> None:
+    image = _noise((20, 10))
+    for name in ("a.jpg", "a.png", "a.webp"):
+        image.save(tmp_path / name, exif=b"neither of TIFF's byte orders", lossless=True)
+        assert images.load(tmp_path / name).size == (20, 10)
+    profile = PngImagePlugin.PngInfo()
+    profile.add_text("Raw profile type exif", "\nexif\n4\nnot hexadecimal\n")
+    image.save(tmp_path / "b.png", pnginfo=profile)
+    np.testing.assert_array_equal(images.load(tmp_path / "b.png"), image)
 
 
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:

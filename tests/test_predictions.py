@@ -119,13 +119,18 @@ def test_what_is_no_regular_file_has_its_row_and_hangs_nothing(
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "gone")
-    files = [str(tmp_path / name) for name in ("pipe.jpg", "loop.jpg", "dangling.jpg", "a\0b")]
+    (tmp_path / "far.jpg").symlink_to("x" * 300)
+    names = ("pipe.jpg", "loop.jpg", "dangling.jpg", "a\0b", "far.jpg", "x" * 300)
+    files = [str(tmp_path / name) for name in names]
+    assert expand(list(map(Path, files))) == files
     (rows,) = classify_files(colours, files, 1)
     errors = [row.error or "" for row in rows]
     assert errors[0] == "not a file"
     assert "symbolic links" in errors[1]
     assert errors[2] == "no such file"
     assert "null" in errors[3]
+    assert "name too long" in errors[4]
+    assert "name too long" in errors[5]
     with pytest.raises(UsageError, match="no images in"):
         expand([tmp_path])  # in a folder, such are passed over
 
@@ -156,9 +161,8 @@ def test_predict_prints_the_good_ones_and_a_line_for_each_other(
 ) -> None:
     files = _folder(tmp_path / "folder", 3)
     files[1].write_text("no image")
-    result = run_cli(
-        "predict", "folder", "gone.jpg", "--top", "1", "--json", "r.json", cwd=tmp_path
-    )
+    images = ("folder", "gone.jpg", "two\nlines.jpg")
+    result = run_cli("predict", *images, "--top", "1", "--json", "r.json", cwd=tmp_path)
     assert result.code == 2
     lines = result.out.splitlines()
     assert lines[0] == "rexnet 1 on onnxruntime" or "tensorrt" in lines[0]
@@ -166,9 +170,10 @@ def test_predict_prints_the_good_ones_and_a_line_for_each_other(
     assert [line for line in result.err.splitlines() if line.startswith("error: ")] == [
         "error: folder/001.png: not an image that Pillow can read; give JPEG or PNG",
         "error: gone.jpg: no such file",
+        "error: two lines.jpg: no such file",
     ]
     answer = json.loads((tmp_path / "r.json").read_text())
-    assert [bool(row["error"]) for row in answer["images"]] == [False, True, False, True]
+    assert [bool(row["error"]) for row in answer["images"]] == [False, True, False, True, True]
     assert answer["passed_over"]
 
 

@@ -87,7 +87,7 @@ std::vector<std::uint8_t> Bundle::read(const Artifact& artifact) const {
     return data;
 }
 
-std::vector<std::uint8_t> read_file(const std::filesystem::path& file) {
+std::vector<std::uint8_t> read_file(const std::filesystem::path& file, std::size_t most) {
     // Without O_NONBLOCK, opening a named pipe would wait for its writer.
     const Descriptor descriptor(file, O_RDONLY | O_NONBLOCK);
     struct stat status{};
@@ -96,6 +96,9 @@ std::vector<std::uint8_t> read_file(const std::filesystem::path& file) {
     }
     if (!S_ISREG(status.st_mode)) {
         throw std::system_error(S_ISDIR(status.st_mode) ? EISDIR : EINVAL, std::generic_category());
+    }
+    if (static_cast<std::size_t>(status.st_size) > most) {
+        throw std::system_error(EFBIG, std::generic_category());
     }
     std::vector<std::uint8_t> data(static_cast<std::size_t>(status.st_size));
     std::size_t size = 0;

@@ -44,8 +44,10 @@ class Bundle {
     Manifest manifest_;
 };
 
-/// A regular file's bytes; throws std::system_error with the system's reason.
-std::vector<std::uint8_t> read_file(const std::filesystem::path& file);
+/// A regular file's bytes; throws std::system_error with the system's reason, and
+/// std::errc::file_too_large where there are more than `most`.
+std::vector<std::uint8_t> read_file(const std::filesystem::path& file,
+                                    std::size_t most = SIZE_MAX);
 
 /// The SHA-256 of `data`, in hexadecimal.
 std::string sha256(const std::vector<std::uint8_t>& data);

@@ -20,7 +20,8 @@ Oriented decode_png(const std::vector<std::uint8_t>& data);
 /// Throws Error above the number of pixels that Pillow takes without a warning.
 void check_size(std::uint32_t width, std::uint32_t height);
 
-/// The orientation in an EXIF block (a TIFF header and its first directory); 0 if there is none.
+/// The orientation in an EXIF block (a TIFF header and its first directory, after JPEG's "Exif\0\0"
+/// or without); 0 if there is none.
 int exif_orientation(std::string_view exif);
 
 /// The orientation in an XMP packet, as Pillow searches for it; 0 if there is none.

@@ -2,6 +2,7 @@
 #include "rexdeploy/image.hpp"
 
 #include <cstring>
+#include <new>
 #include <string>
 #include <system_error>
 
@@ -58,6 +59,8 @@ Image turn(Image image, int orientation) {
     }
 }
 
+constexpr std::size_t kMaxFileBytes = std::size_t{1} << 30;  // 89 megapixels of 16-bit RGBA fit
+
 bool begins_with(const std::vector<std::uint8_t>& data, const char* magic, std::size_t size) {
     return data.size() >= size && std::memcmp(data.data(), magic, size) == 0;
 }
@@ -65,24 +68,32 @@ bool begins_with(const std::vector<std::uint8_t>& data, const char* magic, std::
 }  // namespace
 
 Image decode_image(const std::vector<std::uint8_t>& data) {
-    Oriented decoded;
-    if (begins_with(data, "\xff\xd8\xff", 3)) {
-        decoded = decode_jpeg(data);
-    } else if (begins_with(data, "\x89PNG\r\n\x1a\n", 8)) {
-        decoded = decode_png(data);
-    } else {
-        throw Error("not an image that this program can read; give JPEG or PNG");
+    try {
+        Oriented decoded;
+        if (begins_with(data, "\xff\xd8\xff", 3)) {
+            decoded = decode_jpeg(data);
+        } else if (begins_with(data, "\x89PNG\r\n\x1a\n", 8)) {
+            decoded = decode_png(data);
+        } else {
+            throw Error("not an image that this program can read; give JPEG or PNG");
+        }
+        return turn(std::move(decoded.image), decoded.orientation);
+    } catch (const std::bad_alloc&) {  // other images are smaller
+        throw Error("cannot be decoded as an image (too little memory)");
     }
-    return turn(std::move(decoded.image), decoded.orientation);
 }
 
 Image load_image(const std::filesystem::path& file) {
     std::vector<std::uint8_t> data;
     try {
-        data = read_file(file);
+        data = read_file(file, kMaxFileBytes);
     } catch (const std::system_error& error) {
         if (error.code() == std::errc::no_such_file_or_directory) {
             throw Error(file.string() + ": no such file");
+        }
+        if (error.code() == std::errc::file_too_large) {
+            throw Error(file.string() + ": too large to decode safely (limit " +
+                        std::to_string(kMaxFileBytes) + " bytes)");
         }
         throw Error(file.string() + ": cannot be read (" + error.code().message() + ")");
     }

@@ -82,7 +82,7 @@ class JpegReader {
             const std::string_view data(reinterpret_cast<const char*>(marker->data),
                                         marker->data_length);
             if (data.substr(0, kExif.size()) == kExif) {
-                if (const int orientation = exif_orientation(data.substr(kExif.size()))) {
+                if (const int orientation = exif_orientation(data)) {
                     return orientation;
                 }
             } else if (data.substr(0, kXmp.size()) == kXmp && from_xmp == 0) {

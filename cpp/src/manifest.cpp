@@ -3,9 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
+#include <locale>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <sstream>
 
 namespace rexdeploy {
 namespace {
@@ -122,9 +123,10 @@ std::string read_title(const Json& model) {
         malformed("the fields 'family' and 'width' contradict each other");
     }
     if (family != "onnx") {
-        char digits[32];
-        std::snprintf(digits, sizeof digits, "%g", number(width, "width", -1e308, 1e308));
-        title = family + " " + digits;
+        std::ostringstream digits;
+        digits.imbue(std::locale::classic());  // "1.5" in a program of any locale
+        digits << number(width, "width", -1e308, 1e308);
+        title = family + " " + digits.str();
     }
     return boolean_in(weights, "trained") ? title : title + " (untrained weights)";
 }

@@ -1,4 +1,8 @@
-// ONNX graphs on the CPU in ONNX Runtime, with the session options of backends/onnxrt.py.
+// ONNX graphs on the CPU in ONNX Runtime.
+
+// Its headers keep the library's function table in a symbol that is one for the whole process. Under
+// a name of our own, a program that uses these headers too keeps its own library beside ours.
+#define Ort RexdeployOrt
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime/onnxruntime_cxx_api.h>
 
@@ -76,9 +80,9 @@ class OnnxRuntimeModel final : public Model {
             count *= static_cast<std::size_t>(size);
         }
         const std::int64_t output_shape[] = {batch, num_classes_};
-        const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
         void* const data = const_cast<void*>(images);  // the API knows no read-only tensors
         try {
+            const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
             const Ort::Value input =
                 is_uint8_ ? Ort::Value::CreateTensor<std::uint8_t>(
                                 memory, static_cast<std::uint8_t*>(data), count, shape.data(),

@@ -7,6 +7,7 @@ namespace rexdeploy {
 namespace {
 
 constexpr std::uint64_t kMaxPixels = 89'478'485;  // PIL.Image.MAX_IMAGE_PIXELS
+constexpr std::string_view kPrefix("Exif\0\0", 6);
 constexpr std::uint32_t kOrientation = 0x0112;
 constexpr std::uint32_t kShort = 3;
 constexpr std::uint32_t kLong = 4;
@@ -41,6 +42,9 @@ void check_size(std::uint32_t width, std::uint32_t height) {
 }
 
 int exif_orientation(std::string_view exif) {
+    while (exif.substr(0, kPrefix.size()) == kPrefix) {
+        exif.remove_prefix(kPrefix.size());
+    }
     if (exif.substr(0, 2) != "II" && exif.substr(0, 2) != "MM") {
         return 0;
     }

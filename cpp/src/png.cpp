@@ -6,12 +6,38 @@
 #include <csetjmp>
 #include <cstddef>
 #include <cstring>
+#include <new>
 #include <string>
+#include <string_view>
 
 #include "decoders.hpp"
 
 namespace rexdeploy {
 namespace {
+
+constexpr int kMaxTexts = 32;  // kept of a file: each may unpack to eight megabytes
+
+/// The bytes of an ImageMagick profile: hexadecimal digits in lines, after three other lines.
+std::string from_raw_profile(std::string_view text) {
+    for (int line = 0; line < 3; ++line) {
+        const auto end = text.find('\n');
+        text.remove_prefix(end == std::string_view::npos ? text.size() : end + 1);
+    }
+    std::string bytes;
+    std::size_t digits = 0;
+    for (const char character : text) {
+        const auto value = std::string_view("0123456789abcdef").find(character);
+        if (value == std::string_view::npos) {
+            continue;
+        }
+        if (digits++ % 2 == 0) {
+            bytes += static_cast<char>(value << 4);
+        } else {
+            bytes.back() = static_cast<char>(bytes.back() | static_cast<char>(value));
+        }
+    }
+    return bytes;
+}
 
 class PngReader {
  public:
@@ -27,6 +53,7 @@ class PngReader {
             png_destroy_read_struct(&png_, &info_, nullptr);
             fail();
         }
+        png_set_chunk_cache_max(png_, kMaxTexts + 2);
         png_set_read_fn(png_, this, on_read);
         png_read_info(png_, info_);
         png_set_packing(png_);  // 1, 2 and 4 bits to a byte each, not scaled
@@ -57,7 +84,10 @@ class PngReader {
                 png_read_row(png_, samples + y * row_bytes, nullptr);
             }
         }
-        png_read_end(png_, info_);  // EXIF may stand behind the pixels
+        if (setjmp(png_jmpbuf(png_)) != 0) {
+            return;  // what is damaged behind the pixels is not missed, as in Pillow
+        }
+        png_read_end(png_, info_);  // EXIF may stand there
     }
 
     /// 256 colours, black where the file has none.
@@ -83,15 +113,21 @@ class PngReader {
                 return orientation;
             }
         }
+        int from_xmp = 0;
         png_textp texts = nullptr;
         const int count = png_get_text(png_, info_, &texts, nullptr);
         for (int index = 0; index < count; ++index) {
-            if (std::strcmp(texts[index].key, "XML:com.adobe.xmp") == 0 &&
-                texts[index].text != nullptr) {
-                return xmp_orientation(texts[index].text);
+            const std::string_view key(texts[index].key);
+            const std::string_view text(texts[index].text != nullptr ? texts[index].text : "");
+            if (key == "Raw profile type exif") {
+                if (const int orientation = exif_orientation(from_raw_profile(text))) {
+                    return orientation;
+                }
+            } else if (key == "XML:com.adobe.xmp" && from_xmp == 0) {
+                from_xmp = xmp_orientation(text);
             }
         }
-        return 0;
+        return from_xmp;
     }
 
  private:

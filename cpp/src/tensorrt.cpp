@@ -1,8 +1,10 @@
 // Engines of TensorRT and TensorRT-RTX on the first NVIDIA GPU, as backends/trt.py runs them.
 #include <NvInferRuntime.h>
 
+#include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <utility>
 
 #include "gpu.hpp"
 #include "library.hpp"
@@ -98,9 +100,12 @@ void check_header(const std::vector<std::uint8_t>& plan, const Version& library)
     if (plan.size() < 4 || std::memcmp(plan.data(), "vtrt", 4) != 0) {
         return;  // not of RTX: TensorRT itself says whether it can be read
     }
-    std::uint64_t size = 0;
-    for (std::size_t byte = 8; byte-- > 0 && plan.size() >= kRtxHeaderBytes;) {
-        size = size << 8 | plan[kSizeAt + byte];
+    std::uint64_t size = kRtxHeaderBytes;  // at least
+    if (plan.size() >= kRtxHeaderBytes) {
+        size = 0;
+        for (std::size_t byte = 8; byte-- > 0;) {
+            size = size << 8 | plan[kSizeAt + byte];
+        }
     }
     if (plan.size() != size) {
         throw Error("a truncated TensorRT-RTX engine: got " + std::to_string(plan.size()) +
@@ -132,7 +137,8 @@ class TensorRTModel final : public Model {
         logger().clear();
         runtime_.reset(
             static_cast<nvinfer1::IRuntime*>(library_.function<void*(void*, std::int32_t)>(
-                "createInferRuntime_INTERNAL")(&logger(), NV_TENSORRT_VERSION)));
+                "createInferRuntime_INTERNAL")(static_cast<nvinfer1::ILogger*>(&logger()),
+                                               NV_TENSORRT_VERSION)));
         if (runtime_ == nullptr) {
             throw Unavailable("TensorRT cannot start here: " + logger().first_error());
         }
@@ -197,8 +203,10 @@ class TensorRTModel final : public Model {
             most = engine_->getProfileShape(input_.c_str(), 0, OptProfileSelector::kMAX).d[0];
         }
         image_bytes_ = is_uint8 ? 1 : sizeof(float);
+        const std::vector<std::int64_t> wanted = input_shape(spec);
         for (int index = 1; index < input_shape_.nbDims; ++index) {
-            image_bytes_ *= static_cast<std::size_t>(input_shape_.d[index]);
+            input_shape_.d[index] = wanted[index];  // where it is open in the engine
+            image_bytes_ *= static_cast<std::size_t>(wanted[index]);
         }
         output_bytes_ = static_cast<std::size_t>(spec.num_classes) * sizeof(float);
         device_input_ = gpu_->allocate(static_cast<std::size_t>(most) * image_bytes_);

@@ -92,6 +92,7 @@ TEST_CASE("orientations: both byte orders, and nothing read beyond the end") {
     const std::string_view big("MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x08\0\0", 22);
     CHECK(exif_orientation(little) == 6);
     CHECK(exif_orientation(big) == 8);
+    CHECK(exif_orientation(std::string("Exif\0\0", 6) += little) == 6);
     CHECK(exif_orientation("MM") == 0);
     CHECK(exif_orientation("II*\0\xff\xff\xff\xff") == 0);
     CHECK(exif_orientation("") == 0);

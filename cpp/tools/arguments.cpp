@@ -60,6 +60,9 @@ int run_program(int argc, char** argv, const char* usage, const std::vector<std:
                 const std::function<void(const Arguments&)>& command) {
     for (int index = 1; index < argc; ++index) {
         const std::string argument = argv[index];
+        if (argument == "--") {
+            break;
+        }
         if (argument == "--help" || argument == "-h") {
             std::fputs(usage, stdout);
             return 0;
@@ -72,7 +75,7 @@ int run_program(int argc, char** argv, const char* usage, const std::vector<std:
         } catch (const Failed&) {
             code = 2;
         }
-        if (std::fflush(stdout) != 0) {
+        if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
             throw Error("the output cannot be written");
         }
         return code;

@@ -39,7 +39,8 @@ struct Prediction {
 };
 
 /// A loaded bundle. Its const functions may be called from several threads at once; moving and
-/// destroying it may not overlap with them. Every failure throws Error.
+/// destroying it may not overlap with them. Every failure throws Error, but for a lack of memory,
+/// which is std::bad_alloc.
 class Classifier {
  public:
     /// Opens the bundle in the folder `bundle`: reads its manifest, checks the hash of the file
