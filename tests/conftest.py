@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -20,10 +21,16 @@ from rexdeploy.models.rexnet import ReXNetV1, ReXNetV1_lite
 from tests.helpers import reacting
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    """Same rounding on every machine, and no fight for cores."""
-    torch.set_num_threads(2)
+def pytest_configure() -> None:
+    """Gives each of several test processes a core of its own, and their libraries one thread.
+
+    Threads of two processes that wait for each other by spinning took more time than one process.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    torch.set_num_threads(1 if worker else 2)
 
 
 @pytest.fixture(scope="session")
