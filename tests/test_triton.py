@@ -184,8 +184,21 @@ def test_somebody_elses_model_is_refused_and_untouched(
     (theirs / "1" / "model.pt").write_bytes(b"weights")
     before = tree(tmp_path / "models")
     result = run_cli("triton", v1_bundle.path, "--repository", "models", cwd=tmp_path)
-    assert_refused(result, f"models/{model} is not a model that rexdeploy has written", "--name")
+    assert_refused(result, f"models/{model} is no", "that rexdeploy has written", "--name")
     assert tree(tmp_path / "models") == before
+
+
+@pytest.mark.parametrize("role", ["image", "preprocess"])
+def test_a_network_does_not_take_the_place_of_another_ones_parts(
+    role: str, v1_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Also where the two have the same signature."""
+    repository = tmp_path / "models"
+    deploy(v1_bundle, repository, "python")
+    before = tree(repository)
+    with pytest.raises(UsageError, match=f"v1_{role} is no network that rexdeploy has written"):
+        deploy(v1_bundle, repository, "python", f"v1_{role}")
+    assert tree(repository) == before
 
 
 def test_another_signature_under_one_name_is_refused(
