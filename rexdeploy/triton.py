@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from rexdeploy.backends import engines
 from rexdeploy.bundle import Bundle, is_bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.manifest import (
@@ -88,10 +89,13 @@ def deploy(
         raise UsageError(f"name: got '{name}', expected letters, digits, _, ., + and -")
     chosen, files, reason = _choose(bundle.manifest, backend)
     batch = next((file.batch for file in files if file.batch), DEFAULT_BATCH)
-    if chosen != "python" and batch.min > 1:
+    graph = bundle.manifest.find("onnx")
+    is_fixed = graph is not None and graph.batch is not None  # a dimension of 1 is no open one
+    if chosen != "python" and (is_fixed or batch.min > 1):
         raise UsageError(
-            f"{files[0].file} takes batches of {batch.min} and more, and Triton sends smaller ones "
-            "too; take --backend python, which fills them up"
+            f"{files[0].file} takes batches of {batch.min} to {batch.max}, and Triton's {chosen} "
+            "backend wants any from 1 on; take --backend python, which fills batches up, or export "
+            "with --batch dynamic"
         )
     labels_file = bundle.manifest.find("labels")
     labels = bundle.read(labels_file) if labels_file else None
@@ -167,11 +171,11 @@ def _choose(manifest: Manifest, wanted: str) -> tuple[TritonBackend, list[Artifa
     """The backend, the files that it may run (best first), and why it was chosen."""
     if wanted not in ("auto", *BACKENDS):
         raise UsageError(f"backend: got '{wanted}', expected one of auto, {', '.join(BACKENDS)}")
-    engines = [artifact for artifact in manifest.artifacts if artifact.kind == "engine"]
-    plans = [engine for engine in engines if engine.built_with.get("flavor") == "tensorrt"]
+    built = engines(manifest)
+    plans = [engine for engine in built if engine.built_with.get("flavor") == "tensorrt"]
     graph = manifest.find("onnx")
     if wanted == "tensorrt" and not plans:
-        has = "only TensorRT-RTX engines, which Triton cannot run" if engines else "no engine"
+        has = "only TensorRT-RTX engines, which Triton cannot run" if built else "no engine"
         raise UsageError(
             f"--backend tensorrt: the bundle has {has}; run 'rexdeploy build-trt --flavor "
             "tensorrt', or take --backend python or onnxruntime"
@@ -183,10 +187,11 @@ def _choose(manifest: Manifest, wanted: str) -> tuple[TritonBackend, list[Artifa
     if graph is not None and wanted in ("auto", "onnxruntime"):
         reason = "asked for" if wanted != "auto" else "the bundle has no engine that Triton runs"
         return "onnxruntime", [graph], reason
-    runnable = [*engines, *([graph] if graph else [])]
+    runnable = [*built, *([graph] if graph else [])]
     if not runnable:
         raise UsageError("the bundle has neither an engine nor an ONNX graph; export it again")
-    return "python", runnable, "asked for"
+    reason = "asked for" if wanted != "auto" else "the bundle has TensorRT-RTX engines only"
+    return "python", runnable, reason
 
 
 def _network_files(

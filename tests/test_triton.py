@@ -21,7 +21,7 @@ from PIL import Image
 from rexdeploy import images, load
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.manifest import Artifact, BatchRange
+from rexdeploy.manifest import Artifact, BatchRange, Precision
 from rexdeploy.triton import deploy
 from rexdeploy.triton_backend import decode, run_each
 from tests.helpers import assert_refused, edit_weights, run_cli
@@ -60,6 +60,20 @@ def config(folder: Path) -> Any:
     schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     text_format = pytest.importorskip("google.protobuf.text_format")
     return text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
+
+
+def with_engine(bundle: Bundle, precision: Precision, data: bytes) -> Bundle:
+    """The bundle with one more engine, said to be full TensorRT's."""
+    engine = bundle.manifest.find("engine")
+    assert engine is not None
+    named = replace(
+        engine,
+        file=f"{precision}.tensorrt.engine",
+        sha256=sha256(data),
+        precision=precision,
+        built_with={**engine.built_with, "flavor": "tensorrt"},
+    )
+    return bundle.update(named, files={named.file: data})
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -238,15 +252,24 @@ def test_bad_usage_is_one_line(
     assert not (tmp_path / "artifacts" / "triton").exists()
 
 
-def test_a_fixed_batch_is_for_the_python_backend(v1_bundle: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_fixed_batch_is_for_the_python_backend(
+    size: int, v1_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Of 1 too: Triton's ONNX Runtime wants a dimension of -1 wherever it may batch."""
     graph = v1_bundle.manifest.find("onnx")
     assert graph is not None
-    fixed = v1_bundle.update(
-        replace(graph, batch=BatchRange(4, 4, 4)), files={graph.file: v1_bundle.read(graph)}
-    )
-    with pytest.raises(UsageError, match="takes batches of 4 and more.*--backend python"):
+    batch = BatchRange(size, size, size)
+    fixed = v1_bundle.update(replace(graph, batch=batch), files={graph.file: v1_bundle.read(graph)})
+    with pytest.raises(UsageError, match=f"takes batches of {size} to {size}, .*--backend python"):
         deploy(fixed, tmp_path / "models")
     assert deploy(fixed, tmp_path / "models", "python").batch.max == 8
+
+
+def test_of_several_engines_the_fastest_is_served(v1_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = with_engine(with_engine(v1_bundle, "fp32", b"slow"), "fp16", b"fast")
+    assert deploy(bundle, tmp_path / "models").backend == "tensorrt"
+    assert (tmp_path / "models" / "v1" / "1" / "model.plan").read_bytes() == b"fast"
 
 
 def test_the_command_says_what_it_wrote(v1_bundle: Bundle, tmp_path: Path) -> None:
