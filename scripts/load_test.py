@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import socket
 import sys
@@ -86,10 +87,11 @@ def run(folder: Path, requests: int, timed: int, connections: int) -> dict[str, 
     config = repository / ALONE / "config.pbtxt"
     config.write_text(re.sub(r"dynamic_batching \{.*\}\n", "", config.read_text(), count=1))
     files = [_jpeg(pixels) for pixels in images.synthetic_pixels(POOL, Preprocess(), seed=5)]
-    address = Address(port=_free_ports())
+    address, cores = Address(port=_free_ports()), len(os.sched_getaffinity(0))
     with (
-        load(first, "onnxruntime") as old,
-        load(second, "onnxruntime") as new,
+        # With the threads that the served network has, which do not spin while they wait.
+        load(first, "onnxruntime", cores) as old,
+        load(second, "onnxruntime", cores) as new,
         running(find_server(), repository, address) as server,
     ):
         if not server.wait_until_ready([NAME, f"{NAME}_image", ALONE, f"{ALONE}_image"]):
