@@ -96,8 +96,9 @@ class Classifier:
     def run(self, batch: Images) -> Float32:
         """What the model itself gives, float32 `[N, classes]`: by `spec.output`, of any batch.
 
-        `batch` is what `prepare` gives. Raises UsageError for anything else, RexdeployError where
-        the model fails, NonFiniteOutput where it gives what is not finite.
+        `batch` is what `prepare` gives. Raises UsageError for anything else, values that are not
+        finite among it, RexdeployError where the model fails, NonFiniteOutput where it gives what
+        is not finite.
         """
         shape = self.spec.input_shape
         if (
@@ -119,6 +120,8 @@ class Classifier:
             ]
         outputs = np.concatenate(chunks)
         if not np.isfinite(outputs).all():
+            if not np.isfinite(batch).all():
+                raise UsageError("images: got NaN or infinite values, expected finite ones")
             raise NonFiniteOutput(
                 f"{self.backend} gave {self.spec.output} that are NaN or infinite; see "
                 "'rexdeploy verify'"
