@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -143,6 +144,10 @@ def deploy(
         ) as staging:
             published = [_publish(model, repository, Path(staging)) for model in models]
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # a rename to what was not there before
+            raise RexdeployError(
+                f"{repository} was changed by another command meanwhile; run this one again"
+            ) from None
         raise RexdeployError(
             f"cannot write the model repository {repository} ({error.strerror}); expected a folder "
             "in a folder of the same disk that can be written: models appear by a rename from there"
@@ -360,9 +365,10 @@ def _check(repository: Path, models: list[_Model], signature: Signature) -> None
         before, after = asdict(there), asdict(signature)
         changed = [field for field in after if before[field] != after[field]]
         if changed:
+            same = f"take --backend {there.backend}, or " if changed == ["backend"] else ""
             raise UsageError(
                 f"{folder} has versions with another {', '.join(changed)}, and all versions of a "
-                "model share one configuration; choose another --name"
+                f"model share one configuration; {same}choose another --name or --repository"
             )
 
 

@@ -188,6 +188,25 @@ def test_a_write_that_fails_shows_a_server_whole_models_only(
         assert len(list(repository.iterdir())) == 3
 
 
+def test_two_at_once_leave_one_of_them(
+    v1_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other finds that the version it was to write is there meanwhile, and says so."""
+    repository, rename = tmp_path / "models", Path.rename
+    deploy(v1_bundle, repository, "onnxruntime")
+
+    def late(self: Path, target: Path) -> Path:
+        target.mkdir()
+        (target / "model.onnx").write_bytes(b"the other's")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(RexdeployError, match="changed by another command meanwhile"):
+        deploy(with_changed_weights(v1_bundle), repository, "onnxruntime")
+    assert (repository / "v1" / "2" / "model.onnx").read_bytes() == b"the other's"
+    assert not list(tmp_path.glob(".models.*"))
+
+
 @pytest.mark.parametrize("model", ["v1", "v1_preprocess", "v1_image"])
 def test_somebody_elses_model_is_refused_and_untouched(
     model: str, v1_bundle: Bundle, tmp_path: Path
@@ -223,7 +242,7 @@ def test_another_signature_under_one_name_is_refused(
     before = tree(repository)
     with pytest.raises(UsageError, match="another input, input_name, output, output_name, and"):
         deploy(pixels_bundle, repository, "python", "v1")
-    with pytest.raises(UsageError, match="another backend, and"):
+    with pytest.raises(UsageError, match="another backend, and .*take --backend python, or"):
         deploy(v1_bundle, repository, "onnxruntime")
     with pytest.raises(UsageError, match="another labels, and"):
         deploy(with_labels(v1_bundle), repository, "python")
@@ -352,8 +371,8 @@ def test_one_request_that_fails_does_not_fail_its_neighbours(v1_original: Bundle
     with load(v1_original, "onnxruntime") as classifier:
         first, second, third = run_each(classifier.run, [good[:1], bad, good[1:]])
         alone = classifier.run(good)
-    assert isinstance(second, RexdeployError)
-    assert "NaN" in str(second)
+    assert isinstance(second, UsageError)  # of that client, not of the network
+    assert "images: got NaN" in str(second)
     np.testing.assert_allclose(np.concatenate([first, third]), alone, rtol=1e-3, atol=1e-3)
 
 
