@@ -242,7 +242,10 @@ def mix(
     # Whatever the order in which answers arrived: old, then for a moment both, then new only.
     last = [version for _, version in sorted(seen)[-connections:]]
     if set(last) != {"2"}:
-        tally.add("wrong", "swap", "the old version still answered at the end")
+        raise SystemExit(
+            "the old version still answered at the end: the swap failed, or came after the load; "
+            "give more --requests"
+        )
     return {
         **{kind: tally.counts[kind] for kind in ("sent", "right", "refused", "wrong", "lost")},
         "answers_by_version": dict(sorted(versions.items())),
