@@ -18,6 +18,7 @@ from rexdeploy.backends import (
     ONNX_BACKENDS,
     Backend,
     engine_backend,
+    engines,
     has_onnxruntime_cuda,
     open_backend,
 )
@@ -30,7 +31,6 @@ from rexdeploy.manifest import Artifact, BatchRange
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
-_FASTEST_FIRST = {"fp16": 0, "bf16": 1}  # engines by precision; what is not named comes after
 _MAKES_ONE = "'rexdeploy build-trt' makes an engine, 'rexdeploy export' a graph and the weights"
 _CHUNK = 16  # images at once where the model takes any number
 
@@ -96,8 +96,9 @@ class Classifier:
     def run(self, batch: Images) -> Float32:
         """What the model itself gives, float32 `[N, classes]`: by `spec.output`, of any batch.
 
-        `batch` is what `prepare` gives. Raises UsageError for anything else, RexdeployError where
-        the model fails, NonFiniteOutput where it gives what is not finite.
+        `batch` is what `prepare` gives. Raises UsageError for anything else, values that are not
+        finite among it, RexdeployError where the model fails, NonFiniteOutput where it gives what
+        is not finite.
         """
         shape = self.spec.input_shape
         if (
@@ -119,6 +120,8 @@ class Classifier:
             ]
         outputs = np.concatenate(chunks)
         if not np.isfinite(outputs).all():
+            if not np.isfinite(batch).all():
+                raise UsageError("images: got NaN or infinite values, expected finite ones")
             raise NonFiniteOutput(
                 f"{self.backend} gave {self.spec.output} that are NaN or infinite; see "
                 "'rexdeploy verify'"
@@ -229,9 +232,7 @@ def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
     if backend not in known:
         raise UsageError(f"backend: got '{backend}', expected one of {', '.join(known)}")
     manifest = bundle.manifest
-    engines = [artifact for artifact in manifest.artifacts if artifact.kind == "engine"]
-    engines.sort(key=lambda artifact: _FASTEST_FIRST.get(artifact.precision or "", 2))
-    choices = [(engine_backend(engine), engine) for engine in engines]
+    choices = [(engine_backend(engine), engine) for engine in engines(manifest)]
     graph = manifest.find("onnx")
     weights = manifest.find("weights")
     if graph is not None:

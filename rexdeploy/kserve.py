@@ -11,7 +11,7 @@ _TEMPLATE = """\
 apiVersion: serving.kserve.io/v1beta1
 kind: InferenceService
 metadata:
-  name: {service}
+  name: "{service}"
 spec:
   predictor:
     minReplicas: 1
@@ -20,10 +20,10 @@ spec:
         name: triton
       runtime: kserve-tritonserver
       protocolVersion: v2
-      storageUri: {storage_uri}
+      storageUri: "{storage_uri}"
       # Triton's image with what its Python runs (the preprocessing{network}):
       # pip install rexdeploy{packages}
-      image: {image}
+      image: "{image}"
       resources:
         requests:
           cpu: "2"
@@ -40,7 +40,8 @@ spec:
           medium: Memory
           sizeLimit: 1Gi
 """
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:+-]*")  # what YAML reads as a string, unquoted
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:+-]*")  # no quote, no escape, no white space
+_MAX_NAME = 63 - len("-predictor")  # KServe makes a Kubernetes Service NAME-predictor
 _SCHEMES = ("s3://", "gs://", "pvc://", "https://", "http://", "hdfs://", "hf://", "oci://")
 
 
@@ -61,9 +62,9 @@ def inference_service(name: str, backend: str, storage_uri: str, image: str) -> 
     `storage_uri` is where the cluster finds the repository, `image` the server's container image:
     both as `check_place` takes them.
     """
-    # A Kubernetes name: lower case, letters, digits and -, at most 63, beginning with a letter.
+    # A Kubernetes name: lower case, letters, digits and -, beginning with a letter.
     service = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    service = (service if service[:1].isalpha() else f"model-{service}")[:63].rstrip("-")
+    service = (service if service[:1].isalpha() else f"model-{service}")[:_MAX_NAME].rstrip("-")
     python = backend == "python"
     return _TEMPLATE.format(
         service=service,

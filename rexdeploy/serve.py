@@ -7,6 +7,7 @@ import ctypes
 import http.client
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,8 +28,11 @@ POLL_SECONDS = 2  # how long a new version waits before it is loaded
 _START_SECONDS = 600  # an engine for a large GPU may take minutes to load and warm up
 # Triton ends when every connection is closed or after this: idle clients hold theirs open.
 _GRACE_SECONDS = 5
-# In the errors that Triton 2.51 logs on every machine without a GPU.
-_NO_GPU = ("CudaDriverHelper", "unable to create stream")
+# In what Triton 2.51 writes on every machine without a GPU.
+_NO_GPU = ("CudaDriverHelper", "unable to create stream", "Failed to initialize NVML")
+# E1123 07:56:26.000000 123 file.cc:45] "what\n\nAt:\n  where"
+_LOGGED = re.compile(r"[IWEF]\d{4} ")
+_LOGGED_ERROR = re.compile(r'E\d{4} [^\]]*\] "?(.*?)(\\n.*)?"?')
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -81,7 +85,7 @@ def find_server(wanted: Path | None = None) -> Binary:
     on_path = shutil.which("tritonserver")
     if wanted is not None or on_path is not None:
         path = Path(wanted or on_path or "").resolve()
-        backends = path.parents[1] / "backends"  # /opt/tritonserver/{bin,backends}
+        backends = path.parent.parent / "backends"  # /opt/tritonserver/{bin,backends}
         names = {folder.name for folder in backends.iterdir()} if backends.is_dir() else set()
         origin = "--tritonserver" if wanted else "on PATH"
         return Binary(path, origin, backends=frozenset(names))
@@ -144,6 +148,8 @@ def check_ports(address: Address) -> None:
     """Raises UsageError unless all three ports are free."""
     if not 1 <= address.port <= 65533:
         raise UsageError(f"port: got {address.port}, expected 1 to 65533, for it and the next two")
+    if ":" in address.host:  # Triton's HTTP and gRPC want it spelt differently
+        raise UsageError(f"host: got '{address.host}', expected an IPv4 address or a name")
     for port, what in enumerate(("HTTP", "gRPC", "metrics"), address.port):
         try:
             family, kind, protocol, _, where = socket.getaddrinfo(
@@ -152,9 +158,10 @@ def check_ports(address: Address) -> None:
             with socket.socket(family, kind, protocol) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
                 probe.bind(where)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # a name with an empty or a long part
+            reason = getattr(error, "strerror", None) or error
             raise UsageError(
-                f"cannot listen on {address.host}:{port} for {what} ({error.strerror}); "
+                f"cannot listen on {address.host}:{port} for {what} ({reason}); "
                 "choose another --port (it and the next two are used) or --host"
             ) from None
 
@@ -185,14 +192,16 @@ class Server:
                 return False
             if self._process.poll() is not None:
                 self._log.join()
-                reason = self._log.first_error or f"exit code {self._process.returncode}"
+                said = self._log.first_error or self._log.outside  # the loader's: no such library
+                reason = said or f"exit code {self._process.returncode}"
                 raise RexdeployError(f"tritonserver ended while starting: {reason}")
             if all(self._answers(path) for path in paths):
                 self._log.shows_errors = True
                 return True
             time.sleep(0.05)
         raise RexdeployError(
-            f"tritonserver was not ready after {_START_SECONDS} s: {self._log.first_error}"
+            f"tritonserver was not ready after {_START_SECONDS} s: "
+            f"{self._log.first_error or 'it logged no error'}; see --log"
         )
 
     def wait(self) -> None:
@@ -201,7 +210,8 @@ class Server:
         if not self._stopping:
             self._log.join()
             raise RexdeployError(
-                f"tritonserver ended with code {code}; its last error: {self._log.last_error}"
+                f"tritonserver ended with code {code}; "
+                f"its last error: {self._log.last_error or 'none'}"
             )
 
     def stop(self) -> None:
@@ -290,7 +300,10 @@ def stopped_by_signals(server: Server) -> Iterator[None]:
 
 
 class _Log(threading.Thread):
-    """Reads a server's log as it is written, and keeps its first and last error."""
+    """Reads a server's log as it is written; keeps its first and last error.
+
+    `outside` is the first line that is not in the log's form, but for known ones.
+    """
 
     def __init__(
         self, process: subprocess.Popen[str], show: Callable[[str], None] | None, whole: bool
@@ -298,6 +311,7 @@ class _Log(threading.Thread):
         super().__init__(daemon=True)
         self.first_error: str | None = None
         self.last_error: str | None = None
+        self.outside: str | None = None
         self.shows_errors = False
         self._process, self._show, self._whole = process, show, whole
         self.start()
@@ -305,13 +319,16 @@ class _Log(threading.Thread):
     def run(self) -> None:
         for line in self._process.stderr or ():
             line = line.rstrip()
-            is_error = line.startswith("E") and not any(known in line for known in _NO_GPU)
-            if is_error:  # E1123 07:56:26.000000 123 file.cc:45] "what\n\nAt:\n  where"
-                self.last_error = line.partition("] ")[2].strip('"').partition("\\n")[0]
+            known = any(part in line for part in _NO_GPU)
+            error = None if known else _LOGGED_ERROR.fullmatch(line)
+            if error is not None:
+                self.last_error = error[1]
                 self.first_error = self.first_error or self.last_error
+            elif self.outside is None and line and not known and not _LOGGED.match(line):
+                self.outside = line
             if self._show is not None and self._whole:
                 self._show(line)
-            elif self._show is not None and is_error and self.shows_errors:
+            elif self._show is not None and error is not None and self.shows_errors:
                 self._show(f"tritonserver: {self.last_error}")
 
 
@@ -338,7 +355,9 @@ def _environment(binary: Binary) -> dict[str, str]:
     The Python backend's process looks for its packages by the python3 on PATH.
     """
     environment = dict(os.environ)
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
     # The models run the code of this very package, from wherever it was imported.
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

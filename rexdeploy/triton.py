@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from rexdeploy.backends import engines
 from rexdeploy.bundle import Bundle, is_bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.manifest import (
@@ -27,10 +29,11 @@ from rexdeploy.manifest import (
 )
 
 TritonBackend = Literal["tensorrt", "onnxruntime", "python"]
+Role = Literal["network", "preprocess", "ensemble"]
 BACKENDS: tuple[TritonBackend, ...] = ("tensorrt", "onnxruntime", "python")
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*")
-_MARKER = "rexdeploy"  # the parameter of config.pbtxt by which we know our own models
+_MARKER = "rexdeploy_"  # and a role: the parameter of config.pbtxt by which we know our own models
 _CONFIG = "config.pbtxt"
 _LABELS = "labels.txt"
 _MODEL_PY = """import os
@@ -87,10 +90,13 @@ def deploy(
         raise UsageError(f"name: got '{name}', expected letters, digits, _, ., + and -")
     chosen, files, reason = _choose(bundle.manifest, backend)
     batch = next((file.batch for file in files if file.batch), DEFAULT_BATCH)
-    if chosen != "python" and batch.min > 1:
+    graph = bundle.manifest.find("onnx")
+    is_fixed = graph is not None and graph.batch is not None  # a dimension of 1 is no open one
+    if chosen != "python" and (is_fixed or batch.min > 1):
         raise UsageError(
-            f"{files[0].file} takes batches of {batch.min} and more, and Triton sends smaller ones "
-            "too; take --backend python, which fills them up"
+            f"{files[0].file} takes batches of {batch.min} to {batch.max}, and Triton's {chosen} "
+            "backend wants any from 1 on; take --backend python, which fills batches up, or export "
+            "with --batch dynamic"
         )
     labels_file = bundle.manifest.find("labels")
     labels = bundle.read(labels_file) if labels_file else None
@@ -108,19 +114,26 @@ def deploy(
     shared = {_LABELS: labels} if labels else {}
     models = [
         _Model(
+            "preprocess",
             f"{name}_preprocess",
             _preprocess_config(f"{name}_preprocess", signature, batch),
             {},
             _python_files("Preprocess", bundle.manifest, {}),
         ),
         _Model(
+            "network",
             name,
             _network_config(name, signature, batch),
             shared,
             _network_files(bundle, chosen, files),
-            has_versions=True,
         ),
-        _Model(f"{name}_image", _ensemble_config(name, signature, batch), shared, {".keep": b""}),
+        _Model(
+            "ensemble",
+            f"{name}_image",
+            _ensemble_config(name, signature, batch),
+            shared,
+            {".keep": b""},
+        ),
     ]
     _check(repository, models, signature)
     try:
@@ -131,6 +144,10 @@ def deploy(
         ) as staging:
             published = [_publish(model, repository, Path(staging)) for model in models]
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # a rename to what was not there before
+            raise RexdeployError(
+                f"{repository} was changed by another command meanwhile; run this one again"
+            ) from None
         raise RexdeployError(
             f"cannot write the model repository {repository} ({error.strerror}); expected a folder "
             "in a folder of the same disk that can be written: models appear by a rename from there"
@@ -145,25 +162,25 @@ def deploy(
 class _Model:
     """One model of the repository; `shared` and `version` are files' bytes by name.
 
-    What decodes images is the same in every version, by the signature: it needs no second one.
+    Only the network has more than one version: what decodes images is the same by the signature.
     """
 
+    role: Role
     name: str
     config: str
     shared: Mapping[str, bytes]
     version: Mapping[str, bytes]
-    has_versions: bool = False
 
 
 def _choose(manifest: Manifest, wanted: str) -> tuple[TritonBackend, list[Artifact], str]:
     """The backend, the files that it may run (best first), and why it was chosen."""
     if wanted not in ("auto", *BACKENDS):
         raise UsageError(f"backend: got '{wanted}', expected one of auto, {', '.join(BACKENDS)}")
-    engines = [artifact for artifact in manifest.artifacts if artifact.kind == "engine"]
-    plans = [engine for engine in engines if engine.built_with.get("flavor") == "tensorrt"]
+    built = engines(manifest)
+    plans = [engine for engine in built if engine.built_with.get("flavor") == "tensorrt"]
     graph = manifest.find("onnx")
     if wanted == "tensorrt" and not plans:
-        has = "only TensorRT-RTX engines, which Triton cannot run" if engines else "no engine"
+        has = "only TensorRT-RTX engines, which Triton cannot run" if built else "no engine"
         raise UsageError(
             f"--backend tensorrt: the bundle has {has}; run 'rexdeploy build-trt --flavor "
             "tensorrt', or take --backend python or onnxruntime"
@@ -175,10 +192,11 @@ def _choose(manifest: Manifest, wanted: str) -> tuple[TritonBackend, list[Artifa
     if graph is not None and wanted in ("auto", "onnxruntime"):
         reason = "asked for" if wanted != "auto" else "the bundle has no engine that Triton runs"
         return "onnxruntime", [graph], reason
-    runnable = [*engines, *([graph] if graph else [])]
+    runnable = [*built, *([graph] if graph else [])]
     if not runnable:
         raise UsageError("the bundle has neither an engine nor an ONNX graph; export it again")
-    return "python", runnable, "asked for"
+    reason = "asked for" if wanted != "auto" else "the bundle has TensorRT-RTX engines only"
+    return "python", runnable, reason
 
 
 def _network_files(
@@ -231,7 +249,7 @@ optimization { execution_accelerators { gpu_execution_accelerator [
         else ""
     )
     return f"""name: {_quoted(name)}
-{f'backend: "{signature.backend}"'}
+backend: "{signature.backend}"
 max_batch_size: {batch.max}
 input [ {{ name: {_quoted(signature.input_name)} {image} }} ]
 {_output(signature)}
@@ -240,7 +258,7 @@ version_policy {{ latest {{ num_versions: 1 }} }}
 instance_group [ {{ kind: {kind[signature.backend]} count: 1 }} ]
 # No delay: while one batch runs, the next one forms, and a lone request waits for nobody.
 dynamic_batching {{ {batching} }}{warmup}{accelerator}
-{_marker(signature)}
+{_marker("network", signature)}
 """
 
 
@@ -254,7 +272,7 @@ output [ {{ name: "preprocessed" {_image_tensor(signature)} }} ]
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 # What has queued up is decoded in parallel, and reaches the network together.
 dynamic_batching {{ }}
-{_marker(signature)}
+{_marker("preprocess", signature)}
 """
 
 
@@ -283,7 +301,7 @@ ensemble_scheduling {{
     }}
   ]
 }}
-{_marker(signature)}
+{_marker("ensemble", signature)}
 """
 
 
@@ -302,9 +320,9 @@ def _output(signature: Signature) -> str:
     )
 
 
-def _marker(signature: Signature) -> str:
+def _marker(role: Role, signature: Signature) -> str:
     text = msgspec.json.encode(signature).decode()
-    return f'parameters {{ key: "{_MARKER}" value {{ string_value: {_quoted(text)} }} }}'
+    return f'parameters {{ key: "{_MARKER}{role}" value {{ string_value: {_quoted(text)} }} }}'
 
 
 def _quoted(text: str) -> str:
@@ -312,9 +330,9 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _signature(config: str) -> Signature | None:
-    """The signature in a config.pbtxt of ours; None if it is not ours."""
-    found = re.search(rf'key: "{_MARKER}" value {{ string_value: ("(?:[^"\\]|\\.)*")', config)
+def _signature(role: Role, config: str) -> Signature | None:
+    """The signature in a config.pbtxt of ours; None if it is not ours, or of another role."""
+    found = re.search(rf'key: "{_MARKER}{role}" value {{ string_value: ("(?:[^"\\]|\\.)*")', config)
     if found is None:
         return None
     try:
@@ -331,24 +349,26 @@ def _check(repository: Path, models: list[_Model], signature: Signature) -> None
         raise UsageError(
             f"repository: {repository} is a bundle, expected a folder of models; choose another"
         )
-    for model in sorted(models, key=lambda model: not model.has_versions):
+    for model in sorted(models, key=lambda model: model.role != "network"):
         folder = repository / model.name
         if not os.path.lexists(folder):
             continue
         try:
-            there = _signature((folder / _CONFIG).read_text(errors="replace"))
+            there = _signature(model.role, (folder / _CONFIG).read_text(errors="replace"))
         except OSError:
             there = None
         if there is None:
             raise UsageError(
-                f"{folder} is not a model that rexdeploy has written; choose another --name"
+                f"{folder} is no {model.role} that rexdeploy has written; choose another --name "
+                "or --repository"
             )
         before, after = asdict(there), asdict(signature)
         changed = [field for field in after if before[field] != after[field]]
         if changed:
+            same = f"take --backend {there.backend}, or " if changed == ["backend"] else ""
             raise UsageError(
                 f"{folder} has versions with another {', '.join(changed)}, and all versions of a "
-                "model share one configuration; choose another --name"
+                f"model share one configuration; {same}choose another --name or --repository"
             )
 
 
@@ -359,7 +379,9 @@ def _publish(model: _Model, repository: Path, staging: Path) -> tuple[int, bool]
     latest = max(
         (int(path.name) for path in folder.glob("[1-9]*") if path.name.isdecimal()), default=0
     )
-    is_new = not latest or (model.has_versions and not _holds(folder / str(latest), model.version))
+    is_new = not latest or (
+        model.role == "network" and not _holds(folder / str(latest), model.version)
+    )
     version = latest + is_new
     if is_new:
         _write_all(staged / str(version), model.version)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from rexdeploy import images
 from rexdeploy.bundle import Bundle
 from rexdeploy.classify import load
-from rexdeploy.errors import RexdeployError
+from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import Images, UInt8
 from rexdeploy.manifest import ModelSpec
 
@@ -46,7 +46,7 @@ class Network:
         self._utils = import_module("triton_python_backend_utils")  # exists inside Triton only
         # Threads that spin between two runs take the cores from those that decode the next images:
         # with a number of threads, none of them spins.
-        self._classifier = load(_version_folder(args), threads=os.cpu_count())
+        self._classifier = load(_version_folder(args), threads=_cores())
         self._spec = self._classifier.spec
         for reason in self._classifier.passed_over:
             self._utils.Logger.log_warn(f"passed over: {reason}")
@@ -72,7 +72,7 @@ class Preprocess:
         self._utils = import_module("triton_python_backend_utils")  # exists inside Triton only
         self._spec = Bundle.open(_version_folder(args)).manifest.model
         # Pillow decodes and resizes without the GIL.
-        self._threads = ThreadPoolExecutor(os.cpu_count())
+        self._threads = ThreadPoolExecutor(_cores())
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answers every request with its images, or with what is wrong with one of them."""
@@ -129,6 +129,11 @@ def decode(data: bytes, index: int, spec: ModelSpec) -> UInt8:
             return images.crop(images.to_rgb(image), spec.preprocess)
 
 
+def _cores() -> int:
+    """How many this process may run on: of a container's, not of its machine's."""
+    return len(os.sched_getaffinity(0))
+
+
 def _version_folder(args: dict[str, str]) -> Path:
     return Path(args["model_repository"]) / args["model_version"]
 
@@ -144,8 +149,10 @@ def _input(utils: Any, request: Any, name: str) -> Any:
 
 def _response(utils: Any, name: str, answer: Images | RexdeployError) -> Any:
     if isinstance(answer, RexdeployError):
-        error = utils.TritonError(str(answer), utils.TritonError.INVALID_ARG)
-        return utils.InferenceResponse([], error)
+        # The client's fault, or ours: 400 or 500 in HTTP, of which monitoring counts the latter.
+        is_theirs = isinstance(answer, UsageError)
+        kind = utils.TritonError.INVALID_ARG if is_theirs else utils.TritonError.INTERNAL
+        return utils.InferenceResponse([], utils.TritonError(str(answer), kind))
     array: Any = np.ascontiguousarray(answer)
     capsule = array.__dlpack__()
     tensor = utils.Tensor.from_dlpack(name, capsule)

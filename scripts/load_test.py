@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import socket
 import sys
@@ -86,10 +87,11 @@ def run(folder: Path, requests: int, timed: int, connections: int) -> dict[str, 
     config = repository / ALONE / "config.pbtxt"
     config.write_text(re.sub(r"dynamic_batching \{.*\}\n", "", config.read_text(), count=1))
     files = [_jpeg(pixels) for pixels in images.synthetic_pixels(POOL, Preprocess(), seed=5)]
-    address = Address(port=_free_ports())
+    address, cores = Address(port=_free_ports()), len(os.sched_getaffinity(0))
     with (
-        load(first, "onnxruntime") as old,
-        load(second, "onnxruntime") as new,
+        # With the threads that the served network has, which do not spin while they wait.
+        load(first, "onnxruntime", cores) as old,
+        load(second, "onnxruntime", cores) as new,
         running(find_server(), repository, address) as server,
     ):
         if not server.wait_until_ready([NAME, f"{NAME}_image", ALONE, f"{ALONE}_image"]):
@@ -240,7 +242,10 @@ def mix(
     # Whatever the order in which answers arrived: old, then for a moment both, then new only.
     last = [version for _, version in sorted(seen)[-connections:]]
     if set(last) != {"2"}:
-        tally.add("wrong", "swap", "the old version still answered at the end")
+        raise SystemExit(
+            "the old version still answered at the end: the swap failed, or came after the load; "
+            "give more --requests"
+        )
     return {
         **{kind: tally.counts[kind] for kind in ("sent", "right", "refused", "wrong", "lost")},
         "answers_by_version": dict(sorted(versions.items())),

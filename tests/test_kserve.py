@@ -70,10 +70,20 @@ def test_the_check_finds_what_a_cluster_would_refuse() -> None:
         assert part in found
 
 
-@pytest.mark.parametrize("name", ["rexnet_1.5", "My_Model", "1.0", "x" * 80, "_-_a", "é"])
+@pytest.mark.parametrize(
+    "name", ["rexnet_1.5", "My_Model", "1.0", "x" * 80, "_-_a", "é", "on", "null"]
+)
 def test_names_are_names_in_kubernetes(name: str) -> None:
     service = yaml.safe_load(inference_service(name, "python", "pvc://models", "image"))
-    assert re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", service["metadata"]["name"])
+    # With "-predictor", as KServe makes a Service of it, at most 63 characters.
+    assert re.fullmatch(r"[a-z]([a-z0-9-]{0,51}[a-z0-9])?", service["metadata"]["name"])
+
+
+@pytest.mark.parametrize("image", ["123", "true", "1e3", "triton:"])
+def test_what_yaml_could_take_for_something_else_stays_text(image: str) -> None:
+    service = yaml.safe_load(inference_service("x", "python", f"pvc://{image}", image))
+    model = service["spec"]["predictor"]["model"]
+    assert (model["image"], model["storageUri"]) == (image, f"pvc://{image}")
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_requests_are_batched_and_broken_ones_harm_only_themselves(
         jpeg = encoded(photo, "JPEG")
     bad = {
         "image 0: cannot be decoded": file_tensor(jpeg[: len(jpeg) // 2]),
-        "image 0: not an image": file_tensor(b"\0"),
+        "image 0: not an image": file_tensor(b""),
         "image 0: too large": file_tensor(bomb()),
         "image 1: not an image": file_tensor(jpeg, b"\0" * 9),
     }
@@ -387,23 +387,37 @@ def test_a_program_that_is_no_server_is_refused(pixels_original: Bundle, tmp_pat
     assert false is not None
     result = run_cli(*arguments, false, cwd=tmp_path)
     assert_refused(result, "tritonserver ended while starting: exit code 1")
+    (tmp_path / "unlinked").write_text(
+        "#!/bin/sh\n>&2 echo 'Error: Failed to initialize NVML'\n>&2 echo libx: no such library\n"
+        "exit 127"
+    )
+    (tmp_path / "unlinked").chmod(0o755)
+    result = run_cli(*arguments, "unlinked", cwd=tmp_path)
+    assert_refused(result, "tritonserver ended while starting: libx: no such library")
     (tmp_path / "text").write_text("not a program")
     (tmp_path / "text").chmod(0o755)
     assert_refused(run_cli(*arguments, "text", cwd=tmp_path), "cannot be started")
 
 
 @pytest.mark.parametrize(
-    ("host", "port"), [("127.0.0.1", 0), ("127.0.0.1", 65534), ("999.1.1.1", 8000)]
+    ("host", "port", "part"),
+    [
+        ("127.0.0.1", 0, "port: got 0"),
+        ("127.0.0.1", 65534, "port: got 65534"),
+        ("999.1.1.1", 8000, "cannot listen on 999.1.1.1:8000"),
+        ("a..b", 8000, "cannot listen on a..b:8000"),
+        ("::1", 8000, "host: got '::1', expected an IPv4 address"),
+    ],
 )
 def test_unusable_addresses_are_refused(
-    host: str, port: int, pixels_original: Bundle, tmp_path: Path
+    host: str, port: int, part: str, pixels_original: Bundle, tmp_path: Path
 ) -> None:
     if _missing():
         pytest.skip(_missing())
     result = run_cli(
         "serve", pixels_original.path, "--host", host, "--port", str(port), cwd=tmp_path
     )
-    assert_refused(result, str(port))
+    assert_refused(result, part)
 
 
 def test_the_backend_is_one_that_the_server_has(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from rexdeploy import images, load
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.manifest import Artifact, BatchRange
+from rexdeploy.manifest import Artifact, BatchRange, Precision
 from rexdeploy.triton import deploy
 from rexdeploy.triton_backend import decode, run_each
 from tests.helpers import assert_refused, edit_weights, run_cli
@@ -60,6 +60,20 @@ def config(folder: Path) -> Any:
     schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     text_format = pytest.importorskip("google.protobuf.text_format")
     return text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
+
+
+def with_engine(bundle: Bundle, precision: Precision, data: bytes) -> Bundle:
+    """The bundle with one more engine, said to be full TensorRT's."""
+    engine = bundle.manifest.find("engine")
+    assert engine is not None
+    named = replace(
+        engine,
+        file=f"{precision}.tensorrt.engine",
+        sha256=sha256(data),
+        precision=precision,
+        built_with={**engine.built_with, "flavor": "tensorrt"},
+    )
+    return bundle.update(named, files={named.file: data})
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -174,6 +188,25 @@ def test_a_write_that_fails_shows_a_server_whole_models_only(
         assert len(list(repository.iterdir())) == 3
 
 
+def test_two_at_once_leave_one_of_them(
+    v1_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other finds that the version it was to write is there meanwhile, and says so."""
+    repository, rename = tmp_path / "models", Path.rename
+    deploy(v1_bundle, repository, "onnxruntime")
+
+    def late(self: Path, target: Path) -> Path:
+        target.mkdir()
+        (target / "model.onnx").write_bytes(b"the other's")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(RexdeployError, match="changed by another command meanwhile"):
+        deploy(with_changed_weights(v1_bundle), repository, "onnxruntime")
+    assert (repository / "v1" / "2" / "model.onnx").read_bytes() == b"the other's"
+    assert not list(tmp_path.glob(".models.*"))
+
+
 @pytest.mark.parametrize("model", ["v1", "v1_preprocess", "v1_image"])
 def test_somebody_elses_model_is_refused_and_untouched(
     model: str, v1_bundle: Bundle, tmp_path: Path
@@ -184,8 +217,21 @@ def test_somebody_elses_model_is_refused_and_untouched(
     (theirs / "1" / "model.pt").write_bytes(b"weights")
     before = tree(tmp_path / "models")
     result = run_cli("triton", v1_bundle.path, "--repository", "models", cwd=tmp_path)
-    assert_refused(result, f"models/{model} is not a model that rexdeploy has written", "--name")
+    assert_refused(result, f"models/{model} is no", "that rexdeploy has written", "--name")
     assert tree(tmp_path / "models") == before
+
+
+@pytest.mark.parametrize("role", ["image", "preprocess"])
+def test_a_network_does_not_take_the_place_of_another_ones_parts(
+    role: str, v1_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Also where the two have the same signature."""
+    repository = tmp_path / "models"
+    deploy(v1_bundle, repository, "python")
+    before = tree(repository)
+    with pytest.raises(UsageError, match=f"v1_{role} is no network that rexdeploy has written"):
+        deploy(v1_bundle, repository, "python", f"v1_{role}")
+    assert tree(repository) == before
 
 
 def test_another_signature_under_one_name_is_refused(
@@ -196,7 +242,7 @@ def test_another_signature_under_one_name_is_refused(
     before = tree(repository)
     with pytest.raises(UsageError, match="another input, input_name, output, output_name, and"):
         deploy(pixels_bundle, repository, "python", "v1")
-    with pytest.raises(UsageError, match="another backend, and"):
+    with pytest.raises(UsageError, match="another backend, and .*take --backend python, or"):
         deploy(v1_bundle, repository, "onnxruntime")
     with pytest.raises(UsageError, match="another labels, and"):
         deploy(with_labels(v1_bundle), repository, "python")
@@ -225,15 +271,24 @@ def test_bad_usage_is_one_line(
     assert not (tmp_path / "artifacts" / "triton").exists()
 
 
-def test_a_fixed_batch_is_for_the_python_backend(v1_bundle: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_fixed_batch_is_for_the_python_backend(
+    size: int, v1_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Of 1 too: Triton's ONNX Runtime wants a dimension of -1 wherever it may batch."""
     graph = v1_bundle.manifest.find("onnx")
     assert graph is not None
-    fixed = v1_bundle.update(
-        replace(graph, batch=BatchRange(4, 4, 4)), files={graph.file: v1_bundle.read(graph)}
-    )
-    with pytest.raises(UsageError, match="takes batches of 4 and more.*--backend python"):
+    batch = BatchRange(size, size, size)
+    fixed = v1_bundle.update(replace(graph, batch=batch), files={graph.file: v1_bundle.read(graph)})
+    with pytest.raises(UsageError, match=f"takes batches of {size} to {size}, .*--backend python"):
         deploy(fixed, tmp_path / "models")
     assert deploy(fixed, tmp_path / "models", "python").batch.max == 8
+
+
+def test_of_several_engines_the_fastest_is_served(v1_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = with_engine(with_engine(v1_bundle, "fp32", b"slow"), "fp16", b"fast")
+    assert deploy(bundle, tmp_path / "models").backend == "tensorrt"
+    assert (tmp_path / "models" / "v1" / "1" / "model.plan").read_bytes() == b"fast"
 
 
 def test_the_command_says_what_it_wrote(v1_bundle: Bundle, tmp_path: Path) -> None:
@@ -316,8 +371,8 @@ def test_one_request_that_fails_does_not_fail_its_neighbours(v1_original: Bundle
     with load(v1_original, "onnxruntime") as classifier:
         first, second, third = run_each(classifier.run, [good[:1], bad, good[1:]])
         alone = classifier.run(good)
-    assert isinstance(second, RexdeployError)
-    assert "NaN" in str(second)
+    assert isinstance(second, UsageError)  # of that client, not of the network
+    assert "images: got NaN" in str(second)
     np.testing.assert_allclose(np.concatenate([first, third]), alone, rtol=1e-3, atol=1e-3)
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from rexdeploy.compare import softmax
 from rexdeploy.errors import UsageError
 from rexdeploy.images import Images, normalise
-from rexdeploy.manifest import Artifact, ModelSpec
+from rexdeploy.manifest import Artifact, Manifest, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 
@@ -20,6 +20,8 @@ ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
 TORCH_BACKENDS = ("pytorch", "pytorch-compile", "pytorch-cuda", "pytorch-cuda-compile")
 """How PyTorch can run a network; "pytorch" is the reference, the others are for benchmarks."""
 GPU_BACKENDS = ("pytorch-cuda", "pytorch-cuda-compile", "onnxruntime-cuda", *ENGINE_BACKENDS)
+
+_FASTEST_FIRST = {"fp16": 0, "bf16": 1}  # engines by precision; what is not named comes after
 
 
 def has_onnxruntime_cuda() -> bool:
@@ -34,6 +36,12 @@ def has_onnxruntime_cuda() -> bool:
 def engine_backend(engine: Artifact) -> str:
     """The name of the backend that runs an engine, by the flavour that built it."""
     return "tensorrt-rtx" if engine.built_with.get("flavor") == "rtx" else "tensorrt"
+
+
+def engines(manifest: Manifest) -> list[Artifact]:
+    """A bundle's engines, by their precision the fastest first."""
+    found = [artifact for artifact in manifest.artifacts if artifact.kind == "engine"]
+    return sorted(found, key=lambda engine: _FASTEST_FIRST.get(engine.precision or "", 2))
 
 
 class Backend(Protocol):
