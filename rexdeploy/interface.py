@@ -35,18 +35,17 @@ def wrap(core: ModelProto, spec: ModelSpec) -> ModelProto:
         mean, std = np.array(spec.preprocess.mean), np.array(spec.preprocess.std)
         constants = {"scale": 1 / (255 * std), "offset": -mean / std}
         weights = [
-            numpy_helper.from_array(value.astype(np.float32), _OURS + name)
+            numpy_helper.from_array(value.astype(np.float32).reshape(3, 1, 1), _OURS + name)
             for name, value in constants.items()
         ]
-        # The Cast comes first: TensorRT takes uint8 only where a Cast follows at once.
-        float_, scaled, shifted = (_OURS + name for name in ("float", "scaled", "shifted"))
+        # The Cast comes first: TensorRT takes uint8 only where a Cast follows at once. Then the
+        # Transpose: three values at a time, ONNX Runtime 1.32 multiplies at an eighth of the speed.
+        float_, nchw, scaled = (_OURS + name for name in ("float", "nchw", "scaled"))
         before = [
             helper.make_node("Cast", [PIXELS], [float_], float_, to=TensorProto.FLOAT),
-            helper.make_node("Mul", [float_, weights[0].name], [scaled], scaled),
-            helper.make_node("Add", [scaled, weights[1].name], [shifted], shifted),
-            helper.make_node(
-                "Transpose", [shifted], [image.name], _OURS + "nchw", perm=[0, 3, 1, 2]
-            ),
+            helper.make_node("Transpose", [float_], [nchw], nchw, perm=[0, 3, 1, 2]),
+            helper.make_node("Mul", [nchw, weights[0].name], [scaled], scaled),
+            helper.make_node("Add", [scaled, weights[1].name], [image.name], _OURS + "shifted"),
         ]
     if spec.output == "probabilities":
         outer_output = _like(logits, PROBABILITIES, TensorProto.FLOAT, (spec.num_classes,))

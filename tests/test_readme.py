@@ -163,9 +163,32 @@ def test_readmes_published_table_has_the_committed_figures() -> None:
         assert pytorch == f"{measured[network, 'pytorch', plain, 1, 2][0]:.1f}ms"
 
 
+def test_readmes_figures_of_serving_are_the_committed_ones() -> None:
+    folder = ROOT / "artifacts" / "benchmarks"
+    text = " ".join(README.split())
+    served = json.loads((folder / "serving-cpu.json").read_text())
+    mixed = served["mixed"]
+    assert (
+        f"sent {mixed['sent']} requests over {served['connections']} connections, broken ones "
+        f"among them, while a new version took over: {mixed['right']} right, "
+        f"{mixed['refused']} refused as they should be, {mixed['wrong']} wrong, "
+        f"{mixed['lost']} lost."
+    ) in text
+    one, eight, batched, alone = (f"{way['images_per_second']:.1f}" for way in served["ways"])
+    assert (
+        f"classified {one} JPEG files a second in one process, one by one, {eight} in batches of "
+        f"8, and {batched} through the server ({alone} without its batching)"
+    ) in text
+    networks = json.loads((folder / "startup-cpu.json").read_text())["networks"]
+    first, second, third = (f"{statistics.median(row['load_ms']) / 1e3:.2f}" for row in networks)
+    assert (
+        f"{first} s beyond importing onnxruntime for V1 1.0, {second} s for 2.0 and {third}" in text
+    )
+
+
 def test_links_and_files_that_readme_names_exist() -> None:
     for name in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"\./(scripts/\S+)", README):
+    for name in re.findall(r"\./(scripts/[\w.]+)", README):
         assert (ROOT / name).is_file(), name
         assert os.access(ROOT / name, os.X_OK), name
