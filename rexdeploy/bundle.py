@@ -43,8 +43,7 @@ class Bundle:
                 f"{path} is not a bundle: expected a folder with a manifest.json; "
                 "'rexdeploy export' makes one"
             )
-        with _locked(path):
-            _finish_interrupted(path)
+        with _readable(path):
             return cls(path, _read_manifest(path))
 
     @classmethod
@@ -71,8 +70,7 @@ class Bundle:
 
     def read(self, artifact: Artifact) -> bytes:
         """An artifact's bytes, checked against its hash; raises UsageError."""
-        with _locked(self.path):
-            _finish_interrupted(self.path)
+        with _readable(self.path):
             changed = artifact not in _read_manifest(self.path).artifacts
             try:
                 data = (self.path / artifact.file).read_bytes()
@@ -188,14 +186,32 @@ def _check_targets(path: Path, manifest: Manifest, is_new: bool) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _readable(path: Path) -> Iterator[None]:
+    """Holds the bundle's lock for reading, when no step is left unfinished.
+
+    A shared lock: servers start side by side, and NFS gives no other on a folder.
+    """
+    if os.access(path, os.W_OK) and any(path.glob(_STAGED.format("*"))):
+        with _locked(path):
+            _finish_interrupted(path)
+    while True:
+        with _locked(path, fcntl.LOCK_SH):
+            if not (path / _JOURNAL).exists():
+                yield
+                return
+        with _locked(path):
+            _finish_interrupted(path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Holds the bundle's lock; the kernel lets go of it when the process dies."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise UsageError(f"the bundle {path} cannot be opened ({error.strerror})") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, kind)
         yield
     finally:
         os.close(descriptor)

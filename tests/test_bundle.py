@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import signal
 import tempfile
@@ -248,6 +250,25 @@ def test_reading_needs_no_right_to_write() -> None:
         path.chmod(0o555)
         answer = run_python(code, path)
         path.chmod(0o755)
+    assert answer.stdout == "b'a'\n", answer.stderr
+
+
+def test_readers_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """A shared lock is all that reading needs: NFS gives no exclusive one on a folder."""
+    bundle = _make(tmp_path / "b", a=b"a")
+    descriptor = os.open(bundle.path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from rexdeploy.bundle import Bundle\n"
+        "bundle = Bundle.open(Path(sys.argv[1]))\n"
+        "print(bundle.read(bundle.manifest.artifacts[0]))\n"
+    )
+    try:
+        answer = run_python(code, bundle.path)
+    finally:
+        os.close(descriptor)
     assert answer.stdout == "b'a'\n", answer.stderr
 
 
