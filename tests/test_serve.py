@@ -121,12 +121,19 @@ def served(pixels_original: Bundle, session_dir: Path) -> Iterator[Served]:
         yield server
 
 
-def infer(client: Any, model: str, name: str, tensor: npt.NDArray[Any], classes: int = 0) -> Any:
+def infer(
+    client: Any,
+    model: str,
+    name: str,
+    tensor: npt.NDArray[Any],
+    classes: int = 0,
+    gives: str = "probabilities",
+) -> Any:
     library = http if isinstance(client, http.InferenceServerClient) else grpc
     value = library.InferInput(name, list(tensor.shape), library_type(tensor))
     value.set_data_from_numpy(tensor)
-    output = library.InferRequestedOutput("probabilities", class_count=classes)
-    return client.infer(model, [value], outputs=[output]).as_numpy("probabilities")
+    output = library.InferRequestedOutput(gives, class_count=classes)
+    return client.infer(model, [value], outputs=[output]).as_numpy(gives)
 
 
 def library_type(tensor: npt.NDArray[Any]) -> str:
@@ -328,12 +335,21 @@ def test_a_damaged_version_is_told_and_the_last_one_goes_on(served: Served, phot
 
 @needs_server
 @pytest.mark.slow
-def test_sigterm_ends_it_cleanly_and_ports_are_checked(
-    pixels_original: Bundle, tmp_path: Path
+def test_float32_gives_logits_ports_are_checked_and_sigterm_ends_it_cleanly(
+    v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    with serving(pixels_original, tmp_path / "models") as server:
+    paths = images.find(photos)
+    with load(v1_original, "onnxruntime") as classifier:
+        batch = classifier.prepare(paths)
+        expected = classifier.logits(batch)
+    files = file_tensor(*(path.read_bytes() for path in paths))
+    with serving(v1_original, tmp_path / "models") as server:
+        for client in (server.http, server.grpc):
+            for model, name, tensor in (("v1", "input", batch), ("v1_image", "image", files)):
+                logits = infer(client, model, name, tensor, gives="logits")
+                np.testing.assert_allclose(logits, expected, atol=1e-4)
         for port in (server.port, server.port - 1):  # its own HTTP port, and as gRPC's
-            result = run_cli("serve", pixels_original.path, "--port", str(port), cwd=tmp_path)
+            result = run_cli("serve", v1_original.path, "--port", str(port), cwd=tmp_path)
             assert_refused(result, f"cannot listen on 127.0.0.1:{server.port}", "--port")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
