@@ -78,8 +78,10 @@ def change_core(model: ModelProto, change: Callable[[ModelProto], ModelProto]) -
     """`change` applied to the core of a graph, with the graph's own interface around the result."""
     core = unwrap(model)
     changed = change(core)
-    if core is model or changed == core:
-        return changed if core is model else model
+    if core is model:
+        return changed
+    if changed == core:
+        return model
     before, after = _parts(model)
     weights = [item for item in model.graph.initializer if item.name.startswith(_OURS)]
     return _assembled(changed, before, after, weights, model.graph.input[0], model.graph.output[0])

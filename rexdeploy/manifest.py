@@ -51,6 +51,11 @@ class Preprocess:
         if not sizes_fit or not 0.1 <= self.crop_pct <= 1 or not values_fit:
             raise ValueError(f"unusable preprocessing {self}")
 
+    def shape(self, form: InputForm) -> tuple[int, int, int]:
+        """The shape of one image in that form."""
+        size = (self.height, self.width)
+        return (*size, 3) if form == "uint8" else (3, *size)
+
 
 @dataclass(frozen=True)
 class WeightsOrigin:
@@ -84,8 +89,7 @@ class ModelSpec:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """The shape of one image as the model's files take it."""
-        size = (self.preprocess.height, self.preprocess.width)
-        return (*size, 3) if self.input == "uint8" else (3, *size)
+        return self.preprocess.shape(self.input)
 
     @property
     def core(self) -> ModelSpec:

@@ -306,10 +306,8 @@ ensemble_scheduling {{
 
 
 def _image_tensor(signature: Signature) -> str:
-    size = [signature.preprocess.height, signature.preprocess.width]
-    if signature.input == "uint8":
-        return f"data_type: TYPE_UINT8 dims: {[*size, 3]}"
-    return f"data_type: TYPE_FP32 dims: {[3, *size]}"
+    kind = "TYPE_UINT8" if signature.input == "uint8" else "TYPE_FP32"
+    return f"data_type: {kind} dims: {list(signature.preprocess.shape(signature.input))}"
 
 
 def _output(signature: Signature) -> str:

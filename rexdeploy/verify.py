@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from rexdeploy.compare import (
     compare,
 )
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.images import UInt8
+from rexdeploy.images import Images
 from rexdeploy.interface import forms
 from rexdeploy.localize import Localization, localize
 from rexdeploy.manifest import (
@@ -37,6 +37,7 @@ from rexdeploy.manifest import (
     TYPE_NAMES,
     Artifact,
     BatchRange,
+    InputForm,
     ModelSpec,
     Precision,
     Preprocess,
@@ -130,6 +131,7 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
     pool, described = images.pool(options.images, options.samples, spec.preprocess)
     report("running the reference")
     images_of_core = images.normalise(pool, spec.preprocess)
+    inputs: dict[InputForm, Images] = {"uint8": pool, "float32": images_of_core}
     reference_name, reference = _reference(bundle, images_of_core)
     candidates = (
         [_foreign(options.candidate, spec, options, reference_name)]
@@ -138,7 +140,7 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
     )
     ends_in_softmax = any(item.spec.output == "probabilities" for item in candidates)
     compared: Compared = "log-probabilities" if ends_in_softmax else "logits"
-    judge = _Judge(pool, compared, reference_name, reference, _range_of(candidates))
+    judge = _Judge(inputs, compared, reference_name, reference, _range_of(candidates))
     for candidate in candidates:
         for backend in candidate.backends:
             report(f"running {candidate.file} ({backend})")
@@ -187,7 +189,7 @@ class _Judge:
 
     def __init__(
         self,
-        pool: UInt8,
+        inputs: Mapping[InputForm, Images],
         compared: Compared,
         reference_name: str,
         reference: Float32,
@@ -197,7 +199,7 @@ class _Judge:
         self.totals: list[Comparison] = []
         self.skipped: list[Skipped] = []
         self.batches: set[int] = set()
-        self._pool, self._compared = pool, compared
+        self._inputs, self._compared = inputs, compared
         self._reference_name, self._default_range = reference_name, default_range
         expected = comparable(reference, "logits", compared)
         self.signal = Signal.of(expected)
@@ -230,7 +232,7 @@ class _Judge:
         except UsageError as error:
             raise UsageError(f"{candidate.file}: {error}") from None
         try:
-            rows = run_batches(backend, images.model_input(self._pool, candidate.spec), sizes)
+            rows = run_batches(backend, self._inputs[candidate.spec.input], sizes)
         except RexdeployError as error:
             self._crashed.append(f"broken edge {candidate.parent} -> {label}: {error}")
             return

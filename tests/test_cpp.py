@@ -666,4 +666,5 @@ def test_readmes_program_compiles(built: None) -> None:
         r"```cpp\n(.*?)```", (ROOT / "cpp" / "README.md").read_text(), re.DOTALL
     )
     command = ["c++", "-std=c++17", "-fsyntax-only", f"-I{ROOT}/cpp/include", "-x", "c++", "-"]
-    subprocess.run(command, input=program, text=True, check=True)
+    done = subprocess.run(command, input=program, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
