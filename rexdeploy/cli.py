@@ -46,6 +46,7 @@ from rexdeploy.show import (
 if TYPE_CHECKING:
     from rexdeploy.bundle import Bundle
     from rexdeploy.classify import Classifier
+    from rexdeploy.manifest import Precision
     from rexdeploy.predictions import Row
     from rexdeploy.results import Results
     from rexdeploy.verify import Verification
@@ -361,9 +362,17 @@ def verify(
         bool,
         typer.Option(
             "--localize",
-            help="Walk the graphs' blocks; name the first that is wrong, and the node.",
+            help="Print every block's own error, and walk the 16-bit graphs' blocks, too.",
         ),
     ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="With --candidate: fp32, fp16 or bf16, where it does not tell [default: judged "
+            "as fp32].",
+            show_default=False,
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the walk's errors; a .png or .svg."),
@@ -373,8 +382,9 @@ def verify(
 ) -> None:
     """Compare the logits of every file with the network's.
 
-    Errors are in units of signal: the spread of the reference's logits over the images. Exit
-    code 3 names the broken edge. What cannot run here is 'skipped', which is not a pass.
+    Errors are in units of signal: the spread of the reference's logits over the images; their
+    limits follow what rounding does in this network. Exit code 3 names the broken edge. What
+    cannot run here is 'skipped', which is not a pass.
 
     \b
     Example:
@@ -401,6 +411,7 @@ def verify(
         backends=tuple(backend or ()),
         require=tuple(require or ()),
         localize=localize,
+        precision=_precision(precision, candidate),
     )
     with progress(quiet) as report:
         result = run(opened, options, report)
@@ -409,7 +420,7 @@ def verify(
         if plot is not None:
             plot_localizations(result.localizations, plot)
         if not quiet and json != Path("-"):
-            show_verification(opened, result)
+            show_verification(opened, result, every_block=localize)
         if candidate is None:
             _store(opened, result)
     finally:  # whatever becomes of the output, the exit code is the verdict's
@@ -424,7 +435,7 @@ def tune_precision(
         Path | None,
         typer.Option(metavar="DIR", help="Images to tune over [default: synthetic ones]."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="How many images at the most.")] = 8,
+    samples: Annotated[int, typer.Option(help="How many images at the most.")] = 16,
     max_blocks: Annotated[int, typer.Option(help="How many blocks may stay float32.")] = 6,
     backend: Annotated[
         str,
@@ -461,7 +472,7 @@ def tune_precision(
                 "bundle": str(result.bundle.path),
                 "images": result.images,
                 "healed": result.healed,
-                "limit": result.limit,
+                "limits": result.limits,
                 "plain": result.plain,
                 "best": result.best,
                 "written": result.written,
@@ -473,9 +484,10 @@ def tune_precision(
     finally:
         if not result.healed:
             raise VerificationFailed(
-                f"no {max_blocks} blocks in float32 bring the FP16 graph within its limit of "
-                f"{result.limit:g}; the best found: {', '.join(result.best.float32)} (error "
-                f"{result.best.rank:.2g}); {result.overflowing} blocks hold values beyond float16; "
+                f"no {max_blocks} blocks in float32 bring the FP16 graph within its limits (error "
+                f"{result.limits.error:.2g}, root mean square {result.limits.rms:.2g}); the best "
+                f"found: {', '.join(result.best.float32)}, {result.best.rank:.2g} times its limit; "
+                f"{result.overflowing} blocks hold values beyond float16; "
                 "nothing was written: try more --max-blocks, or build-trt --bf16"
             )
 
@@ -912,6 +924,22 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and len(part) < 10 for part in text.split(",")):
         raise UsageError(f"{name}: got '{text}', expected numbers such as 1 or 1,16")
     return tuple(int(part) for part in text.split(","))
+
+
+def _precision(text: str | None, candidate: Path | None) -> Precision | None:
+    from rexdeploy.manifest import TYPE_NAMES
+
+    if text is None:
+        return None
+    for name in TYPE_NAMES:
+        if name == text:
+            if candidate is None:
+                raise UsageError(
+                    f"got --precision {text} without --candidate: a bundle's files are judged by "
+                    "their own types"
+                )
+            return name
+    raise UsageError(f"precision: got '{text}', expected one of {', '.join(TYPE_NAMES)}")
 
 
 def _fixed_batch(text: str) -> int | None:

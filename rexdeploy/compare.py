@@ -26,30 +26,95 @@ Measured: freshly initialised networks have 2e-7 (V1) and 2e-6 (lite), recalibra
 """
 
 
+MIN_CLASS_VARIATION = 0.25
+"""Least standard deviation of a class, as a share of the signal, for its correlation to count.
+
+The logits of a class that hardly varies are mostly rounding, whose correlation says nothing.
+"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a comparison's numbers may be at the most; `correlation` at the least."""
+
+    error: float  # in units of signal
+    rms: float  # in units of signal
+    correlation: float  # -1 to 1
+
+    def at_most(self, other: Limits) -> Limits:
+        """The stricter of the two, number by number; where these are NaN, the other's."""
+        return Limits(
+            min(other.error, self.error),
+            min(other.rms, self.rms),
+            max(other.correlation, self.correlation),
+        )
+
+    def plus(self, times: float, other: Limits) -> Limits:
+        """These with room for `times` another difference.
+
+        What correlation lacks of 1 grows with the square of a difference.
+        """
+        return Limits(
+            self.error + times * other.error,
+            self.rms + times * other.rms,
+            self.correlation - times**2 * (1 - other.correlation),
+        )
+
+    def hold(self, numbers: Limits) -> bool:
+        """Whether the numbers are within these; NaN never is."""
+        return (
+            numbers.error <= self.error
+            and numbers.rms <= self.rms
+            and numbers.correlation >= self.correlation
+        )
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How far a candidate's logits are from a reference's, over the same images."""
 
     reference: str
     candidate: str
-    images: int
+    images: int  # rows: an image counts once for every batch that it was in
     signal: float  # mean over classes of the standard deviation over images, in logits
     error: float  # largest absolute difference, in units of signal
+    rms: float  # root mean square of all differences, in units of signal
+    correlation: float  # least over classes that vary, of the logits over the images
+    least_class: int  # the class of that correlation
     cosine: float  # least over images, of logits centred on the reference's mean image
     kl: float  # mean over images of KL(softmax reference || softmax candidate), in nats
     top1: float  # share of images with the same top class, 0 to 1
     top5: float  # mean share of the reference's top five that the candidate also has, 0 to 1
     nonfinite: int  # logits that are NaN or infinite
-    limit: float  # on `error`
+    limits: Limits
+
+    @property
+    def numbers(self) -> Limits:
+        """Those of its numbers that have a limit."""
+        return Limits(self.error, self.rms, self.correlation)
 
     @property
     def failures(self) -> tuple[str, ...]:
         """Why the candidate does not pass; empty if it does."""
         if self.nonfinite:
             return (f"{self.nonfinite} logits are NaN or infinite",)
-        if not self.error <= self.limit:
-            return (f"error {self.error:.2g} of the signal is over the limit {self.limit:g}",)
-        return ()
+        reasons = []
+        if not self.error <= self.limits.error:
+            reasons.append(
+                f"error {self.error:.2g} of the signal is over the limit {self.limits.error:.2g}"
+            )
+        if not self.rms <= self.limits.rms:
+            reasons.append(
+                f"root mean square error {self.rms:.2g} of the signal is over the limit "
+                f"{self.limits.rms:.2g}"
+            )
+        if not self.correlation >= self.limits.correlation:
+            reasons.append(
+                f"class {self.least_class} correlates by {correlation_text(self.correlation)} "
+                f"with its reference over the images, below the limit "
+                f"{correlation_text(self.limits.correlation)}"
+            )
+        return tuple(reasons)
 
 
 @dataclass(frozen=True)
@@ -58,6 +123,8 @@ class Signal:
 
     size: float  # mean over classes of the standard deviation over images, in logits
     mean: Array  # the mean image's logits, `[classes]`
+    varying: npt.NDArray[np.bool_]  # the classes whose correlation counts, `[classes]`
+    constant: Limits  # numbers of an answer that ignores its image: always the mean image's logits
 
     @classmethod
     def of(cls, logits: Array) -> Signal:
@@ -73,18 +140,24 @@ class Signal:
                 "the reference's own logits are NaN or infinite on these images; check the weights"
             )
         exact = logits.astype(np.float64)
-        size = float(exact.std(axis=0).mean())
+        spread = exact.std(axis=0)
+        size = float(spread.mean())
         if size <= MIN_VARIATION * float(np.sqrt(np.square(exact).mean())):
             raise UsageError(
                 f"the reference's logits do not vary over the {len(logits)} images (signal "
                 f"{size:.1g}), so agreement would prove nothing; use trained weights, or more "
                 "varied images with --images"
             )
-        return cls(size, exact.mean(axis=0))
+        mean = exact.mean(axis=0)
+        away = np.abs(exact - mean)
+        constant = Limits(
+            float(away.max()) / size, float(np.sqrt(np.square(away).mean())) / size, 0.0
+        )
+        return cls(size, mean, spread >= MIN_CLASS_VARIATION * size, constant)
 
 
 def compare(
-    reference: Array, candidate: Array, *, names: tuple[str, str], signal: Signal, limit: float
+    reference: Array, candidate: Array, *, names: tuple[str, str], signal: Signal, limits: Limits
 ) -> Comparison:
     """Compares two `[N, classes]` arrays row by row.
 
@@ -106,25 +179,41 @@ def compare(
             images=len(expected),
             signal=signal.size,
             error=float("inf"),
+            rms=float("inf"),
+            correlation=float("nan"),
+            least_class=int(np.argmin(finite.all(axis=0))),
             cosine=float("nan"),
             kl=float("nan"),
             top1=0.0,
             top5=0.0,
             nonfinite=nonfinite,
-            limit=limit,
+            limits=limits,
         )
+    difference = got - expected
+    correlation, least_class = _least_correlation(expected, got, signal.varying)
     return Comparison(
         *names,
         images=len(expected),
         signal=signal.size,
-        error=float(np.abs(got - expected).max()) / signal.size,
+        error=float(np.abs(difference).max()) / signal.size,
+        rms=float(np.sqrt(np.square(difference).mean())) / signal.size,
+        correlation=correlation,
+        least_class=least_class,
         cosine=_least_cosine(expected - signal.mean, got - signal.mean),
         kl=_mean_kl(expected, got),
         top1=float((expected.argmax(axis=1) == got.argmax(axis=1)).mean()),
         top5=_top_overlap(expected, got, min(5, expected.shape[1])),
         nonfinite=0,
-        limit=limit,
+        limits=limits,
     )
+
+
+def correlation_text(value: float) -> str:
+    """`0.31`, `0.9986`, `1-4e-09`: as many digits as tell it from 1."""
+    missing = 1 - value
+    if not missing < 1e-2:
+        return f"{value:.2f}"
+    return f"{value:.4f}" if missing >= 1e-4 else f"1-{missing:.0e}" if missing > 0 else "1"
 
 
 def softmax(logits: Array) -> npt.NDArray[np.float64]:
@@ -150,6 +239,18 @@ def comparable(outputs: Array, form: OutputForm, compared: Compared) -> Array:
         logs = np.log(np.maximum(probabilities.astype(np.float64), _FLOOR))
         centred: Array = logs - logs.mean(axis=-1, keepdims=True)
     return centred
+
+
+def _least_correlation(
+    expected: Array, got: Array, varying: npt.NDArray[np.bool_]
+) -> tuple[float, int]:
+    """Pearson's correlation over the rows, least over the classes that vary, and that class."""
+    a, b = expected - expected.mean(axis=0), got - got.mean(axis=0)
+    norms = np.sqrt(np.square(a).sum(axis=0) * np.square(b).sum(axis=0))
+    dots = (a * b).sum(axis=0)
+    values = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+    least = int(np.argmin(np.where(varying, values, np.inf)))
+    return float(values[least]), least
 
 
 def _least_cosine(a: Array, b: Array) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -20,6 +21,7 @@ from rexdeploy.bundle import DEFAULT_ROOT, Bundle, check_writable, commit, sha25
 from rexdeploy.compare import Array, Compared, Comparison, Signal, comparable, compare
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
+from rexdeploy.image_sets import varied, varied_pixels
 from rexdeploy.interface import PIXELS, PROBABILITIES, wrap
 from rexdeploy.manifest import (
     FORMAT,
@@ -37,7 +39,7 @@ from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.checkpoints import Checkpoint, load_checkpoint
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, recalibrate_batch_norms
 from rexdeploy.models.zoo import fetch_pretrained
-from rexdeploy.parity import LIMITS, run_batches
+from rexdeploy.parity import float32_limits, float32_noise, run_batches
 from rexdeploy.progress import Report, silent
 
 Float32 = npt.NDArray[np.float32]
@@ -49,6 +51,7 @@ FINAL = "final"  # the graph with uint8 input or probabilities around its core
 
 _CHECK_BATCHES = (1, 2, 5)
 _CHECK_IMAGES = 8
+_CHECK_SEED = 2  # other images than `verify` judges by
 _CALIBRATION_IMAGES = 16
 _MIN_IMAGE_SIZE, _MAX_IMAGE_SIZE = 32, 1024
 _IMAGENET_CLASSES = 1000
@@ -206,7 +209,7 @@ def _untrained(family: Family, width: float, num_classes: int, preprocess: Prepr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = RexNet(config)
-    calibration = images.synthetic(_CALIBRATION_IMAGES, preprocess, seed=SEED)
+    calibration = varied(_CALIBRATION_IMAGES, preprocess, seed=SEED)
     recalibrate_batch_norms(model, torch.from_numpy(calibration))
     return model
 
@@ -281,9 +284,11 @@ def _compare(
     model: RexNet, graphs: dict[str, ModelProto], spec: ModelSpec, batch: int | None
 ) -> list[Comparison]:
     """Each graph against torch and against the graph before it, at batch 1, 2 and 5."""
-    pixels = images.synthetic_pixels(_CHECK_IMAGES, spec.preprocess, seed=SEED + 1)
+    pixels = varied_pixels(_CHECK_IMAGES, spec.preprocess, seed=_CHECK_SEED)
+    pool = torch.from_numpy(images.normalise(pixels, spec.preprocess))
     with torch.inference_mode():
-        reference = model(torch.from_numpy(images.normalise(pixels, spec.preprocess))).numpy()
+        reference = model(pool).numpy()
+        exact = copy.deepcopy(model).double()(pool.double()).numpy()
     sizes = (batch,) if batch else _CHECK_BATCHES
     comparisons = []
     before: tuple[str, Array] | None = None
@@ -296,6 +301,7 @@ def _compare(
             backend.close()
         compared: Compared = "logits" if own.output == "logits" else "log-probabilities"
         signal = Signal.of(comparable(reference, "logits", compared))
+        limits = float32_limits(float32_noise(reference, exact, signal, compared))
         edges = [("torch", reference[rows.images])] + ([before] if before else [])
         comparisons += [
             compare(
@@ -303,7 +309,7 @@ def _compare(
                 comparable(rows.logits, own.output, compared),
                 names=(reference_name, name),
                 signal=signal,
-                limit=LIMITS["fp32"],
+                limits=limits,
             )
             for reference_name, expected in edges
         ]

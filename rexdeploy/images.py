@@ -170,18 +170,6 @@ def walk(folder: Path) -> Iterator[Path]:
         raise UsageError(f"no images in {folder}: expected files such as .jpg or .png")
 
 
-def pool(folder: Path | None, count: int, spec: Preprocess) -> tuple[UInt8, str]:
-    """Images to compare networks over, uint8 RGB `[N, height, width, 3]`, and a description.
-
-    At most `count` of a folder's, spread over all its subfolders, or as many synthetic ones.
-    """
-    if folder is None:
-        return synthetic_pixels(count, spec, seed=1), f"{count} synthetic images"
-    found = find(folder)
-    paths = found[:: max(1, math.ceil(len(found) / count))]
-    return load_batch(paths, spec), f"{len(paths)} images of {folder}"
-
-
 def synthetic(count: int, spec: Preprocess, seed: int = 0) -> Float32:
     """`synthetic_pixels`, normalised: float32 `[count, 3, height, width]`."""
     return normalise(synthetic_pixels(count, spec, seed), spec)

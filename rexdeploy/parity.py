@@ -9,20 +9,86 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.backends import Backend
-from rexdeploy.compare import Array
+from rexdeploy.compare import Array, Compared, Limits, Signal, comparable, compare
 from rexdeploy.errors import RexdeployError
 from rexdeploy.images import Images
 from rexdeploy.manifest import Precision
 
 Float32 = npt.NDArray[np.float32]
 
-LIMITS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.7, "bf16": 3.0}
-"""Largest allowed error in units of signal.
+LIMITS: dict[Precision, Limits] = {
+    "fp32": Limits(error=5e-3, rms=5e-4, correlation=1 - 1e-5),
+    "fp16": Limits(error=1.5, rms=0.15, correlation=0.9),
+    "bf16": Limits(error=float("inf"), rms=float("inf"), correlation=-1.0),
+}
+"""What no difference may exceed, in units of signal, whatever its own rounding comes to.
 
-Chosen between what honest graphs measure over families, widths and seeds, and the least that a
-defect larger than rounding does: artifacts/limits/README.md has the table. The widest honest error
-is lite's in every precision. Trained weights are not measured yet.
+For bfloat16 there is no such: an honest one may take all the room that `ceiling` leaves.
+
+artifacts/limits/README.md has what honest graphs and defects measure. The limits of one run are
+`float32_limits` and `rounding_limits`, which follow what rounding does in that very network over
+these very images, and are mostly far stricter.
 """
+
+NOISE_MARGIN = 16
+"""Times what float32 in PyTorch does (against float64) that another float32 runtime may do.
+
+ONNX Runtime's SiLU and its blocked sums measure 0.7 to 3.7 times (artifacts/limits/README.md).
+"""
+GRAPH_MARGIN = 2
+"""Times what rounding to its types does to a graph's parent that the graph itself may do.
+
+A graph that rounds as its parent rounded does exactly 1.
+"""
+ENGINE_MARGIN = 3
+"""The same for an engine, and for a 16-bit graph of somebody else's making.
+
+It rounds elsewhere than the graph in ONNX Runtime: two independent errors of one size differ by the
+square root of 2.
+"""
+CONSTANT_SHARE = 0.5
+"""The share of an answer that ignores its image (`Signal.constant`) that no limit may exceed."""
+_FLOOR = Limits(error=1e-4, rms=1e-5, correlation=1 - 1e-8)
+NO_DIFFERENCE = Limits(0.0, 0.0, 1.0)
+
+
+def float32_noise(float32: Array, float64: Array, signal: Signal, compared: Compared) -> Limits:
+    """What computing in float32 does to the reference's logits `[N, classes]`, by those of float64.
+
+    The numbers of a comparison, in units of `signal`.
+    """
+    exact, rounded = (comparable(logits, "logits", compared) for logits in (float64, float32))
+    return compare(
+        exact, rounded, names=("float64", "float32"), signal=signal, limits=LIMITS["fp32"]
+    ).numbers
+
+
+def float32_limits(noise: Limits | None) -> Limits:
+    """The limits of a graph that computes in float32.
+
+    `noise` is what float32 does to the reference itself over these images; None: not measured.
+    """
+    if noise is None:
+        return LIMITS["fp32"]
+    return _FLOOR.plus(NOISE_MARGIN, noise).at_most(LIMITS["fp32"])
+
+
+def rounding_limits(
+    float32: Limits, rounding: Limits, margin: float, precision: Precision, constant: Limits
+) -> Limits:
+    """The limits of what computes in 16 bits, wholly or in parts.
+
+    `rounding` is what rounding to its own types does over these images (nothing of it: the limits
+    are float32's), `precision` the narrowest of its types, `constant` the numbers of an answer
+    that ignores its image.
+    """
+    return float32.plus(margin, rounding).at_most(LIMITS[precision]).at_most(ceiling(constant))
+
+
+def ceiling(constant: Limits) -> Limits:
+    """The limits from which on an answer that ignores its image would be too near to passing."""
+    share = CONSTANT_SHARE
+    return Limits(share * constant.error, share * constant.rms, 1 - share)
 
 
 @dataclass(frozen=True)
@@ -31,6 +97,7 @@ class Rows:
 
     images: npt.NDArray[np.int64]
     logits: Array  # [rows, classes]
+    last: int  # how many of the rows, at the end, the largest batch size gave
 
     def by_image(self) -> Array:
         """`[images, classes]`: each image's first row, which the smallest batch gave."""
@@ -39,21 +106,35 @@ class Rows:
         return logits
 
 
-def run_batches(backend: Backend, images: Images, sizes: Sequence[int]) -> Rows:
-    """Runs all of `images` in batches of each size, so that every row's neighbours differ.
+def run_batches(
+    backend: Backend, images: Images, sizes: Sequence[int], most: int | None = None
+) -> Rows:
+    """Runs the images in batches of each size, so that every row's neighbours differ.
 
-    The images are repeated cyclically to fill the last batch. Raises RexdeployError where the
-    backend fails, or gives anything but one row an image.
+    The largest size runs all images, the others the first `most` of them (None: all). No batch has
+    a period: where it is larger than the images are many, they are drawn in random order, so that
+    no row can stand for another. Raises RexdeployError where the backend fails, or gives anything
+    but one row an image.
     """
     indices, logits = [], []
-    for size in sizes:
-        for start in range(0, len(images), size):
-            index = np.arange(start, start + size) % len(images)
-            indices.append(index)
+    last = 0
+    for size in sorted(set(sizes)):
+        count = len(images) if size == max(sizes) or most is None else min(most, len(images))
+        order = _without_period(count, -(-count // size) * size)
+        last = len(order)
+        for start in range(0, last, size):
+            index = order[start : start + size]
             answer = backend.run(images[index])
             if answer.ndim != 2 or len(answer) != size:
                 raise RexdeployError(
                     f"gave logits of shape {list(answer.shape)} for a batch of {size}"
                 )
+            indices.append(index)
             logits.append(answer)
-    return Rows(np.concatenate(indices), np.concatenate(logits))
+    return Rows(np.concatenate(indices), np.concatenate(logits), last)
+
+
+def _without_period(count: int, rows: int) -> npt.NDArray[np.int64]:
+    """All of `count` images once, in order, and then any of them, until there are `rows`."""
+    more = np.random.default_rng(0).integers(0, count, max(0, rows - count))
+    return np.concatenate([np.arange(count), more])

@@ -40,7 +40,7 @@ def show_export(result: ExportResult) -> None:
         f"  channels padded to a multiple of {padded}" if padded != "off" else None,
         f"  takes {model.input}, gives {model.output}" if model != model.core else None,
         f"  torch -> {last.candidate}: error {worst.error:.1e} of the signal "
-        f"(limit {worst.limit:g}), top-1 agreement {last.top1:.0%}",
+        f"(limit {worst.limits.error:.1g}), top-1 agreement {last.top1:.0%}",
         "next: rexdeploy build-trt --fp16",
     )
 
@@ -94,43 +94,62 @@ def show_inspection(result: Inspection) -> None:
     )
 
 
-def show_verification(bundle: Bundle, result: Verification) -> None:
+def show_verification(bundle: Bundle, result: Verification, every_block: bool) -> None:
     """Every comparison, what was skipped and why, and the verdict."""
+    from rexdeploy.compare import correlation_text
+    from rexdeploy.judge import HEADROOM
+
     batches = ", ".join(map(str, result.batches)) or "none"
     say(
         f"{bundle.path}, {result.model}: {result.images}, batches {batches}; "
         f"signal {result.signal:.3g}" + f" ({result.compared})" * (result.compared != "logits")
     )
-    columns = (
-        "edge", "error", "limit", "cosine", "KL", "top-1", "top-5", "non-finite", "verdict"
-    )  # fmt: skip
+    columns = ("edge", "error / limit", "rms / limit", "class r / limit", "top-1", "verdict")
     lines = [
         (
             f"{comparison.reference} -> {comparison.candidate}",
-            f"{comparison.error:.2g}",
-            f"{comparison.limit:g}",
-            f"{comparison.cosine:.6f}",
-            f"{comparison.kl:.1e}",
+            f"{comparison.error:.2g} / {comparison.limits.error:.2g}",
+            f"{comparison.rms:.2g} / {comparison.limits.rms:.2g}",
+            f"{correlation_text(comparison.correlation)} / "
+            f"{correlation_text(comparison.limits.correlation)}",
             f"{comparison.top1:.1%}",
-            f"{comparison.top5:.1%}",
-            str(comparison.nonfinite),
             "FAILED" if comparison.failures else "ok",
         )
         for comparison in (*result.edges, *result.totals)
     ]
-    lines += [
-        (f"{skip.reference} -> {skip.candidate}", *"-------", "skipped") for skip in result.skipped
-    ]
+    for verdict, items in (("FAILED", result.broken), ("skipped", result.skipped)):
+        lines += [(f"{item.reference} -> {item.candidate}", *"----", verdict) for item in items]
     print_table(columns, lines)
     for skip in result.skipped:
         say(f"skipped {skip.candidate}: {skip.reason}")
     for localization in result.localizations:
-        show_localization(localization)
+        if every_block:
+            show_localization(localization)
+        elif not localization.over:
+            worst = max(localization.blocks, key=lambda block: block.own)
+            say(
+                f"{localization.candidate}: each of {len(localization.blocks)} blocks does what "
+                f"{localization.reference}'s does (worst {worst.own:.1e} of its size, limit "
+                f"{localization.limit:g})"
+            )
     for reason in result.not_localized:
         say(f"not walked: {reason}")
+    for room in result.headroom:
+        say(
+            f"{room.file}: largest float16 value {room.peak:.4g} (node {room.node}), "
+            f"{room.factor:.3g} times within its range"
+        )
+        if room.is_low:
+            say(
+                f"warning: {room.file}: below {HEADROOM:g} times, other images may overflow: judge "
+                "it over your own (--images), or see 'rexdeploy tune-precision' and "
+                "build-trt --bf16"
+            )
+    if result.images.endswith("synthetic images"):
+        say("synthetic images show what computes wrongly; --images DIR shows what yours do")
     if not result.failures:
         unproven = f"; NOT verified: {len(result.skipped)} skipped" if result.skipped else ""
-        edges = "1 edge is within its limit"
+        edges = "1 edge is within its limits"
         if len(result.edges) > 1:
             edges = f"{len(result.edges)} edges are within their limits"
         say(f"passed: {edges}{unproven}")
@@ -200,7 +219,8 @@ def show_tuning(result: Tuning) -> None:
     resumed = f", {result.resumed} more from an earlier run" if result.resumed else ""
     say(
         f"{result.bundle.path}: {result.images}, {result.trials} trials{resumed}",
-        f"  plain FP16: {_error_of(result.plain)} (limit {result.limit:g})",
+        f"  plain FP16: {_error_of(result.plain)} (limits: error {result.limits.error:.2g}, root "
+        f"mean square {result.limits.rms:.2g})",
     )
     if not result.best.float32:
         mixed = result.bundle.manifest.find_file("fp16.onnx")

@@ -15,17 +15,17 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto
 
-from rexdeploy import gpu, images, tensorrt_api
+from rexdeploy import gpu, image_sets, images, tensorrt_api
 from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend
 from rexdeploy.blocks import literal
 from rexdeploy.bundle import Bundle, check_writable, sha256
-from rexdeploy.compare import Signal, compare
+from rexdeploy.compare import Comparison, Limits, Signal, compare
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.forms import Source, engine_form
 from rexdeploy.interface import change_core, unwrap
 from rexdeploy.localize import localize
 from rexdeploy.manifest import Artifact, BatchRange, ModelSpec, to_json
-from rexdeploy.parity import LIMITS, run_batches
+from rexdeploy.parity import LIMITS, ceiling, run_batches
 from rexdeploy.precision import (
     beyond_fp16,
     node_name,
@@ -54,7 +54,7 @@ class TuneOptions:
     """Over which images the float16 graph must hold, and how much may stay float32."""
 
     images: Path | None = None  # None: seeded synthetic images
-    samples: int = 8
+    samples: int = 16  # the first sixteen synthetic images are of every kind
     max_blocks: int = MAX_BLOCKS
     backend: str = "onnxruntime"  # that runs the trials; with an engine's, each is built first
     command: str = "rexdeploy tune-precision"
@@ -66,12 +66,13 @@ class Trial:
 
     float32: tuple[str, ...]  # the blocks that it keeps
     error: float | None  # of the logits, in units of signal; None where they are not finite
+    share: float | None = None  # of the limit on the number that is nearest to its own, or over it
     nodes: tuple[str, ...] = ()  # of these blocks, the nodes that it keeps; empty: all of them
 
     @property
     def rank(self) -> float:
-        """The error, with logits that are not finite behind all others."""
-        return float("inf") if self.error is None else self.error
+        """The share of its limits, with logits that are not finite behind all others."""
+        return float("inf") if self.share is None else self.share
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Tuning:
     images: str
     plain: Trial  # nothing kept
     best: Trial
-    limit: float  # on the error
+    limits: Limits  # on the logits
     trials: int  # that this run made
     resumed: int  # that an earlier run had made
     ranges: Ranges
@@ -96,7 +97,7 @@ class Tuning:
     @property
     def healed(self) -> bool:
         """Whether the best graph is within the limit."""
-        return self.best.rank <= self.limit
+        return self.best.rank <= 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
     if root is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
     preprocess = bundle.manifest.model.preprocess
-    pixels, described = images.pool(options.images, options.samples, preprocess)
+    pixels, described = image_sets.pool(options.images, options.samples, preprocess)
     pool = images.normalise(pixels, preprocess)
     check_writable(bundle.path)
     form = engine_form(Source(bundle), root, None, options.command, report)
@@ -160,11 +161,21 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
         described,
         plain,
         best,
-        LIMITS["fp16"],
+        search.limits,
         search.made,
         search.resumed,
         ranges,
         written,
+    )
+
+
+def _share(comparison: Comparison) -> float:
+    """How much of its limit the worst of a comparison's numbers takes; over 1 it fails."""
+    numbers, limits = comparison.numbers, comparison.limits
+    return max(
+        numbers.error / limits.error,
+        numbers.rms / limits.rms,
+        (1 - numbers.correlation) / (1 - limits.correlation),
     )
 
 
@@ -256,7 +267,6 @@ class _Search:
         self._spec: ModelSpec = bundle.manifest.model.core
         self._blocks = _nodes_by_block(model)
         self._order = {name: index for index, name in enumerate(self._blocks)}
-        self._limit = LIMITS["fp16"]
         self._seconds: list[float] = []
         backend = open_backend("onnxruntime", model.SerializeToString(), self._spec)
         try:
@@ -266,15 +276,16 @@ class _Search:
         finally:
             backend.close()
         self._signal = Signal.of(self._reference)
+        self.limits = LIMITS["fp16"].at_most(ceiling(self._signal.constant))
         key = hashlib.sha256(
-            f"{root.sha256} {self._limit} {onnx.__version__} {options.backend}".encode()
+            f"{root.sha256} {self.limits} {onnx.__version__} {options.backend}".encode()
             + pool.tobytes()
         ).hexdigest()
         self._state = _read_state(bundle, key)
         self.resumed = len(self._state.trials)
 
     def passes(self, trial: Trial) -> bool:
-        return trial.rank <= self._limit
+        return trial.rank <= 1
 
     def nodes_of(self, trial: Trial) -> set[str]:
         """The names of all nodes of the trial's blocks."""
@@ -297,8 +308,7 @@ class _Search:
         estimate = f", at most {left:.0f} s left" if left else ""
         self._report(f"trial {number} of at most {self._most}: {named} in float32{estimate}")
         start = time.perf_counter()
-        trial = Trial(kept, None, nodes)
-        trial = replace(trial, error=self._error(trial))
+        trial = self._run(Trial(kept, None, nodes=nodes))
         self._seconds.append(time.perf_counter() - start)
         self.made += 1
         self._state = replace(self._state, trials=(*self._state.trials, trial))
@@ -328,12 +338,12 @@ class _Search:
         built = tensorrt_api.build(mixed.SerializeToString(), self._settings(flavor))
         return open_backend(self._backend, built.plan, self._spec)
 
-    def _error(self, trial: Trial) -> float | None:
-        """Of the mixed graph's logits against the float32 graph's."""
+    def _run(self, trial: Trial) -> Trial:
+        """The trial with the mixed graph's logits held against the float32 graph's."""
         try:
             mixed = self._mixed(trial)
         except VerificationFailed:  # a weight that float16 cannot hold, outside these blocks
-            return None
+            return trial
         backend = self._open(mixed)
         try:
             rows = run_batches(backend, self._pool, [self._size])
@@ -344,15 +354,17 @@ class _Search:
             rows.logits,
             names=(self._root.file, MIXED),
             signal=self._signal,
-            limit=self._limit,
+            limits=self.limits,
         )
-        return None if comparison.nonfinite else comparison.error
+        if comparison.nonfinite:
+            return trial
+        return replace(trial, error=comparison.error, share=_share(comparison))
 
     def write(self, trial: Trial, whole: ModelProto, options: TuneOptions) -> str:
         """Puts the mixed graph into the bundle; engines of the graph that it replaces go."""
         mixed = change_core(whole, lambda _: self._mixed(trial))
         data = mixed.SerializeToString(deterministic=True)
-        notes = {"float32": ", ".join(trial.float32), "error": f"{trial.rank:.2g}"}
+        notes = {"float32": ", ".join(trial.float32), "error": f"{trial.error:.2g}"}
         if trial.nodes:
             notes["float32_nodes"] = ", ".join(trial.nodes)
         artifact = Artifact(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from rexdeploy import images
+from rexdeploy import image_sets, images
 from rexdeploy.backends import (
     ENGINE_BACKENDS,
     ONNX_BACKENDS,
@@ -18,33 +18,24 @@ from rexdeploy.backends import (
     has_onnxruntime_cuda,
     open_backend,
 )
-from rexdeploy.blocks import literal
 from rexdeploy.bundle import Bundle, sha256
-from rexdeploy.compare import (
-    Array,
-    Compared,
-    Comparison,
-    Signal,
-    comparable,
-    compare,
-)
-from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.images import Images
+from rexdeploy.compare import Compared, Comparison, Limits, Signal, comparable
+from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.interface import forms
-from rexdeploy.localize import Localization, localize
+from rexdeploy.judge import Candidate, Headroom, Judge, Skipped, is_meant, sizes
+from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
     TYPE_NAMES,
     Artifact,
     BatchRange,
-    InputForm,
     ModelSpec,
     Precision,
     Preprocess,
     to_json,
 )
-from rexdeploy.parity import LIMITS, Rows, run_batches
-from rexdeploy.precision import emulate_bf16, parse, precision_of, products
+from rexdeploy.parity import float32_noise, run_batches
+from rexdeploy.precision import parse, precision_of, products
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
 from rexdeploy.tensorrt_api import RTX_MAGIC
@@ -54,8 +45,9 @@ Float32 = npt.NDArray[np.float32]
 
 REFERENCE = "torch"
 MIN_SAMPLES, MAX_SAMPLES = 2, 4096
-MAX_GRAPH_BATCH = 64  # of ONNX graphs, which run on the CPU; engines run at all their sizes
-
+MAX_DISTINCT = 256  # images at the most; larger batches draw them in random order
+_REFERENCE_BATCH = 16
+_NOISE_IMAGES = 16  # synthetic ones are of every kind by then
 _ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
 
 
@@ -68,17 +60,8 @@ class VerifyOptions:
     candidate: Path | None = None  # judge this file instead of the bundle's own
     backends: tuple[str, ...] = ()  # empty: every one that a file's kind allows
     require: tuple[str, ...] = ()  # backends whose absence is a failure
-    localize: bool = False  # compare every graph with its parent block by block, too
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A comparison that could not be made here; it has not passed."""
-
-    reference: str
-    candidate: str
-    backend: str
-    reason: str
+    localize: bool = False  # walk the blocks of 16-bit graphs, too
+    precision: Precision | None = None  # of a candidate that does not tell it
 
 
 @dataclass(frozen=True)
@@ -95,28 +78,15 @@ class Verification:
     edges: tuple[Comparison, ...]  # each file against what it was made from
     totals: tuple[Comparison, ...]  # each file against the reference, where that is another
     skipped: tuple[Skipped, ...]
+    broken: tuple[Skipped, ...]  # what was refused or failed here, so that nothing was compared
     failures: tuple[str, ...]  # why the whole does not pass; empty if it does
-    localizations: tuple[Localization, ...] = ()  # block by block, if asked for; no verdict
-    not_localized: tuple[str, ...] = ()  # the files that could not be, and why
+    headroom: tuple[Headroom, ...]  # of float16 graphs that were made from float32 ones here
+    localizations: tuple[Localization, ...]  # graphs block by block
+    not_localized: tuple[str, ...]  # the graphs that could not be, and why
 
     @property
     def passed(self) -> bool:
         return not self.failures
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A file to judge, and what it was made from."""
-
-    file: str
-    model: bytes
-    kind: str
-    precision: Precision | None
-    batch: BatchRange | None
-    parent: str  # a file's name, or REFERENCE
-    backends: tuple[str, ...]
-    spec: ModelSpec  # with the candidate's own input and output
-    proof: PrecisionProof | None = None  # a graph's own types, or what an engine's build reported
 
 
 def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> Verification:
@@ -128,27 +98,45 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
     _check_options(options)
     spec = bundle.manifest.model
     _check_preprocess(bundle)
-    pool, described = images.pool(options.images, options.samples, spec.preprocess)
+    reference_name = _reference_artifact(bundle).file if spec.family == "onnx" else REFERENCE
+    candidates = _own(bundle, options, reference_name)
+    files = candidates
+    if options.candidate:
+        candidates = [_foreign(options.candidate, spec, options, reference_name)]
+        files = [*candidates, *(item for item in files if item.kind == "onnx")]
+    else:
+        candidates = [item for item in candidates if item.file != reference_name]
+    otherwise = _range_of(candidates)
+    rows = max((sizes(item, otherwise)[-1] for item in candidates if item.backends), default=0)
+    pool, described = image_sets.pool(
+        options.images, options.samples, spec.preprocess, min(rows, MAX_DISTINCT)
+    )
     report("running the reference")
     images_of_core = images.normalise(pool, spec.preprocess)
-    inputs: dict[InputForm, Images] = {"uint8": pool, "float32": images_of_core}
-    reference_name, reference = _reference(bundle, images_of_core)
-    candidates = (
-        [_foreign(options.candidate, spec, options, reference_name)]
-        if options.candidate
-        else _own(bundle, options, reference_name)
-    )
+    logits = _reference(bundle, images_of_core)
     ends_in_softmax = any(item.spec.output == "probabilities" for item in candidates)
     compared: Compared = "log-probabilities" if ends_in_softmax else "logits"
-    judge = _Judge(inputs, compared, reference_name, reference, _range_of(candidates))
+    signal = Signal.of(comparable(logits, "logits", compared))
+    few = slice(_NOISE_IMAGES)
+    noise = _noise(bundle, images_of_core[few], logits[few], signal, compared)
+    judge = Judge(
+        {"uint8": pool, "float32": images_of_core},
+        compared,
+        (reference_name, comparable(logits, "logits", compared)),
+        signal,
+        noise,
+        files,
+        otherwise,
+        options.samples,
+    )
     for candidate in candidates:
         for backend in candidate.backends:
             report(f"running {candidate.file} ({backend})")
             judge.run(candidate, backend)
-    localizations, not_localized = (
-        _localize(bundle, candidates, images_of_core, reference_name, report)
-        if options.localize
-        else ((), ())
+        if not candidate.backends:
+            judge.skipped.append(_left_out(candidate, options))
+    walked, not_walked = _walk(
+        bundle, files, candidates, images_of_core, reference_name, options.localize, report
     )
     return Verification(
         model=spec.title,
@@ -156,14 +144,21 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         compared=compared,
         images=described,
         batches=tuple(sorted(judge.batches)),
-        signal=judge.signal.size,
+        signal=signal.size,
         proofs={item.file: item.proof for item in candidates if item.proof},
         edges=tuple(judge.edges),
         totals=tuple(judge.totals),
         skipped=tuple(judge.skipped),
-        failures=(*judge.failures(options.require), *_unproven(candidates)),
-        localizations=localizations,
-        not_localized=not_localized,
+        broken=tuple(judge.broken),
+        failures=(
+            *_with_culprits(judge.failures(), walked),
+            *_off_blocks(judge.edges, walked),
+            *_not_run(judge, options.require),
+            *_unproven(candidates),
+        ),
+        headroom=tuple(judge.headroom),
+        localizations=walked,
+        not_localized=not_walked,
     )
 
 
@@ -184,131 +179,34 @@ def store(bundle: Bundle, verification: Verification, command: str = "rexdeploy 
     bundle.update(artifact, files={artifact.file: data})
 
 
-class _Judge:
-    """Runs candidates one after the other, parents first, and keeps what came out."""
-
-    def __init__(
-        self,
-        inputs: Mapping[InputForm, Images],
-        compared: Compared,
-        reference_name: str,
-        reference: Float32,
-        default_range: BatchRange,
-    ) -> None:
-        self.edges: list[Comparison] = []
-        self.totals: list[Comparison] = []
-        self.skipped: list[Skipped] = []
-        self.batches: set[int] = set()
-        self._inputs, self._compared = inputs, compared
-        self._reference_name, self._default_range = reference_name, default_range
-        expected = comparable(reference, "logits", compared)
-        self.signal = Signal.of(expected)
-        self._logits: dict[str, Array] = {reference_name: expected}  # by file, one row an image
-        self._backends: set[str] = set()  # that ran something
-        self._crashed: list[str] = []  # broken edges without a comparison
-
-    def run(self, candidate: _Candidate, name: str) -> None:
-        """Compares a candidate's logits with its parent's and with the reference's."""
-        label, model = f"{candidate.file} ({name})", candidate.model
-        if name == "openvino" and candidate.precision != "fp32":
-            reason = "OpenVINO computes in float32 here, which says nothing of a 16-bit graph"
-            self.skipped.append(Skipped(candidate.parent, label, name, reason))
-            return
-        if candidate.precision == "bf16" and name == "onnxruntime":
-            # It has no bfloat16 arithmetic on a CPU (1.32), only casts.
-            label = f"{candidate.file} ({name}, bfloat16 emulated)"
-            model = emulate_bf16(parse(model, candidate.file)).SerializeToString()
-        elif candidate.precision != "fp32" and name == "onnxruntime":
-            model = literal(parse(model, candidate.file)).SerializeToString()
-        sizes = (candidate.batch or self._default_range).samples()
-        if candidate.kind == "onnx" and candidate.batch is None:
-            # On a CPU: what an engine takes at once may not fit this machine's memory.
-            sizes = [size for size in sizes if size <= MAX_GRAPH_BATCH] or [MAX_GRAPH_BATCH]
-        try:
-            backend = open_backend(name, model, candidate.spec)
-        except BackendUnavailable as error:
-            self.skipped.append(Skipped(candidate.parent, label, name, str(error)))
-            return
-        except UsageError as error:
-            raise UsageError(f"{candidate.file}: {error}") from None
-        try:
-            rows = run_batches(backend, self._inputs[candidate.spec.input], sizes)
-        except RexdeployError as error:
-            self._crashed.append(f"broken edge {candidate.parent} -> {label}: {error}")
-            return
-        finally:
-            backend.close()
-        self.batches.update(sizes)
-        self._backends.add(name)
-        outputs = comparable(rows.logits, candidate.spec.output, self._compared)
-        rows = replace(rows, logits=outputs)
-        # Where a parent could not run, its own parent has to stand in: the reference.
-        parent = candidate.parent if candidate.parent in self._logits else self._reference_name
-        self.edges.append(self._compare(parent, label, rows, candidate.precision))
-        if parent != self._reference_name:
-            self.totals.append(
-                self._compare(self._reference_name, label, rows, candidate.precision)
-            )
-        self._logits.setdefault(candidate.file, rows.by_image())
-
-    def failures(self, required: Sequence[str]) -> list[str]:
-        """Why the whole does not pass."""
-        broken = [comparison for comparison in self.edges if comparison.failures]
-        # Small errors along sound edges can add up to a broken total.
-        broken = broken or [comparison for comparison in self.totals if comparison.failures]
-        failures = self._crashed + [
-            f"broken edge {comparison.reference} -> {comparison.candidate}: "
-            f"{comparison.failures[0]}"
-            for comparison in broken
-        ]
-        if not self.edges and not self._crashed:
-            reasons = "; ".join(f"{skip.candidate}: {skip.reason}" for skip in self.skipped)
-            failures.append(
-                f"nothing was compared: fewer than two backends ran ({reasons or 'no file fits'})"
-            )
-        for asked in required:
-            if not any(_is_meant(asked, name) for name in self._backends):
-                reasons = "; ".join(
-                    skip.reason for skip in self.skipped if _is_meant(asked, skip.backend)
-                )
-                failures.append(
-                    f"required backend {asked} did not run: {reasons or 'no file for it'}"
-                )
-        return failures
-
-    def _compare(
-        self, reference: str, label: str, rows: Rows, precision: Precision | None
-    ) -> Comparison:
-        return compare(
-            self._logits[reference][rows.images],
-            rows.logits,
-            names=(reference, label),
-            signal=self.signal,
-            limit=LIMITS[precision or "fp16"],
-        )
-
-
-def _localize(
+def _walk(
     bundle: Bundle,
-    candidates: Sequence[_Candidate],
+    files: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     pool: Float32,
     reference_name: str,
+    with_rounding: bool,
     report: Report,
 ) -> tuple[tuple[Localization, ...], tuple[str, ...]]:
-    """Every graph against its parent, block by block, and why some cannot be.
+    """Every float32 graph against its parent, block by block, and why some cannot be.
 
-    The graphs that pass as well: what a limit on logits hides, a block's own error can show.
+    What a limit on logits hides, a block's own error shows: given the parent's own input, a block
+    of 1 % off in a single channel stands out from float32's rounding a hundred times. 16-bit graphs
+    are walked `with_rounding` only: the twins of `rounding.py` hold them to the bit.
     """
     walks: dict[str, Walk] = {}
     found, unable = [], []
     for candidate in candidates:
         if candidate.kind != "onnx":
-            unable.append(
-                f"{candidate.file}: an engine does not show its inner tensors; its graph's blocks "
-                "preview its rounding"
-            )
+            if with_rounding:
+                unable.append(
+                    f"{candidate.file}: an engine does not show its inner tensors; its graph's "
+                    "blocks preview its rounding"
+                )
             continue
-        if candidate.precision == "bf16":
+        if not candidate.backends or (candidate.narrow and not with_rounding):
+            continue
+        if candidate.narrow == "bf16":
             unable.append(
                 f"{candidate.file}: ONNX Runtime has no bfloat16 arithmetic to walk its blocks with"
             )
@@ -317,16 +215,18 @@ def _localize(
         try:
             if not walks:
                 walks[reference_name] = _reference_walk(bundle, reference_name)
-            walk = GraphWalk(parse(candidate.model, candidate.file))
-            walks[candidate.file] = walk
-            parent = candidate.parent if candidate.parent in walks else reference_name
+            parent = candidate.parent
+            if parent not in walks:
+                graph = next((item for item in files if item.file == parent), None)
+                walks[parent] = GraphWalk(graph.graph) if graph else walks[reference_name]
+            walks[candidate.file] = walk = GraphWalk(candidate.graph)
             found.append(
                 localize(
                     walks[parent],
                     walk,
                     pool,
                     names=(parent, candidate.file),
-                    precision=candidate.precision,
+                    precision=candidate.narrow or "fp32",
                 )
             )
         except RexdeployError as error:
@@ -334,15 +234,44 @@ def _localize(
     return tuple(found), tuple(unable)
 
 
+def _off_blocks(edges: Sequence[Comparison], walked: Sequence[Localization]) -> list[str]:
+    """Float32 graphs that pass by their logits, and have a block that is wrong."""
+    failures = []
+    for walk in walked:
+        broken = any(
+            edge.failures and edge.candidate.startswith(f"{walk.candidate} (") for edge in edges
+        )
+        if walk.limit == OWN_LIMITS["fp32"] and walk.over and not broken:
+            block = next(block for block in walk.blocks if block.name in walk.over)
+            failures.append(
+                f"broken edge {walk.reference} -> {walk.candidate}: {block.name} alone is off by "
+                f"{block.own:.2g} of its size, over the limit {walk.limit:g}{_culprit(walk)}"
+            )
+    return failures
+
+
+def _with_culprits(failures: Sequence[str], walked: Sequence[Localization]) -> list[str]:
+    """The failures, each with the node that a walk of its file has found."""
+    named = []
+    for failure in failures:
+        walk = next(
+            (w for w in walked if f" -> {w.candidate} (" in failure and w.culprit is not None), None
+        )
+        named.append(failure + _culprit(walk) if walk else failure)
+    return named
+
+
+def _culprit(walk: Localization) -> str:
+    if walk.culprit is None:
+        return ""
+    return f"; first at node {walk.culprit.node.name} in {walk.culprit.block}"
+
+
 def _reference_walk(bundle: Bundle, name: str) -> Walk:
     """The reference of `_reference`, block by block."""
     if name == REFERENCE:
-        weights = bundle.manifest.find("weights")
-        assert weights is not None  # _reference has read it
-        return TorchWalk(bundle.read(weights), bundle.manifest.model)
-    graph = bundle.manifest.find("onnx")
-    assert graph is not None
-    return GraphWalk(parse(bundle.read(graph), name))
+        return TorchWalk(bundle.read(_reference_artifact(bundle)), bundle.manifest.model)
+    return GraphWalk(parse(bundle.read(_reference_artifact(bundle)), name))
 
 
 def _check_options(options: VerifyOptions) -> None:
@@ -354,27 +283,51 @@ def _check_options(options: VerifyOptions) -> None:
             raise UsageError(f"backend: got '{name}', expected one of {', '.join(known)}")
 
 
-def _reference(bundle: Bundle, pool: Float32) -> tuple[str, Float32]:
-    """The reference and its logits of normalised images: ours, or somebody's graph as it came."""
+def _reference_artifact(bundle: Bundle) -> Artifact:
+    """The weights of our network, or somebody's graph as it came; raises UsageError."""
     spec = bundle.manifest.model
-    is_ours = spec.family != "onnx"
-    artifact = bundle.manifest.find("weights" if is_ours else "onnx")
+    artifact = bundle.manifest.find("onnx" if spec.family == "onnx" else "weights")
     if artifact is None:
         raise UsageError(
             f"{bundle.path} holds no reference for {spec.title}; remove the folder and make it "
             "anew with 'rexdeploy export'"
         )
-    backend = open_backend(
-        "pytorch" if is_ours else "onnxruntime", bundle.read(artifact), spec.core
-    )
+    return artifact
+
+
+def _reference(bundle: Bundle, pool: Float32) -> Float32:
+    """The reference's logits of normalised images."""
+    artifact, spec = _reference_artifact(bundle), bundle.manifest.model
+    name = "onnxruntime" if spec.family == "onnx" else "pytorch"
+    backend = open_backend(name, bundle.read(artifact), spec.core)
     try:
-        if artifact.batch is None:
-            logits = backend.run(pool)
-        else:
-            logits = run_batches(backend, pool, [artifact.batch.opt]).by_image()
+        size = artifact.batch.opt if artifact.batch else _REFERENCE_BATCH
+        logits: Float32 = run_batches(backend, pool, [size]).by_image().astype(np.float32)
+        return logits
     finally:
         backend.close()
-    return (REFERENCE if is_ours else artifact.file), logits
+
+
+def _noise(
+    bundle: Bundle, pool: Float32, logits: Float32, signal: Signal, compared: Compared
+) -> Limits | None:
+    """What float32 does to our own network's logits; None for somebody's graph."""
+    spec = bundle.manifest.model
+    if spec.family == "onnx":
+        return None
+    import torch
+
+    from rexdeploy.backends.pytorch import reference
+
+    model = reference(bundle.read(_reference_artifact(bundle)), spec).double()
+    with torch.inference_mode():
+        exact = np.concatenate(
+            [
+                model(torch.from_numpy(pool[start : start + 4]).double()).numpy()
+                for start in range(0, len(pool), 4)
+            ]
+        )
+    return float32_noise(logits, exact, signal, compared)
 
 
 def _check_preprocess(bundle: Bundle) -> None:
@@ -392,43 +345,59 @@ def _check_preprocess(bundle: Bundle) -> None:
         )
 
 
-def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[_Candidate]:
+def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[Candidate]:
     """The bundle's graphs and engines, every parent before its children."""
     files = {artifact.sha256: artifact.file for artifact in bundle.manifest.artifacts}
-    candidates: list[_Candidate] = []
+    candidates: dict[str, Candidate] = {}
     for kind in ("onnx", "engine"):
         for artifact in bundle.manifest.artifacts:
-            if artifact.kind != kind or artifact.file == reference_name:
+            if artifact.kind != kind:
                 continue
             parent = files.get(artifact.parent_sha256 or "", reference_name)
-            backends = _backends_of(artifact, options)
-            if backends:
-                model = bundle.read(artifact)
-                precision, proof = artifact.precision, artifact.proof
-                if kind == "onnx":  # its types decide its limit, not what the manifest says of them
-                    graph = parse(model, artifact.file)
-                    found = products(graph)
-                    proof = prove(found, found, TYPE_NAMES[precision] if precision else None)
-                    precision = precision_of(graph)
-                candidates.append(
-                    _Candidate(
-                        artifact.file,
-                        model,
-                        kind,
-                        precision,
-                        artifact.batch,
-                        reference_name if parent.endswith(".safetensors") else parent,
-                        backends,
-                        bundle.manifest.model,
-                        proof,
-                    )
-                )
-    return candidates
+            made_from = candidates.get(parent)
+            candidate = Candidate(
+                artifact.file,
+                bundle.read(artifact),
+                kind,
+                artifact.precision,
+                artifact.batch,
+                reference_name if parent.endswith(".safetensors") else parent,
+                _backends_of(artifact, options),
+                bundle.manifest.model,
+                artifact.proof,
+                # A mixed graph's engine has its graph's types, of which the narrowest counts.
+                built_in=artifact.precision or (made_from.narrow if made_from else None),
+            )
+            if kind == "onnx":  # its types decide its limits, not what the manifest says of them
+                candidate = _by_its_types(candidate, artifact.precision, None)
+            candidates[artifact.file] = candidate
+    return list(candidates.values())
 
 
-def _foreign(
-    path: Path, spec: ModelSpec, options: VerifyOptions, reference_name: str
-) -> _Candidate:
+def _by_its_types(
+    candidate: Candidate, wanted: Precision | None, told: Precision | None
+) -> Candidate:
+    """A graph with the precision and the proof that its own types give.
+
+    Raises UsageError for types without a limit of their own, unless a person has told one.
+    """
+    found = products(candidate.graph)
+    unknown = sorted({item.precision for item in found} - set(TYPE_NAMES.values()))
+    if unknown and told is None:
+        raise UsageError(
+            f"{candidate.file} computes in {', '.join(unknown)}, for which there are no limits; "
+            f"expected {', '.join(TYPE_NAMES.values())}, or say with --precision (with "
+            "--candidate) which one's limits are to hold"
+        )
+    return replace(
+        candidate,
+        precision=precision_of(candidate.graph),
+        proof=prove(found, found, TYPE_NAMES[wanted] if wanted else None),
+        built_in=told if unknown else None,
+    )
+
+
+def _foreign(path: Path, spec: ModelSpec, options: VerifyOptions, reference_name: str) -> Candidate:
     """A candidate from elsewhere: what it is, it must tell itself."""
     try:
         data = path.read_bytes()
@@ -436,7 +405,18 @@ def _foreign(
         raise UsageError(f"candidate {path} cannot be read ({error.strerror})") from None
     if data[:4] == RTX_MAGIC or path.suffix in _ENGINE_SUFFIXES:
         backend = "tensorrt-rtx" if data[:4] == RTX_MAGIC else "tensorrt"
-        return _Candidate(path.name, data, "engine", None, None, reference_name, (backend,), spec)
+        return Candidate(
+            path.name,
+            data,
+            "engine",
+            options.precision,
+            None,
+            reference_name,
+            (backend,),
+            spec,
+            is_ours=False,
+            built_in=options.precision,
+        )
     try:
         model = parse(data, f"candidate {path}")
     except UsageError as error:
@@ -450,16 +430,19 @@ def _foreign(
         )
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value if model.graph.input else 0
     takes, gives = forms(model)
-    return _Candidate(
+    asked = [name for name in ONNX_BACKENDS if name in (*options.backends, *options.require)]
+    candidate = Candidate(
         path.name,
         data,
         "onnx",
-        precision_of(model),
+        None,
         BatchRange(batch, batch, batch) if batch else None,
         reference_name,
-        tuple(name for name in options.backends if name in ONNX_BACKENDS) or ("onnxruntime",),
+        tuple(asked if options.backends else dict.fromkeys(["onnxruntime", *asked])),
         replace(spec, input=takes, output=gives),
+        is_ours=False,
     )
+    return _by_its_types(candidate, None, options.precision)
 
 
 def _backends_of(artifact: Artifact, options: VerifyOptions) -> tuple[str, ...]:
@@ -479,17 +462,36 @@ def _backends_of(artifact: Artifact, options: VerifyOptions) -> tuple[str, ...]:
         )
     if options.backends:
         return tuple(
-            name for name in possible if any(_is_meant(asked, name) for asked in options.backends)
+            name for name in possible if any(is_meant(asked, name) for asked in options.backends)
         )
     return wanted
 
 
-def _is_meant(asked: str, backend: str) -> bool:
-    """Whether a backend is the one asked for; "tensorrt" means an engine of either flavour."""
-    return backend == asked or (asked == "tensorrt" and backend in ENGINE_BACKENDS)
+def _left_out(candidate: Candidate, options: VerifyOptions) -> Skipped:
+    reason = f"left out: --backend {', '.join(options.backends)} does not run it"
+    return Skipped(candidate.parent, candidate.file, "", reason, by_choice=True)
 
 
-def _unproven(candidates: Sequence[_Candidate]) -> list[str]:
+def _not_run(judge: Judge, required: Sequence[str]) -> list[str]:
+    """The required backends that did not run, or not every file of theirs."""
+    failures = []
+    for asked in required:
+        ran = any(is_meant(asked, name) for name in judge.ran)
+        missed = [
+            skip for skip in judge.skipped if is_meant(asked, skip.backend) and not skip.by_choice
+        ]
+        if missed and ran:
+            failures.append(
+                f"required backend {asked} did not run "
+                + "; ".join(f"{skip.candidate}: {skip.reason}" for skip in missed)
+            )
+        elif not ran:
+            reasons = "; ".join(skip.reason for skip in missed)
+            failures.append(f"required backend {asked} did not run: {reasons or 'no file for it'}")
+    return failures
+
+
+def _unproven(candidates: Sequence[Candidate]) -> list[str]:
     """Files that are not in the precision that their manifest says, whatever their logits."""
     return [
         f"{item.file} is not in the precision that the manifest says: {item.proof.summary}"
@@ -498,7 +500,7 @@ def _unproven(candidates: Sequence[_Candidate]) -> list[str]:
     ]
 
 
-def _range_of(candidates: Sequence[_Candidate]) -> BatchRange:
+def _range_of(candidates: Sequence[Candidate]) -> BatchRange:
     """The range to run graphs of any batch size at: that of the engines made from them."""
     ranges = [candidate.batch for candidate in candidates if candidate.batch]
     return ranges[0] if ranges else DEFAULT_BATCH

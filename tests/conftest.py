@@ -80,13 +80,16 @@ def lite_checkpoint(session_dir: Path) -> Path:
     return path
 
 
-def _bundle(checkpoint: Path, name: str, takes: str = "float32", gives: str = "logits") -> Bundle:
+def _bundle(
+    checkpoint: Path, name: str, takes: str = "float32", gives: str = "logits", size: int = 224
+) -> Bundle:
     """A bundle with an ONNX graph, its float16 form and an RTX engine."""
     exported = export(
         ExportOptions(
             weights=str(checkpoint),
             name=name,
             out=checkpoint.parent / "artifacts",
+            image_size=size,
             input=takes,
             output=gives,
         )
@@ -117,6 +120,22 @@ def pixels_original(v1_checkpoint: Path) -> Bundle:
     return _bundle(v1_checkpoint, "pixels", "uint8", "probabilities")
 
 
+@pytest.fixture(scope="session")
+def small_v1_original(v1_checkpoint: Path) -> Bundle:
+    """The V1 bundle's network at 64 pixels: the same graphs, a twelfth of the arithmetic."""
+    return _bundle(v1_checkpoint, "small_v1", size=64)
+
+
+@pytest.fixture(scope="session")
+def small_lite_original(lite_checkpoint: Path) -> Bundle:
+    return _bundle(lite_checkpoint, "small_lite", size=64)
+
+
+@pytest.fixture(scope="session")
+def small_pixels_original(v1_checkpoint: Path) -> Bundle:
+    return _bundle(v1_checkpoint, "small_pixels", "uint8", "probabilities", size=64)
+
+
 def _copy(original: Bundle, folder: Path) -> Bundle:
     target = folder / "artifacts" / original.path.name
     shutil.copytree(original.path, target)
@@ -137,3 +156,18 @@ def lite_bundle(lite_original: Bundle, tmp_path: Path) -> Bundle:
 @pytest.fixture
 def pixels_bundle(pixels_original: Bundle, tmp_path: Path) -> Bundle:
     return _copy(pixels_original, tmp_path)
+
+
+@pytest.fixture
+def small_v1(small_v1_original: Bundle, tmp_path: Path) -> Bundle:
+    return _copy(small_v1_original, tmp_path)
+
+
+@pytest.fixture
+def small_lite(small_lite_original: Bundle, tmp_path: Path) -> Bundle:
+    return _copy(small_lite_original, tmp_path)
+
+
+@pytest.fixture
+def small_pixels(small_pixels_original: Bundle, tmp_path: Path) -> Bundle:
+    return _copy(small_pixels_original, tmp_path)

@@ -20,7 +20,8 @@ import onnx
 import torch
 from onnx import ModelProto, numpy_helper
 
-from rexdeploy import cli, images
+from rexdeploy import cli
+from rexdeploy.image_sets import varied
 from rexdeploy.manifest import Preprocess
 from rexdeploy.models.rexnet import recalibrate_batch_norms
 
@@ -56,7 +57,7 @@ def _golden_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def reacting(model: torch.nn.Module, size: int = 224) -> torch.nn.Module:
     """The model with batch norms set so that its logits vary: a stand-in for a trained one."""
-    pool = images.synthetic(8, Preprocess(height=size, width=size), seed=11)
+    pool = varied(16, Preprocess(height=size, width=size), seed=11)
     recalibrate_batch_norms(model, torch.from_numpy(pool))
     return model.eval()
 

@@ -8,16 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rexdeploy.compare import Comparison, Signal, compare, softmax
+from rexdeploy.compare import Comparison, Limits, Signal, compare, softmax
 from rexdeploy.errors import UsageError
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.standard_normal((8, 20)).astype(np.float32)
 
 
+def _limits(error: float) -> Limits:
+    """A limit on the error alone."""
+    return Limits(error, float("inf"), -1.0)
+
+
 def _compare(candidate: npt.NDArray[np.float32], limit: float = 0.01) -> Comparison:
     return compare(
-        LOGITS, candidate, names=("torch", "other"), signal=Signal.of(LOGITS), limit=limit
+        LOGITS, candidate, names=("torch", "other"), signal=Signal.of(LOGITS), limits=_limits(limit)
     )
 
 
@@ -42,9 +47,13 @@ def test_the_error_is_in_units_of_signal() -> None:
 def test_the_error_does_not_depend_on_the_logits_scale(scale: float, noise: float) -> None:
     exact = LOGITS.astype(np.float64)
     candidate = exact + noise
-    plain = compare(exact, candidate, names=("a", "b"), signal=Signal.of(exact), limit=1)
+    plain = compare(exact, candidate, names=("a", "b"), signal=Signal.of(exact), limits=_limits(1))
     scaled = compare(
-        exact * scale, candidate * scale, names=("a", "b"), signal=Signal.of(exact * scale), limit=1
+        exact * scale,
+        candidate * scale,
+        names=("a", "b"),
+        signal=Signal.of(exact * scale),
+        limits=_limits(1),
     )
     assert scaled.error == pytest.approx(plain.error, rel=1e-6)
 
@@ -63,7 +72,9 @@ def test_a_constant_candidate_has_no_cosine_to_boast_of() -> None:
     offset = 20 * RNG.standard_normal(20).astype(np.float32)
     reference = LOGITS + offset
     constant = np.repeat(reference.mean(axis=0, keepdims=True), 8, axis=0)
-    result = compare(reference, constant, names=("a", "b"), signal=Signal.of(reference), limit=0.5)
+    result = compare(
+        reference, constant, names=("a", "b"), signal=Signal.of(reference), limits=_limits(0.5)
+    )
     assert result.cosine < 0.5
     assert result.failures
 

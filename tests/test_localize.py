@@ -67,13 +67,13 @@ def _case(bundle: Bundle) -> Case:
 
 
 @pytest.fixture(scope="module")
-def v1(v1_original: Bundle) -> Case:
-    return _case(v1_original)
+def v1(small_v1_original: Bundle) -> Case:
+    return _case(small_v1_original)
 
 
 @pytest.fixture(scope="module")
-def lite(lite_original: Bundle) -> Case:
-    return _case(lite_original)
+def lite(small_lite_original: Bundle) -> Case:
+    return _case(small_lite_original)
 
 
 def _culprit(result: Localization) -> tuple[str, str]:
@@ -183,12 +183,12 @@ def _in_place(block: LinearBottleneck, x: Tensor) -> Tensor:
 
 
 def test_somebody_elses_graph_of_the_same_blocks(
-    monkeypatch: pytest.MonkeyPatch, v1_original: Bundle
+    monkeypatch: pytest.MonkeyPatch, small_v1_original: Bundle
 ) -> None:
     """Unoptimised, batch norms apart, shapes and constants computed, other names and sizes."""
     torch.manual_seed(5)
     model = reacting(ReXNetV1(width_mult=0.5, classes=7), size=64)
-    spec = replace(v1_original.manifest.model, width=0.5, num_classes=7)
+    spec = replace(small_v1_original.manifest.model, width=0.5, num_classes=7)
     expected = TorchWalk(safetensors.torch.save(dict(model.state_dict())), spec)
     with monkeypatch.context() as patched:
         patched.setattr(LinearBottleneck, "forward", _in_place)
@@ -256,9 +256,9 @@ def test_a_graph_that_is_no_rexnet_is_refused(v1: Case) -> None:
 
 
 def test_the_command_names_block_and_node_and_draws_them(
-    lite_bundle: Bundle, tmp_path: Path
+    small_lite: Bundle, tmp_path: Path
 ) -> None:
-    planted._plant(lite_bundle, "fp32", planted._weight_off_by_one_percent)
+    planted._plant(small_lite, "fp32", planted._weight_off_by_one_percent)
     result = run_cli(
         "verify", "--samples", "2", "--localize", "--plot", "walk.png", "--json", "out.json",
         cwd=tmp_path,
@@ -269,15 +269,15 @@ def test_the_command_names_block_and_node_and_draws_them(
     assert '"localizations": [' in (tmp_path / "out.json").read_text()
 
 
-def test_an_engine_is_not_walked_and_says_so(v1_original: Bundle) -> None:
-    engine = v1_original.path / "fp16.rtx-sm89.engine"
-    result = verify(v1_original, VerifyOptions(samples=2, candidate=engine, localize=True))
+def test_an_engine_is_not_walked_and_says_so(small_v1_original: Bundle) -> None:
+    engine = small_v1_original.path / "fp16.rtx-sm89.engine"
+    result = verify(small_v1_original, VerifyOptions(samples=2, candidate=engine, localize=True))
     assert result.localizations == ()
     assert "an engine does not show its inner tensors" in result.not_localized[0]
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_first(
-    lite_bundle: Bundle, tmp_path: Path
+    small_lite: Bundle, tmp_path: Path
 ) -> None:
     for arguments, message in (
         (("--localize", "--plot", "walk.txt"), "expected a file that ends in .png, .svg, .pdf"),
@@ -285,4 +285,4 @@ def test_a_picture_that_cannot_be_drawn_is_refused_first(
         (("--plot", "walk.png"), "--plot draws what --localize finds: give both"),
     ):
         assert_refused(run_cli("verify", *arguments, cwd=tmp_path), message)
-    assert lite_bundle.manifest.find("report") is None
+    assert small_lite.manifest.find("report") is None

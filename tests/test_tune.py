@@ -16,7 +16,7 @@ from rexdeploy.blocks import find_blocks
 from rexdeploy.build import BuildOptions, build
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
-from rexdeploy.images import synthetic
+from rexdeploy.image_sets import varied
 from rexdeploy.interface import forms, unwrap
 from rexdeploy.localize import localize
 from rexdeploy.manifest import Preprocess
@@ -64,12 +64,12 @@ def _kept(model: ModelProto) -> set[str]:
     return {product.name for product in products(model) if product.precision == "Float"}
 
 
-def test_an_overflowing_se_is_healed_by_its_block(pixels_bundle: Bundle) -> None:
+def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
     """In a graph that takes pixels and gives probabilities: its interface is left alone."""
-    bundle = planted._plant(pixels_bundle, "fp32", _overflowing_se)
+    bundle = planted._plant(small_pixels, "fp32", _overflowing_se)
     model = unwrap(_file(bundle, "fp32.onnx"))
     walked = localize(
-        GraphWalk(model), GraphWalk(to_fp16(model)), synthetic(4, Preprocess(), seed=1),
+        GraphWalk(model), GraphWalk(to_fp16(model)), varied(4, Preprocess(64, 64), seed=1),
         names=("float32", "float16"), precision="fp16",
     )  # fmt: skip
     assert walked.culprit is not None  # the weights fit: it is what they make that does not
@@ -78,7 +78,7 @@ def test_an_overflowing_se_is_healed_by_its_block(pixels_bundle: Bundle) -> None
     assert result.plain.error is None
     assert result.best.float32 == ("block 10",)
     assert result.healed
-    assert 0 < (result.best.error or 0) < result.limit
+    assert 0 < (result.best.error or 0) < result.limits.error
     assert [block.name for block in result.ranges.blocks if block.verdict == "OVERFLOWS"] == [
         "block 10"
     ]
@@ -95,7 +95,7 @@ def test_an_overflowing_se_is_healed_by_its_block(pixels_bundle: Bundle) -> None
     verified = verify(result.bundle, VerifyOptions(samples=4))
     assert verified.passed, verified.failures
     assert verified.edges[-1].candidate == "fp16.onnx (onnxruntime)"
-    assert verified.edges[-1].limit == result.limit
+    assert verified.edges[-1].reference == "fp32.tensorrt.onnx, rounded"
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     built = build(result.bundle, ENGINE)
     assert built.engine.parent_sha256 == graph.sha256
@@ -105,9 +105,9 @@ def test_an_overflowing_se_is_healed_by_its_block(pixels_bundle: Bundle) -> None
     assert 0.8 < built.engine.proof.share("Half") < 1
 
 
-def test_an_interrupted_search_of_an_overflowing_head_goes_on(v1_bundle: Bundle) -> None:
+def test_an_interrupted_search_of_an_overflowing_head_goes_on(small_v1: Bundle) -> None:
     """Head and classifier: the tensor between them is what float16 cannot hold."""
-    bundle = planted._plant(v1_bundle, "fp32", _overflowing_head)
+    bundle = planted._plant(small_v1, "fp32", _overflowing_head)
 
     def interrupt(message: str) -> None:
         if message.startswith("trial 3"):
@@ -133,9 +133,9 @@ def test_an_interrupted_search_of_an_overflowing_head_goes_on(v1_bundle: Bundle)
 
 
 def test_what_cannot_be_healed_ends_with_the_best_set_and_exit_3(
-    v1_bundle: Bundle, tmp_path: Path
+    small_v1: Bundle, tmp_path: Path
 ) -> None:
-    bundle = planted._plant(v1_bundle, "fp32", _overflowing_head)
+    bundle = planted._plant(small_v1, "fp32", _overflowing_head)
     result = run_cli(
         "tune-precision", "--samples", "3", "--max-blocks", "1", "--json", "out.json", cwd=tmp_path
     )
@@ -148,12 +148,12 @@ def test_what_cannot_be_healed_ends_with_the_best_set_and_exit_3(
     assert Bundle.open(bundle.path).manifest.find_file("fp16.onnx") is None  # went with its parent
 
 
-def test_a_sound_network_keeps_nothing(lite_bundle: Bundle, tmp_path: Path) -> None:
-    before = lite_bundle.manifest
+def test_a_sound_network_keeps_nothing(small_lite: Bundle, tmp_path: Path) -> None:
+    before = small_lite.manifest
     result = run_cli("tune-precision", "--samples", "2", cwd=tmp_path)
     assert result.code == 0
     assert "nothing has to stay float32" in result.out
-    after = Bundle.open(lite_bundle.path)
+    after = Bundle.open(small_lite.path)
     assert {item.file for item in after.manifest.artifacts} - {STATE} == {
         item.file for item in before.artifacts
     }
@@ -167,44 +167,44 @@ def test_a_sound_network_keeps_nothing(lite_bundle: Bundle, tmp_path: Path) -> N
     again = run_cli("tune-precision", "--samples", "2", cwd=tmp_path)
     assert again.code == 0
     assert "kept: the bundle's fp16.onnx, which an earlier search has mixed (block 1" in again.out
-    assert Bundle.open(lite_bundle.path).manifest.find_file("fp16.onnx") == mixed
+    assert Bundle.open(small_lite.path).manifest.find_file("fp16.onnx") == mixed
 
 
-def test_an_engine_that_undoes_what_was_kept_is_refused(lite_bundle: Bundle) -> None:
+def test_an_engine_that_undoes_what_was_kept_is_refused(small_lite: Bundle) -> None:
     """TensorRT-RTX makes Half again of a lone convolution between casts."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    full = _file(lite_bundle, "fp32.tensorrt.onnx")
+    full = _file(small_lite, "fp32.tensorrt.onnx")
     single = nodes_of(full, "Conv")[20].name
     data = to_fp16(full, {single}).SerializeToString()
-    half = lite_bundle.manifest.find_file("fp16.onnx")
+    half = small_lite.manifest.find_file("fp16.onnx")
     assert half is not None
     mixed = replace(half, sha256=sha256(data), precision=None)
-    bundle = lite_bundle.update(mixed, files={half.file: data})
+    bundle = small_lite.update(mixed, files={half.file: data})
     assert _kept(_file(bundle, half.file)) == {single}
     with pytest.raises(VerificationFailed, match="the engine is not in its graph's types"):
         build(bundle, ENGINE)
 
 
-def test_unusable_requests_are_refused(lite_bundle: Bundle, tmp_path: Path) -> None:
+def test_unusable_requests_are_refused(small_lite: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="samples: got 1, expected 2 to"):
-        tune(lite_bundle, TuneOptions(samples=1))
+        tune(small_lite, TuneOptions(samples=1))
     with pytest.raises(UsageError, match="max blocks: got 0"):
-        tune(lite_bundle, TuneOptions(max_blocks=0))
+        tune(small_lite, TuneOptions(max_blocks=0))
     with pytest.raises(UsageError, match="backend: got 'openvino', expected one of onnxruntime"):
-        tune(lite_bundle, TuneOptions(backend="openvino"))
+        tune(small_lite, TuneOptions(backend="openvino"))
     if gpu.detect() is None and importlib.util.find_spec("tensorrt_rtx"):
         with pytest.raises(BackendUnavailable, match="no NVIDIA GPU driver"):
-            tune(lite_bundle, replace(OPTIONS, samples=2, backend="tensorrt-rtx"))
+            tune(small_lite, replace(OPTIONS, samples=2, backend="tensorrt-rtx"))
     assert_refused(
         run_cli("tune-precision", "--images", "nowhere", cwd=tmp_path), "expected a folder"
     )
-    half = planted._plant(lite_bundle, "fp32", lambda model: to_fp16(model))
+    half = planted._plant(small_lite, "fp32", lambda model: to_fp16(model))
     with pytest.raises(UsageError, match="is not a float32 graph"):
         tune(half, OPTIONS)
 
 
-def test_kept_nodes_are_float32_and_the_others_half(lite_original: Bundle) -> None:
-    full = planted._graph(lite_original, "fp32")
+def test_kept_nodes_are_float32_and_the_others_half(small_lite_original: Bundle) -> None:
+    full = planted._graph(small_lite_original, "fp32")
     kept = {node.name for node in nodes_of(full, "Conv")[3:6]}
     mixed = to_fp16(full, kept)
     onnx.checker.check_model(mixed, full_check=True)

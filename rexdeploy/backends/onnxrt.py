@@ -15,7 +15,11 @@ from rexdeploy.manifest import ModelSpec
 Float32 = npt.NDArray[np.float32]
 
 _CUDA = "CUDAExecutionProvider"
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+}
 
 
 class OnnxRuntimeBackend:
@@ -121,7 +125,7 @@ class GraphSession:
         except UsageError as error:  # a copy that we made, not somebody's file
             raise RexdeployError(str(error)) from None
 
-    def run(self, feeds: Mapping[str, Float32], outputs: Sequence[str]) -> dict[str, Float32]:
+    def run(self, feeds: Mapping[str, Images], outputs: Sequence[str]) -> dict[str, Float32]:
         """The tensors `outputs` as float32; what is fed is cast to the type of the graph's input.
 
         Raises RexdeployError where the graph fails.

@@ -1,0 +1,425 @@
+"""Runs files along the chain, and holds each against what it was made from within its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from onnx import ModelProto, TensorProto
+
+from rexdeploy.backends import ENGINE_BACKENDS, open_backend
+from rexdeploy.backends.onnxrt import GraphSession
+from rexdeploy.blocks import literal
+from rexdeploy.compare import Array, Compared, Comparison, Limits, Signal, comparable, compare
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.images import Images
+from rexdeploy.interface import unwrap
+from rexdeploy.manifest import BatchRange, InputForm, ModelSpec, Precision
+from rexdeploy.parity import (
+    ENGINE_MARGIN,
+    GRAPH_MARGIN,
+    LIMITS,
+    NO_DIFFERENCE,
+    Rows,
+    ceiling,
+    float32_limits,
+    rounding_limits,
+    run_batches,
+)
+from rexdeploy.precision import FP16_MAX, emulate_bf16, parse, to_bf16, to_fp16
+from rexdeploy.proof import PrecisionProof
+from rexdeploy.rounding import Twin, sixteen_bit_types, twin, widened, with_peaks
+
+MAX_GRAPH_BATCH = 64  # of ONNX graphs, which run on the CPU; engines run at all their sizes
+_PEAK_IMAGES = 16  # synthetic ones are of every kind by then
+_PEAK_BATCH = 8
+HEADROOM = 8.0
+"""Times that float16's range must hold a graph's largest value, or `verify` warns.
+
+Photographs peaked up to 8 times as high as smooth synthetic images (issue 10), and none higher than
+those of `image_sets`: what is left is for images that are like none of these.
+"""
+_NARROWEST: dict[int, Precision] = {TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file to judge, and what it was made from."""
+
+    file: str
+    model: bytes
+    kind: str
+    precision: Precision | None  # None: mixed, or an engine that does not tell
+    batch: BatchRange | None
+    parent: str  # a file's name, or the reference's
+    backends: tuple[str, ...]
+    spec: ModelSpec  # with the candidate's own input and output
+    proof: PrecisionProof | None = None  # a graph's own types, or what an engine's build reported
+    is_ours: bool = True  # made by this tool: it rounds exactly where its parent is told to
+    built_in: Precision | None = None  # the narrowest type of what cannot be asked for it
+
+    @cached_property
+    def graph(self) -> ModelProto:
+        """The parsed graph, of kind "onnx"."""
+        return parse(self.model, self.file)
+
+    @cached_property
+    def narrow(self) -> Precision | None:
+        """The narrowest 16-bit type that it computes in; None for float32."""
+        if self.kind != "onnx" or self.built_in is not None:
+            return self.built_in if self.built_in != "fp32" else None
+        types = sixteen_bit_types(self.graph)
+        return next((name for kind, name in _NARROWEST.items() if kind in types), None)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A comparison that could not be made here; it has not passed."""
+
+    reference: str
+    candidate: str
+    backend: str
+    reason: str
+    by_choice: bool = False  # it was not asked for, or no machine could run it so
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """How far a graph's largest float16 value is from what float16 holds."""
+
+    file: str
+    node: str  # that makes the value
+    peak: float  # the largest absolute value over sixteen images, before it is rounded
+
+    @property
+    def factor(self) -> float:
+        """Times that the range holds it."""
+        return FP16_MAX / self.peak if self.peak else float("inf")
+
+    @property
+    def is_low(self) -> bool:
+        return not self.factor >= HEADROOM
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """What rounding to a candidate's types does over the images."""
+
+    numbers: Limits
+    logits: Array | None = None  # of the parent rounded, by image, as the largest batch gave them
+    parent: str = ""  # whose twin that is
+
+
+class Judge:
+    """Runs candidates one after the other, parents first, and keeps what came out."""
+
+    def __init__(
+        self,
+        inputs: Mapping[InputForm, Images],
+        compared: Compared,
+        reference: tuple[str, Array],
+        signal: Signal,
+        noise: Limits | None,
+        candidates: Sequence[Candidate],
+        default_range: BatchRange,
+        most: int,
+    ) -> None:
+        """`reference`: its name and `comparable` logits `[N, classes]` over all images.
+
+        `signal` is theirs, `noise` what `float32_limits` takes.
+
+        `candidates` are all files that one to judge may have been made from. All images run in each
+        candidate's largest batch (`default_range`: where it takes any), the first `most` of them in
+        the smaller ones.
+        """
+        self.edges: list[Comparison] = []
+        self.totals: list[Comparison] = []
+        self.skipped: list[Skipped] = []
+        self.broken: list[Skipped] = []  # what was refused or failed here: no comparison came of it
+        self.headroom: list[Headroom] = []
+        self.batches: set[int] = set()
+        self.ran: set[str] = set()  # backends
+        self.signal = signal
+        self._inputs, self._compared, self._most = inputs, compared, most
+        self._candidates = {candidate.file: candidate for candidate in candidates}
+        self._default_range = default_range
+        self._reference_name, logits = reference
+        self._logits: dict[str, Array] = {self._reference_name: logits}  # by file and image
+        self._float32 = float32_limits(noise)
+        self._roundings: dict[str, _Rounding | None] = {}
+
+    def run(self, candidate: Candidate, name: str) -> None:
+        """Compares a candidate's logits with its parent's and with the reference's."""
+        label = f"{candidate.file} ({name})"
+        if name == "openvino" and candidate.narrow:
+            reason = "OpenVINO computes in float32 here, which says nothing of a 16-bit graph"
+            self.skipped.append(Skipped(candidate.parent, label, name, reason, by_choice=True))
+            return
+        if candidate.narrow == "bf16" and name == "onnxruntime":
+            label = f"{candidate.file} ({name}, bfloat16 emulated)"
+        try:
+            rows = self._rows(candidate, name)
+        except BackendUnavailable as error:
+            self.skipped.append(Skipped(candidate.parent, label, name, str(error)))
+            return
+        except UsageError as error:
+            raise UsageError(f"{candidate.file}: {error}") from None
+        except RexdeployError as error:
+            self.broken.append(Skipped(candidate.parent, label, name, str(error)))
+            return
+        rounding = self._rounding(candidate) if candidate.narrow else None
+        exact = name == "onnxruntime" and rounding is not None and rounding.logits is not None
+        limits = self._limits(candidate, rounding, GRAPH_MARGIN if exact else ENGINE_MARGIN)
+        # Where a parent could not run, its own parent has to stand in: the reference.
+        parent = candidate.parent if candidate.parent in self._logits else self._reference_name
+        refusal = self._refusal(candidate, rounding, 1 if exact else ENGINE_MARGIN / 2)
+        if refusal and rounding is not None:  # what no rounding can be is wrong all the same
+            limits = self._float32.plus(ENGINE_MARGIN, rounding.numbers)
+        edge = self._compare(parent, label, rows, limits)
+        if refusal and not edge.failures:
+            self.skipped.append(Skipped(parent, label, name, refusal))
+        else:
+            self.edges.append(edge)
+        if rounding is not None and exact and not edge.nonfinite:
+            self._hold_against_twin(candidate, label, rows, rounding)
+        if parent != self._reference_name and not refusal:
+            self.totals.append(self._compare(self._reference_name, label, rows, limits))
+        self._logits.setdefault(candidate.file, rows.by_image())
+
+    def failures(self) -> list[str]:
+        """Why the files that ran do not pass."""
+        # Small errors along sound edges can add up to a broken total.
+        broken = [item for item in self.edges if item.failures]
+        broken = broken or [item for item in self.totals if item.failures]
+        named: set[str] = set()
+        failures = [
+            f"broken edge {item.reference} -> {item.candidate}: {item.reason}"
+            for item in self.broken
+        ]
+        for item in broken:
+            if item.candidate not in named:  # the first of a candidate's numbers says it
+                named.add(item.candidate)
+                failures.append(
+                    f"broken edge {item.reference} -> {item.candidate}: {item.failures[0]}"
+                )
+        if not self.edges and not self.broken:
+            reasons = "; ".join(f"{skip.candidate}: {skip.reason}" for skip in self.skipped)
+            failures.append(
+                f"nothing was compared: fewer than two backends ran ({reasons or 'no file fits'})"
+            )
+        return failures
+
+    def _rows(self, candidate: Candidate, name: str) -> Rows:
+        model = candidate.model
+        if name == "onnxruntime" and candidate.narrow == "bf16":
+            # It has no bfloat16 arithmetic on a CPU (1.32), only casts.
+            model = emulate_bf16(candidate.graph).SerializeToString()
+        elif name == "onnxruntime" and candidate.narrow:
+            model = literal(candidate.graph).SerializeToString()
+        backend = open_backend(name, model, candidate.spec)
+        try:
+            wanted = self._sizes(candidate)
+            rows = run_batches(backend, self._inputs[candidate.spec.input], wanted, self._most)
+        finally:
+            backend.close()
+        self.batches.update(wanted)
+        self.ran.add(name)
+        return replace(rows, logits=comparable(rows.logits, candidate.spec.output, self._compared))
+
+    def _sizes(self, candidate: Candidate) -> list[int]:
+        return sizes(candidate, self._default_range)
+
+    def _limits(self, candidate: Candidate, rounding: _Rounding | None, margin: float) -> Limits:
+        if candidate.narrow is None:
+            return self._float32
+        if rounding is None:  # nothing here can measure it
+            rounding, margin = _Rounding(LIMITS[candidate.narrow]), 1
+        return rounding_limits(
+            self._float32, rounding.numbers, margin, candidate.narrow, self.signal.constant
+        )
+
+    def _refusal(self, candidate: Candidate, rounding: _Rounding | None, room: float) -> str | None:
+        """Why a limit with room for honest rounding would let an answer of any image pass."""
+        if candidate.narrow is None or rounding is None:
+            return None
+        allowed = ceiling(self.signal.constant)
+        needed = NO_DIFFERENCE.plus(room, rounding.numbers)
+        if allowed.hold(needed) or not LIMITS[candidate.narrow].hold(rounding.numbers):
+            return None  # there is room, or it fails by what no graph may do
+        other = "float16" if candidate.narrow == "bf16" else "--bf16"
+        return (
+            f"rounding to {candidate.narrow} alone makes an error of {rounding.numbers.error:.2g} "
+            f"(root mean square {rounding.numbers.rms:.2g}) of the signal, and an answer that "
+            f"ignores its image has {self.signal.constant.error:.2g} "
+            f"({self.signal.constant.rms:.2g}) on these images: too near to judge; more or other "
+            f"images (--samples, --images), {other}, or 'rexdeploy tune-precision' may help"
+        )
+
+    def _hold_against_twin(
+        self, candidate: Candidate, label: str, rows: Rows, rounding: _Rounding
+    ) -> None:
+        """Compares the largest batch's rows with those of the parent, rounded alike."""
+        assert rounding.logits is not None
+        last = slice(len(rows.images) - rows.last, None)
+        comparison = compare(
+            rounding.logits[rows.images[last]],
+            rows.logits[last],
+            names=(f"{rounding.parent}, rounded", label),
+            signal=self.signal,
+            limits=self._float32,
+        )
+        # Another converter may round elsewhere: then the margin on its rounding is all there is.
+        if candidate.is_ours or not comparison.failures:
+            self.edges.append(self._if_reproducible(candidate, comparison, rounding))
+
+    def _if_reproducible(
+        self, candidate: Candidate, comparison: Comparison, rounding: _Rounding
+    ) -> Comparison:
+        """The comparison, with room for what our own conversion does here, if that is not exact.
+
+        On x86 onnxruntime computes both in float32 and they agree to the bit; one with float16
+        kernels of its own (64-bit Arm has some) may round sums as well.
+        """
+        if not comparison.failures or comparison.nonfinite:
+            return comparison
+        parent = self._candidates[rounding.parent]
+        found = twin(parent.graph, candidate.graph)
+        assert found is not None
+        assert rounding.logits is not None
+        core, kept = unwrap(parent.graph), found.float32
+        converted = to_fp16(core, kept) if candidate.narrow == "fp16" else to_bf16(core)
+        run = literal(converted) if candidate.narrow == "fp16" else emulate_bf16(converted)
+        control = self._by_image(run, parent.spec.core, self._sizes(candidate)[-1])
+        spread = compare(
+            rounding.logits,
+            control,
+            names=("", ""),
+            signal=self.signal,
+            limits=self._float32,
+        )
+        if not spread.failures:
+            return comparison
+        room = self._float32.plus(2, spread.numbers)
+        most = self._float32.plus(1.5, rounding.numbers)
+        return replace(comparison, limits=room.at_most(most))
+
+    def _rounding(self, candidate: Candidate) -> _Rounding | None:
+        """What rounding does to a candidate; None where it cannot be measured here."""
+        if candidate.file not in self._roundings:
+            try:
+                self._roundings[candidate.file] = self._measure(candidate)
+            except BackendUnavailable:
+                self._roundings[candidate.file] = None
+        return self._roundings[candidate.file]
+
+    def _measure(self, candidate: Candidate) -> _Rounding | None:
+        if candidate.kind == "engine":
+            graph = self._candidates.get(candidate.parent)
+            if graph is not None and graph.kind == "onnx":
+                return self._rounding(graph) if graph.narrow else None
+            return self._of_conversion(candidate)
+        if candidate.built_in is not None:
+            return None  # in types that nothing here can round to
+        for parent in self._float32_graphs(candidate):
+            found = twin(parent.graph, candidate.graph)
+            if found is not None:
+                rounding, headroom = self._of_twin(parent, found, self._sizes(candidate)[-1])
+                if headroom:
+                    self.headroom.append(replace(headroom, file=candidate.file))
+                return rounding
+        own = [
+            self._by_image(model, candidate.spec, self._sizes(candidate)[-1])
+            for model in (
+                widened(candidate.graph),
+                emulate_bf16(candidate.graph)
+                if candidate.narrow == "bf16"
+                else literal(candidate.graph),
+            )
+        ]
+        return _Rounding(self._numbers(*own))
+
+    def _of_conversion(self, candidate: Candidate) -> _Rounding | None:
+        """Of an engine from elsewhere: what our own conversion to its type would do."""
+        convert = to_fp16 if candidate.narrow == "fp16" else to_bf16
+        for parent in self._float32_graphs(candidate):
+            found = twin(unwrap(parent.graph), convert(unwrap(parent.graph)))
+            if found is not None:
+                core = replace(parent, spec=parent.spec.core)
+                return self._of_twin(core, found, self._default_range.samples()[-1])[0]
+        return None
+
+    def _of_twin(
+        self, parent: Candidate, found: Twin, size: int
+    ) -> tuple[_Rounding, Headroom | None]:
+        """What rounding does to the parent, and the largest value that float16 has to hold."""
+        fixed = parent.batch.opt if parent.batch else size
+        logits = self._by_image(found.model, parent.spec, fixed)
+        expected = self._logits.get(parent.file, self._logits[self._reference_name])
+        rounding = _Rounding(self._numbers(expected, logits), logits, parent.file)
+        pool = self._inputs[parent.spec.input][:_PEAK_IMAGES]
+        return rounding, _headroom(found, pool, min(fixed, _PEAK_BATCH))
+
+    def _numbers(self, expected: Array, got: Array) -> Limits:
+        return compare(
+            expected, got, names=("", ""), signal=self.signal, limits=self._float32
+        ).numbers
+
+    def _float32_graphs(self, candidate: Candidate) -> list[Candidate]:
+        """Graphs that a candidate may have been made from, its parent first."""
+        graphs = [
+            item
+            for item in self._candidates.values()
+            if item.kind == "onnx" and item.file != candidate.file and item.narrow is None
+        ]
+        return sorted(graphs, key=lambda item: item.file != candidate.parent)
+
+    def _by_image(self, model: ModelProto, spec: ModelSpec, size: int) -> Array:
+        """A graph's logits by image, in batches of one size."""
+        backend = open_backend("onnxruntime", model.SerializeToString(), spec)
+        try:
+            rows = run_batches(backend, self._inputs[spec.input], [min(size, MAX_GRAPH_BATCH)])
+        finally:
+            backend.close()
+        return comparable(rows.by_image(), spec.output, self._compared)
+
+    def _compare(self, reference: str, label: str, rows: Rows, limits: Limits) -> Comparison:
+        return compare(
+            self._logits[reference][rows.images],
+            rows.logits,
+            names=(reference, label),
+            signal=self.signal,
+            limits=limits,
+        )
+
+
+def _headroom(found: Twin, images: Images, size: int) -> Headroom | None:
+    """The largest value before it is rounded to float16; None where nothing is."""
+    if not found.rounded:
+        return None
+    model, outputs = with_peaks(found.model, found.rounded)
+    session = GraphSession(model.SerializeToString())
+    fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    peaks = dict.fromkeys(outputs, 0.0)
+    for start in range(0, len(images), fixed or size):
+        batch = images[np.arange(start, start + (fixed or size)) % len(images)]
+        values = session.run({model.graph.input[0].name: batch}, list(outputs.values()))
+        for tensor, output in outputs.items():
+            peaks[tensor] = max(peaks[tensor], float(np.nan_to_num(values[output], nan=np.inf)))
+    top = max(peaks, key=peaks.__getitem__)
+    return Headroom("", found.rounded[top], peaks[top])
+
+
+def sizes(candidate: Candidate, otherwise: BatchRange) -> list[int]:
+    """The batch sizes to run a candidate at, ascending; `otherwise` where it takes any."""
+    wanted = (candidate.batch or otherwise).samples()
+    if candidate.kind == "onnx" and candidate.batch is None:
+        # On a CPU: what an engine takes at once may not fit this machine's memory.
+        wanted = [size for size in wanted if size <= MAX_GRAPH_BATCH] or [MAX_GRAPH_BATCH]
+    return wanted
+
+
+def is_meant(asked: str, backend: str) -> bool:
+    """Whether a backend is the one asked for; "tensorrt" means an engine of either flavour."""
+    return backend == asked or (asked == "tensorrt" and backend in ENGINE_BACKENDS)

@@ -1,0 +1,185 @@
+"""What rounding to 16 bits does to a graph, computed apart from the graph that was converted.
+
+A 16-bit graph is held against its float32 parent rounded at the same places. Made here from the
+parent's own nodes and weights, and only told by the candidate *where* it rounds, this twin shares
+nothing with the converter. In ONNX Runtime the two agree to the bit, so that whatever else is wrong
+with the graph stands out, however small it is beside the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from rexdeploy.precision import element_types, node_name
+
+SIXTEEN_BITS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
+_FLOAT = TensorProto.FLOAT
+_PEAK = "/peak"
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A float32 graph that rounds where another graph computes in 16 bits."""
+
+    model: ModelProto
+    rounded: dict[str, str]  # tensors before they are rounded to float16, and the node of each
+    float32: frozenset[str]  # names of the parent's nodes that are not rounded
+
+
+def twin(parent: ModelProto, candidate: ModelProto) -> Twin | None:
+    """The float32 graph `parent`, rounded wherever `candidate` computes in 16 bits.
+
+    None where the candidate has not the parent's nodes by their outputs' names, casts aside.
+    """
+    there = _Types(candidate)
+    model = ModelProto()
+    model.CopyFrom(onnx.shape_inference.infer_shapes(parent, data_prop=True))
+    types = element_types(model.graph)
+    nodes: list[NodeProto] = []
+    made: set[str] = set()  # rounded copies
+    is_rounded: dict[str, int] = {}  # tensors that their maker rounds, and to what
+    exact: dict[str, str] = {}
+    untouched = []
+    for node in model.graph.node:
+        match = there.node(node)
+        if match is None:
+            return None
+        other, outputs = match
+        touched = False
+        for index, name in enumerate(node.input):
+            kind = there.narrowest(other.input[index]) if index < len(other.input) else 0
+            if types.get(name) != _FLOAT or kind not in SIXTEEN_BITS:
+                continue
+            if is_rounded.get(name) == kind:
+                continue
+            touched |= there.of(other.input[index]) == kind
+            key = f"{name}/{kind}"
+            if key not in made:
+                made.add(key)
+                nodes += _round(name, key, kind)  # weights too: onnxruntime rounds, not we
+            node.input[index] = key
+        after: list[NodeProto] = []
+        for index, name in enumerate(list(node.output)):
+            kind = there.of(name)  # a graph's output is float32, and rounded before it is cast
+            if kind not in SIXTEEN_BITS and index < len(outputs):
+                kind = there.of(outputs[index])
+            if types.get(name) != _FLOAT or kind not in SIXTEEN_BITS:
+                continue
+            touched = True
+            before = f"{name}/exact"
+            node.output[index] = before
+            after += _round(before, name, kind)
+            is_rounded[name] = kind
+            if kind == TensorProto.FLOAT16:
+                exact[before] = node_name(node)
+        if not touched:
+            untouched.append(node_name(node))
+        nodes += [node, *after]
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    del model.graph.value_info[:]
+    return Twin(model, exact, frozenset(untouched))
+
+
+def widened(model: ModelProto) -> ModelProto:
+    """The graph with float32 in place of all its 16-bit types: its own weights, no rounding.
+
+    Against it the graph shows how much its rounding does, whoever has made it and from what.
+    """
+    wide = ModelProto()
+    wide.CopyFrom(model)
+    graph = wide.graph
+    for tensor in graph.initializer:
+        _widen(tensor)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                _widen(attribute.t)
+            elif attribute.name in ("to", "dtype") and attribute.i in SIXTEEN_BITS:
+                attribute.i = _FLOAT
+    for value in [*graph.input, *graph.output]:
+        if value.type.tensor_type.elem_type in SIXTEEN_BITS:
+            value.type.tensor_type.elem_type = _FLOAT
+    del graph.value_info[:]
+    return wide
+
+
+def sixteen_bit_types(model: ModelProto) -> frozenset[int]:
+    """Which 16-bit types any tensor of the graph has."""
+    types = element_types(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
+    return frozenset(types.values()) & SIXTEEN_BITS
+
+
+def with_peaks(model: ModelProto, tensors: Iterable[str]) -> tuple[ModelProto, dict[str, str]]:
+    """A copy that also puts out the largest absolute value of each of these tensors.
+
+    Returns it with the names of the new outputs (scalars), by tensor.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    outputs = {}
+    for name in tensors:
+        outputs[name] = name + _PEAK
+        copy.graph.node.extend(
+            [
+                helper.make_node("Abs", [name], [f"{name}/abs"]),
+                helper.make_node("ReduceMax", [f"{name}/abs"], [outputs[name]], keepdims=0),
+            ]
+        )
+        copy.graph.output.append(helper.make_tensor_value_info(outputs[name], _FLOAT, []))
+    return copy, outputs
+
+
+class _Types:
+    """The element types of a graph's tensors, and its nodes by what they put out."""
+
+    def __init__(self, model: ModelProto) -> None:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        self._types = element_types(inferred)
+        self._makers = {name: node for node in inferred.node for name in node.output if name}
+
+    def of(self, name: str) -> int:
+        return self._types.get(name, 0)
+
+    def narrowest(self, name: str) -> int:
+        """The type of a tensor, or that from which a cast has just widened it."""
+        maker = self._makers.get(name)
+        if (
+            maker is not None
+            and maker.op_type == "Cast"
+            and self.of(maker.input[0]) in SIXTEEN_BITS
+        ):
+            return self.of(maker.input[0])
+        return self.of(name)
+
+    def node(self, node: NodeProto) -> tuple[NodeProto, Sequence[str]] | None:
+        """The node that does the same here, and its outputs' names; None if there is none.
+
+        A graph's output keeps its name and type by a cast, behind which the node's own lies.
+        """
+        maker = self._makers.get(node.output[0])
+        if maker is not None and maker.op_type == "Cast" and node.op_type != "Cast":
+            maker = self._makers.get(maker.input[0])
+        if maker is None or maker.op_type != node.op_type:
+            return None
+        return maker, list(maker.output)
+
+
+def _round(source: str, target: str, kind: int) -> list[NodeProto]:
+    narrow = f"{target}/narrow"
+    return [
+        helper.make_node("Cast", [source], [narrow], to=kind),
+        helper.make_node("Cast", [narrow], [target], to=_FLOAT),
+    ]
+
+
+def _widen(tensor: TensorProto) -> None:
+    if tensor.data_type in SIXTEEN_BITS:
+        values = numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))

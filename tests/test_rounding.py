@@ -1,0 +1,151 @@
+"""Twins: a float32 graph rounded where a 16-bit graph rounds agrees with it to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from rexdeploy.blocks import literal
+from rexdeploy.bundle import Bundle
+from rexdeploy.image_sets import varied
+from rexdeploy.images import Float32, Images
+from rexdeploy.interface import unwrap
+from rexdeploy.precision import emulate_bf16, node_name, to_bf16, to_fp16
+from rexdeploy.rounding import sixteen_bit_types, twin, widened, with_peaks
+from tests.helpers import edit_weights, nodes_of
+
+HALF, BFLOAT16 = TensorProto.FLOAT16, TensorProto.BFLOAT16
+
+
+def _load(bundle: Bundle, file: str) -> ModelProto:
+    artifact = bundle.manifest.find_file(file)
+    assert artifact is not None
+    return onnx.load_from_string(bundle.read(artifact))
+
+
+def _run(model: ModelProto, images: Images) -> Float32:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: images})[0])
+
+
+@pytest.mark.parametrize("which", ["small_v1_original", "small_lite_original", "timm_original"])
+@pytest.mark.parametrize("narrow", ["fp16", "bf16"])
+def test_a_graph_computes_its_parent_rounded_to_the_bit(
+    which: str, narrow: str, request: pytest.FixtureRequest
+) -> None:
+    bundle: Bundle = request.getfixturevalue(which)
+    parent = _load(bundle, "fp32.tensorrt.onnx")
+    images = varied(4, bundle.manifest.model.preprocess, seed=7)
+    converted = to_fp16(parent) if narrow == "fp16" else to_bf16(parent)
+    found = twin(parent, converted)
+    assert found is not None
+    assert found.float32 == frozenset()
+    run = literal(converted) if narrow == "fp16" else emulate_bf16(converted)
+    rounded, exact = _run(found.model, images), _run(parent, images)
+    np.testing.assert_array_equal(_run(run, images), rounded)
+    assert np.abs(rounded - exact).max() > 1e-3 * exact.std()
+
+
+def test_a_mixed_graph_is_rounded_where_it_is_float16(small_v1_original: Bundle) -> None:
+    parent = _load(small_v1_original, "fp32.tensorrt.onnx")
+    images = varied(3, small_v1_original.manifest.model.preprocess, seed=7)
+    names = [node_name(node) for node in parent.graph.node]
+    kept = set(names[20:60])
+    mixed = to_fp16(parent, kept)
+    found = twin(parent, mixed)
+    assert found is not None
+    assert found.float32 == kept
+    np.testing.assert_array_equal(_run(literal(mixed), images), _run(found.model, images))
+    assert np.any(_run(literal(mixed), images) != _run(literal(to_fp16(parent)), images))
+    # Rounded is what a float16 node puts out: the peaks are those of float16 tensors only.
+    assert set(found.rounded.values()) == set(names) - kept - _shapes_only(parent)
+
+
+def _shapes_only(model: ModelProto) -> set[str]:
+    types = {
+        value.name: value.type.tensor_type.elem_type
+        for value in [
+            *onnx.shape_inference.infer_shapes(model).graph.value_info,
+            *model.graph.output,
+        ]
+    }
+    return {
+        node_name(node) for node in model.graph.node if types[node.output[0]] != TensorProto.FLOAT
+    }
+
+
+def test_a_float32_graph_is_its_own_twin(small_v1_original: Bundle) -> None:
+    parent = _load(small_v1_original, "fp32.onnx")
+    found = twin(parent, parent)
+    assert found is not None
+    assert found.rounded == {}
+    assert found.model.graph.node == parent.graph.node
+
+
+def test_pixels_and_probabilities_stay_float32(small_pixels_original: Bundle) -> None:
+    parent = _load(small_pixels_original, "fp32.tensorrt.onnx")
+    half = _load(small_pixels_original, "fp16.onnx")
+    found = twin(parent, half)
+    assert found is not None
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(_run(literal(half), pixels), _run(found.model, pixels))
+    core = twin(unwrap(parent), unwrap(half))
+    assert core is not None
+    assert set(core.rounded.values()) == set(found.rounded.values())
+
+
+def test_another_network_has_no_twin(
+    small_v1_original: Bundle, small_lite_original: Bundle
+) -> None:
+    parent = _load(small_v1_original, "fp32.onnx")
+    assert twin(parent, _load(small_lite_original, "fp16.onnx")) is None
+    changed = to_fp16(parent)
+    clip = nodes_of(changed, "Sigmoid")[0]
+    clip.op_type = "Tanh"
+    assert twin(parent, changed) is None
+
+
+def test_a_twin_is_blind_to_what_is_wrong_with_the_graph(small_v1_original: Bundle) -> None:
+    """It takes nothing from the candidate but the places where it rounds."""
+    parent = _load(small_v1_original, "fp32.tensorrt.onnx")
+    half = to_fp16(parent)
+    weight = nodes_of(half, "Conv")[5].input[1]
+    wrong = edit_weights(half, [weight], lambda values: values * 1.5)
+    good, bad = twin(parent, half), twin(parent, wrong)
+    assert good is not None
+    assert bad is not None
+    assert good.model == bad.model
+
+
+def test_a_widened_graph_has_its_own_weights_and_rounds_nothing(small_v1_original: Bundle) -> None:
+    half = to_fp16(_load(small_v1_original, "fp32.onnx"))
+    wide = widened(half)
+    assert sixteen_bit_types(half) == {HALF}
+    assert sixteen_bit_types(wide) == frozenset()
+    images = varied(2, small_v1_original.manifest.model.preprocess, seed=7)
+    rounded, exact = _run(literal(half), images), _run(wide, images)
+    error = np.abs(rounded - exact).max() / exact.std()
+    assert 1e-4 < error < 0.5
+    assert sixteen_bit_types(widened(to_bf16(_load(small_v1_original, "fp32.onnx")))) == frozenset()
+
+
+def test_peaks_are_the_largest_absolute_values() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "w"], ["y"]), helper.make_node("Relu", ["y"], ["z"])],
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(np.array([1, -2, 3], np.float32), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    copy, outputs = with_peaks(model, ["y", "z"])
+    onnx.checker.check_model(copy, full_check=True)
+    session = ort.InferenceSession(copy.SerializeToString())
+    x = np.array([[1, 5, 2], [0, 1, -4]], np.float32)
+    _, *peaks = session.run(["z", outputs["y"], outputs["z"]], {"x": x})
+    assert [float(peak) for peak in peaks] == [12, 6]
