@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rexdeploy.compare import Comparison, Limits, Signal, compare, softmax
+from rexdeploy.compare import (
+    Comparison,
+    Limits,
+    Signal,
+    compare,
+    correlation_text,
+    softmax,
+)
 from rexdeploy.errors import UsageError
 
 RNG = np.random.default_rng(0)
@@ -121,3 +128,72 @@ def test_softmax_does_not_overflow() -> None:
     probabilities = softmax(np.array([[1e4, 0.0, -1e4]]))
     assert probabilities.sum() == pytest.approx(1)
     assert probabilities[0, 0] == pytest.approx(1)
+
+
+def test_the_root_mean_square_is_over_all_logits_in_units_of_signal() -> None:
+    candidate = LOGITS.copy()
+    candidate[3, 7] += 0.5
+    result = _compare(candidate)
+    assert result.rms == pytest.approx(0.5 / np.sqrt(LOGITS.size) / result.signal, rel=1e-5)
+    strict = compare(
+        LOGITS, candidate, names=("a", "b"), signal=Signal.of(LOGITS),
+        limits=Limits(1e9, 0.9 * result.rms, -1.0),
+    )  # fmt: skip
+    assert strict.failures == (
+        f"root mean square error {result.rms:.2g} of the signal is over the limit "
+        f"{0.9 * result.rms:.2g}",
+    )
+
+
+def test_two_classes_that_change_places_are_found_by_their_correlation() -> None:
+    candidate = LOGITS.copy()
+    candidate[:, [4, 11]] = candidate[:, [11, 4]]
+    result = compare(
+        LOGITS, candidate, names=("a", "b"), signal=Signal.of(LOGITS), limits=Limits(1e9, 1e9, 0.9)
+    )
+    expected = np.corrcoef(LOGITS[:, 4], LOGITS[:, 11])[0, 1]
+    assert result.correlation == pytest.approx(expected, rel=1e-5)
+    assert result.least_class in (4, 11)
+    assert result.failures[0].startswith(f"class {result.least_class} correlates by ")
+    assert "below the limit 0.90" in result.failures[0]
+
+
+def test_a_class_that_hardly_varies_has_no_say_by_its_correlation() -> None:
+    reference = LOGITS.astype(np.float64)
+    reference[:, 2] *= 1e-3
+    candidate = reference.copy()
+    candidate[:, 2] = -candidate[:, 2]
+    signal = Signal.of(reference)
+    assert not signal.varying[2]
+    assert signal.varying.sum() == 19
+    result = compare(
+        reference, candidate, names=("a", "b"), signal=signal, limits=_limits(float("inf"))
+    )
+    assert result.correlation == pytest.approx(1)
+
+
+def test_a_constant_answer_has_the_numbers_that_the_signal_says() -> None:
+    signal = Signal.of(LOGITS)
+    constant = np.repeat(signal.mean[None], len(LOGITS), axis=0)
+    result = compare(
+        LOGITS, constant, names=("a", "b"), signal=signal, limits=_limits(float("inf"))
+    )
+    assert result.numbers.error == pytest.approx(signal.constant.error)
+    assert result.numbers.rms == pytest.approx(signal.constant.rms)
+    assert result.correlation == signal.constant.correlation == 0
+
+
+def test_every_number_over_its_limit_is_a_failure_of_its_own() -> None:
+    result = compare(
+        LOGITS, -LOGITS, names=("a", "b"), signal=Signal.of(LOGITS), limits=Limits(0.1, 0.1, 0.99)
+    )
+    assert [text.split()[0] for text in result.failures] == ["error", "root", "class"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.0, "1"), (1 - 4e-9, "1-4e-09"), (0.9986, "0.9986"), (0.31, "0.31"), (-0.06, "-0.06"),
+     (float("nan"), "nan")],
+)  # fmt: skip
+def test_a_correlation_is_told_apart_from_one(value: float, text: str) -> None:
+    assert correlation_text(value) == text
