@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from rexdeploy.errors import UsageError
+from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.precision import element_types, graph_inputs
 
 FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -121,6 +124,47 @@ def literal(model: ModelProto) -> ModelProto:
     del copy.graph.node[:]
     copy.graph.node.extend(kept)
     return copy
+
+
+def check_literal() -> None:
+    """Raises BackendUnavailable unless a graph made `literal` really is rounded here.
+
+    Without that, no float16 graph that onnxruntime runs can be judged: 60000 + 60000 would be
+    120000, where an engine has infinity. Cheap after the first call in a process.
+    """
+    found = _literal_sum()
+    if not math.isinf(found):
+        raise BackendUnavailable(
+            f"onnxruntime computes float16 graphs in a wider type here: 60000 + 60000 gave "
+            f"{found:g}, expected infinity, so a 16-bit graph cannot be judged; "
+            "install another onnxruntime"
+        )
+
+
+@functools.cache
+def _literal_sum() -> float:
+    """60000 + 60000 in float16, made literal: halved in the graph, and doubled here."""
+    import onnxruntime
+
+    half = TensorProto.FLOAT16
+    graph = helper.make_graph(
+        [
+            helper.make_node("Add", ["x", "x"], ["sum"]),
+            helper.make_node("Mul", ["sum", "half"], ["y"]),
+        ],
+        "rounding",
+        [helper.make_tensor_value_info("x", half, [1])],
+        [helper.make_tensor_value_info("y", half, [1])],
+        [numpy_helper.from_array(np.array([0.5], np.float16), "half")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        literal(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (result,) = session.run(None, {"x": np.array([60000], np.float16)})
+    return 2 * float(result[0])
 
 
 def subgraph(model: ModelProto, block: Block, outputs: Sequence[str]) -> ModelProto:

@@ -12,6 +12,7 @@ from rexdeploy import gpu, tensorrt_api
 from rexdeploy.bundle import Bundle, check_writable, commit, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.forms import Source, engine_form
+from rexdeploy.interface import interface_nodes
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
     FORMAT,
@@ -26,8 +27,8 @@ from rexdeploy.manifest import (
 )
 from rexdeploy.precision import graph_inputs, parse, precision_of, products, read_with_external_data
 from rexdeploy.progress import Report, silent
-from rexdeploy.proof import PrecisionProof, prove
-from rexdeploy.tensorrt_api import FLAVORS, EngineSettings, Flavor
+from rexdeploy.proof import PROOF_REVISION, PrecisionProof, prove
+from rexdeploy.tensorrt_api import BUILD_REVISION, FLAVORS, EngineSettings, Flavor
 
 MAX_WORKSPACE_MIB = 1 << 20
 
@@ -75,7 +76,7 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     if root_graph is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
     wanted: Precision | None = "fp16" if options.fp16 else "bf16" if options.bf16 else None
-    form = engine_form(source, root_graph, wanted, options.command, report)
+    form = engine_form(source, root_graph, wanted, options.command, report, options.force)
     graph_artifact, data = form.artifact, form.data
     files = {**source.new_files, **form.files}
     graph = parse(data, graph_artifact.file)
@@ -98,7 +99,9 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     report("proving its precision")
     # A mixed graph (of tune-precision) is to be computed in each product's own type.
     kind = TYPE_NAMES[graph_artifact.precision] if graph_artifact.precision else None
-    proof = prove(built.layers, products(graph), kind)
+    is_ours = root_graph.built_with.get("align", "off") != "off"
+    free = float32_nodes(graph, graph_artifact.precision) if is_ours else None
+    proof = prove(built.layers, products(graph), kind, free)
     _check_precision(proof)
 
     target = built_with["targets"].replace(" and newer", "plus").replace(" ", "-")
@@ -254,6 +257,8 @@ def _built_with(settings: EngineSettings, version: str) -> dict[str, str]:
     described = {
         "flavor": settings.flavor,
         "version": version,
+        "revision": BUILD_REVISION,
+        "proof": PROOF_REVISION,
         "targets": " ".join(settings.targets) or "sm80 and newer",
         "workspace_mib": str(settings.workspace_mib or "default"),
     }
@@ -277,7 +282,7 @@ def _same_engine(
             artifact.kind == "engine"
             and artifact.parent_sha256 == graph.sha256
             and artifact.batch == settings.batch
-            and artifact.proof is not None  # an engine of an older rexdeploy has none
+            and artifact.proof_fault is None  # an engine of an older rexdeploy has no proof
             and built_with.items() <= artifact.built_with.items()
         ):
             try:
@@ -288,13 +293,24 @@ def _same_engine(
     return None
 
 
+def float32_nodes(graph: ModelProto, precision: Precision | None) -> frozenset[str]:
+    """The nodes of a graph of ours that may be float32 in an engine of another precision.
+
+    The interface is so by design, and a cast at an end of the core reads or writes float32. Of a
+    bfloat16 graph, TensorRT-RTX (1.7) computes average pools in float32, between casts of its own.
+    """
+    kinds = {"Cast", *(("AveragePool", "GlobalAveragePool") if precision == "bf16" else ())}
+    named = frozenset(node.name for node in graph.graph.node if node.op_type in kinds)
+    return interface_nodes(graph) | named
+
+
 def _check_precision(proof: PrecisionProof) -> None:
     """Raises VerificationFailed unless the engine computes in the types that were asked for."""
     others = [kind for kind, count in proof.layers.items() if count and kind != proof.wanted]
     if proof.holds and not (proof.wanted == "Float" and others):
         return
     asked = _PRECISION_TITLES.get(proof.wanted or "", "in its graph's types")
-    odd = f"convolutions in another type: {', '.join(proof.differing[:3]) or 'none'}"
+    odd = f"layers in another type: {', '.join(proof.differing[:3]) or 'none'}"
     if proof.not_found:
         odd += f"; not found in the engine: {', '.join(proof.not_found[:3])}"
     raise VerificationFailed(

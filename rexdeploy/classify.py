@@ -31,6 +31,7 @@ from rexdeploy.manifest import Artifact, BatchRange
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
+_AGAIN = "build it again: rexdeploy build-trt"
 _MAKES_ONE = "'rexdeploy build-trt' makes an engine, 'rexdeploy export' a graph and the weights"
 _CHUNK = 16  # images at once where the model takes any number
 
@@ -200,6 +201,9 @@ def load(
         raise BackendUnavailable(f"{bundle.path} holds no file for backend {backend}: {_MAKES_ONE}")
     passed_over: list[str] = []
     for name, artifact in choices:
+        if artifact.kind == "engine" and artifact.proof_fault is not None:
+            passed_over.append(f"{artifact.file} on {name}: {artifact.proof_fault}; {_AGAIN}")
+            continue
         try:
             model = open_backend(name, bundle.read(artifact), bundle.manifest.model, threads)
         except BackendUnavailable as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rexdeploy import gpu, tensorrt_api
 from rexdeploy.backends import has_onnxruntime_cuda
 from rexdeploy.bundle import Bundle, is_bundle, sha256
-from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.manifest import TYPE_NAMES, Artifact
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
@@ -113,6 +113,11 @@ def _engine(path: Path, data: bytes, place: Place | None) -> Inspection:
     except UsageError as error:
         raise UsageError(f"{path} is {error}") from None
     proof = place.artifact.proof if place else None
+    if place is not None and proof is not None and place.artifact.proof_fault is not None:
+        raise VerificationFailed(
+            f"{path}: {place.artifact.proof_fault}; "
+            f"build it again: {place.artifact.command or 'rexdeploy build-trt'}"
+        )
     if proof is not None:
         proof_of = "what its build reported of it, by the manifest; the hash agrees"
     elif place is not None:

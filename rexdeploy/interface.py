@@ -18,6 +18,8 @@ from rexdeploy.precision import graph_inputs
 PIXELS, PROBABILITIES = "pixels", "probabilities"  # names of the outer input and output
 
 _OURS = "interface/"  # how the names of these nodes and their constants begin
+_WEIGHTS = (_OURS + "scale", _OURS + "offset")
+_INNER = tuple(_OURS + name for name in ("float", "nchw", "scaled"))  # tensors between the nodes
 
 
 def wrap(core: ModelProto, spec: ModelSpec) -> ModelProto:
@@ -68,8 +70,9 @@ def unwrap(model: ModelProto) -> ModelProto:
         return model
     core = ModelProto()
     core.CopyFrom(model)
-    kept = [node for node in model.graph.node if not node.name.startswith(_OURS)]
-    weights = [item for item in model.graph.initializer if not item.name.startswith(_OURS)]
+    ours = interface_nodes(model)
+    kept = [node for node in model.graph.node if node.name not in ours]
+    weights = [item for item in model.graph.initializer if not (before and item.name in _WEIGHTS)]
     _replace(core, kept, weights, image, logits)
     return core
 
@@ -83,8 +86,14 @@ def change_core(model: ModelProto, change: Callable[[ModelProto], ModelProto]) -
     if changed == core:
         return model
     before, after = _parts(model)
-    weights = [item for item in model.graph.initializer if item.name.startswith(_OURS)]
+    weights = [item for item in model.graph.initializer if before and item.name in _WEIGHTS]
     return _assembled(changed, before, after, weights, model.graph.input[0], model.graph.output[0])
+
+
+def interface_nodes(model: ModelProto) -> frozenset[str]:
+    """The names of the nodes that `wrap` has put around a core; of any other graph, none."""
+    before, after = _parts(model)
+    return frozenset(node.name for node in [*before, *after])
 
 
 def forms(model: ModelProto) -> tuple[InputForm, OutputForm]:
@@ -102,10 +111,49 @@ def forms(model: ModelProto) -> tuple[InputForm, OutputForm]:
 
 
 def _parts(model: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
-    """Our nodes before and after the core."""
-    ours = [node for node in model.graph.node if node.name.startswith(_OURS)]
-    after = [node for node in ours if node.op_type == "Softmax"]
-    return [node for node in ours if node.op_type != "Softmax"], after
+    """Our nodes before and after the core.
+
+    Known by the whole structure that `wrap` makes: somebody's own graph may well have a scope of
+    our name in it, of which nothing may be cut off.
+    """
+    graph = model.graph
+    float_, nchw, scaled = _INNER
+    chain = (
+        ("Cast", [PIXELS], float_, float_),
+        ("Transpose", [float_], nchw, nchw),
+        ("Mul", [nchw, _WEIGHTS[0]], scaled, scaled),
+        ("Add", [scaled, _WEIGHTS[1]], None, _OURS + "shifted"),
+    )
+    named: dict[str, list[NodeProto]] = {}
+    readers: dict[str, int] = {}
+    for node in graph.node:
+        named.setdefault(node.name, []).append(node)
+        for name in node.input:
+            readers[name] = readers.get(name, 0) + 1
+    before: list[NodeProto] = []
+    for op_type, inputs, output, name in chain:
+        found = named.get(name, [])
+        if (
+            len(found) == 1
+            and found[0].op_type == op_type
+            and list(found[0].input) == inputs
+            and output in (None, found[0].output[0])
+            and all(readers[read] == 1 for read in inputs)
+        ):
+            before += found
+    stored = {item.name for item in graph.initializer}
+    is_first = bool(graph.input) and graph.input[0].name == PIXELS
+    if len(before) != len(chain) or not is_first or not stored.issuperset(_WEIGHTS):
+        before = []
+    after = [
+        node
+        for node in named.get(_OURS + "softmax", [])
+        if node.op_type == "Softmax"
+        and list(node.output) == [PROBABILITIES]
+        and [value.name for value in graph.output] == [PROBABILITIES]
+        and readers[node.input[0]] == 1
+    ]
+    return before, after
 
 
 def _assembled(
@@ -140,7 +188,7 @@ def _replace(
     ):
         del old[:]
         old.extend(new)
-    inner = [value for value in graph.value_info if not value.name.startswith(_OURS)]
+    inner = [value for value in graph.value_info if value.name not in _INNER]
     known = {image.name, output.name}
     kept = [ValueInfoProto.FromString(v.SerializeToString()) for v in inner if v.name not in known]
     del graph.value_info[:]

@@ -11,7 +11,7 @@ from onnx import ModelProto, TensorProto
 
 from rexdeploy.backends import ENGINE_BACKENDS, open_backend
 from rexdeploy.backends.onnxrt import GraphSession
-from rexdeploy.blocks import literal
+from rexdeploy.blocks import check_literal, literal
 from rexdeploy.compare import Array, Compared, Comparison, Limits, Signal, comparable, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.images import Images
@@ -57,6 +57,7 @@ class Candidate:
     backends: tuple[str, ...]
     spec: ModelSpec  # with the candidate's own input and output
     proof: PrecisionProof | None = None  # a graph's own types, or what an engine's build reported
+    proof_fault: str | None = None  # why the manifest's proof of an engine is not of its claim
     is_ours: bool = True  # made by this tool: it rounds exactly where its parent is told to
     built_in: Precision | None = None  # the narrowest type of what cannot be asked for it
 
@@ -217,6 +218,7 @@ class Judge:
             # It has no bfloat16 arithmetic on a CPU (1.32), only casts.
             model = emulate_bf16(candidate.graph).SerializeToString()
         elif name == "onnxruntime" and candidate.narrow:
+            check_literal()
             model = literal(candidate.graph).SerializeToString()
         backend = open_backend(name, model, candidate.spec)
         try:

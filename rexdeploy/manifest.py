@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,6 +13,8 @@ from rexdeploy.errors import UsageError
 from rexdeploy.proof import PrecisionProof
 
 FORMAT = 1
+VERIFICATION = "verify.json"
+"""The report of the latest verification of the bundle's own files."""
 MAX_CLASSES = 1_000_000
 MAX_BATCH = 4096
 MAX_IMAGE_SIZE = 4096  # pixels a side; no ReXNet is used at a quarter of it
@@ -162,6 +165,24 @@ class Artifact:
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise ValueError(f"sha256 of '{self.file}' is not 64 hexadecimal digits")
 
+    @property
+    def proof_fault(self) -> str | None:
+        """Why its proof does not show the precision that is claimed here; None where it does.
+
+        The one rule for whoever reads an engine's entry. A claim of no precision is one of a mixed
+        graph, in whose own types each product has to be.
+        """
+        wanted = TYPE_NAMES[self.precision] if self.precision else None
+        claimed = self.precision or "a mixed graph's types"
+        if self.proof is None:
+            return f"the manifest holds no proof that it is in {claimed}"
+        if self.proof.wanted != wanted:
+            proven = self.proof.wanted or "a mixed graph's types"
+            return f"the manifest claims {claimed}, and its proof is of {proven}"
+        if not self.proof.holds:
+            return f"its proof does not show {claimed}: {self.proof.summary}"
+        return None
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -203,11 +224,15 @@ class Manifest:
         """A copy in which `added` replace artifacts of the same file name.
 
         What was derived from a file that is now gone is dropped: an engine of last week's weights
-        must not answer for this week's.
+        must not answer for this week's. So is a verification, unless it is among `added`, where a
+        file that it could judge is new, changed or gone.
         """
         new_names = {artifact.file for artifact in added}
         kept = [artifact for artifact in self.artifacts if artifact.file not in new_names]
-        return replace(self, artifacts=_parents_first([*kept, *added]))
+        merged = _parents_first([*kept, *added])
+        if VERIFICATION not in new_names and _judged(merged) != _judged(self.artifacts):
+            merged = tuple(artifact for artifact in merged if artifact.file != VERIFICATION)
+        return replace(self, artifacts=merged)
 
 
 def to_json(value: object) -> bytes:
@@ -230,6 +255,15 @@ def decode(data: bytes, where: str) -> Manifest:
             "use the rexdeploy that wrote it, or export again"
         )
     return manifest
+
+
+def _judged(artifacts: Iterable[Artifact]) -> set[tuple[str, ...]]:
+    """What a verification's answer depends on: every model file, and what is claimed of it."""
+    return {
+        (item.file, item.sha256, item.parent_sha256 or "", item.precision or "", str(item.batch))
+        for item in artifacts
+        if item.kind in ("weights", "onnx", "engine")
+    }
 
 
 def _parents_first(artifacts: list[Artifact]) -> tuple[Artifact, ...]:

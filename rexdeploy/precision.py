@@ -40,6 +40,11 @@ _LOW_TYPES: dict[int, tuple[str, str]] = {
 }
 BF16_OPSET = 22  # the first in which ONNX defines Conv for bfloat16
 
+FP16_REVISION = "1"
+"""Of `to_fp16`: raise it with every change of what the conversion makes."""
+BF16_REVISION = "1"
+"""Of `to_bf16`, likewise."""
+
 
 def to_fp16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
     """A copy of `model` in float16, but for its inputs and outputs, which stay float32.

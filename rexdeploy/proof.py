@@ -6,13 +6,15 @@ One proof for a built engine, by its own layer report, and for an ONNX graph, by
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 FLOATING = ("Half", "BFloat16", "Float")
 TYPES = ("Int8", *FLOATING)
 """The types that arithmetic is counted in, by TensorRT-RTX's names, the widest last."""
+PROOF_REVISION = "2"
+"""Of `prove` and of what a layer's type is read from: raise it with every change of the rule."""
 MIN_SHARE = 0.5
 """Least share of layers in the type that was asked for, beside all convolutions and products.
 
@@ -60,7 +62,7 @@ class PrecisionProof:
     wanted: str | None  # the type that was asked for; None: each product in its graph's own type
     layers: dict[str, int]  # how many compute in each type
     macs: dict[str, int] = field(default_factory=dict)  # of one image, by type; empty: not known
-    differing: tuple[str, ...] = ()  # layers with a product in another type than was asked for
+    differing: tuple[str, ...] = ()  # layers in another type than was asked for
     not_found: tuple[str, ...] = ()  # products of the graph that no layer names
 
     def __post_init__(self) -> None:
@@ -96,12 +98,19 @@ class PrecisionProof:
 
 
 def prove(
-    layers: Sequence[Layer], products: Iterable[Product], wanted: str | None = None
+    layers: Sequence[Layer],
+    products: Iterable[Product],
+    wanted: str | None = None,
+    free: Collection[str] | None = None,
 ) -> PrecisionProof:
     """Counts layers and multiply-accumulates by type, and names those of another type than asked.
 
     Asked for is `wanted` for every product, or, where that is None, each product's type in its
     graph: TensorRT takes the graph's types literally.
+
+    With `free`, the nodes that may be in any type, every other layer of a floating type that names
+    nodes of the graph has to be `wanted`, not the products only: so with our own graphs, whose
+    every layer is known. A layer that names none is a copy or a cast that TensorRT put in.
     """
     known = {product.name: product for product in products}
     counted = Counter({wanted: 0} if wanted else {})
@@ -122,7 +131,15 @@ def prove(
             if name in known
             and not (name in whole and layer.weights_count < known[name].weights_count)
         ]
-        if any(layer.precision != (wanted or product.precision) for product in named):
+        is_odd = (
+            free is not None
+            and wanted is not None
+            and layer.precision in FLOATING
+            and layer.precision != wanted
+            and bool(layer.onnx_nodes)
+            and not set(layer.onnx_nodes) & set(free)
+        )
+        if is_odd or any(layer.precision != (wanted or product.precision) for product in named):
             differing.append(layer.name)
         for product in named:
             # In two layers at once, the wider type counts: no share may look better than it is.

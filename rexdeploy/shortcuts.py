@@ -15,6 +15,9 @@ import numpy.typing as npt
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 
+PLAIN_ADDS_REVISION = "1"
+"""Of `to_plain_adds`: raise it with every change of what the pass makes."""
+
 
 def to_plain_adds(model: ModelProto) -> ModelProto:
     """A copy of `model` in which all tensors of a shortcut chain have the chain's greatest width.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rexdeploy.backends import ONNX_BACKENDS, engine_backend
 from rexdeploy.bundle import Bundle
-from rexdeploy.errors import UsageError
+from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.manifest import BatchRange, ModelSpec
 
 if TYPE_CHECKING:
@@ -82,7 +82,13 @@ class BundleSubject:
                 for artifact in manifest.artifacts
                 if artifact.kind == "engine" and engine_backend(artifact) == backend
             ]
-            artifact = min(engines, key=lambda engine: engine.precision != "fp16", default=None)
+            proven = [engine for engine in engines if engine.proof_fault is None]
+            if engines and not proven:
+                raise BackendUnavailable(
+                    f"{engines[0].file}: {engines[0].proof_fault}; "
+                    "build it again: rexdeploy build-trt"
+                )
+            artifact = min(proven, key=lambda engine: engine.precision != "fp16", default=None)
         if artifact is None:
             return None
         data = self.bundle.read(artifact)

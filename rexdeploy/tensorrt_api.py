@@ -20,6 +20,8 @@ from rexdeploy.proof import FLOATING, TYPES
 
 Flavor = Literal["tensorrt", "rtx"]
 
+BUILD_REVISION = "2"
+"""Of the builder's configuration: raise it with every change of what `build` asks for."""
 FLAVORS: tuple[Flavor, ...] = ("tensorrt", "rtx")
 TITLES: dict[Flavor, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
 RTX_MAGIC = b"vtrt"
@@ -57,12 +59,16 @@ class Layer:
         """The type it computes in.
 
         A convolution's weights tell: casts are fused into it, so that one in Float may well read
-        Float and write Half. Without weights, Half if it reads or writes any.
+        Float and write Half. Without weights (they may be computed, too), the widest floating type
+        that it reads; where it reads none, the widest that it writes.
         """
         if self.weights in TYPES:
             return self.weights
-        types = set(self.inputs) | set(self.outputs)
-        return next((name for name in FLOATING if name in types), "/".join(sorted(types)))
+        for types in (self.inputs, self.outputs):
+            widest = next((name for name in reversed(FLOATING) if name in types), None)
+            if widest is not None:
+                return widest
+        return "/".join(sorted({*self.inputs, *self.outputs}))
 
 
 @dataclass(frozen=True)

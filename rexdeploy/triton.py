@@ -176,27 +176,36 @@ def _choose(manifest: Manifest, wanted: str) -> tuple[TritonBackend, list[Artifa
     """The backend, the files that it may run (best first), and why it was chosen."""
     if wanted not in ("auto", *BACKENDS):
         raise UsageError(f"backend: got '{wanted}', expected one of auto, {', '.join(BACKENDS)}")
-    built = engines(manifest)
+    known = engines(manifest)
+    built = [engine for engine in known if engine.proof_fault is None]
+    unproven = "; ".join(
+        f"{engine.file} is passed over: {engine.proof_fault}"
+        for engine in known
+        if engine.proof_fault is not None
+    )
     plans = [engine for engine in built if engine.built_with.get("flavor") == "tensorrt"]
     graph = manifest.find("onnx")
     if wanted == "tensorrt" and not plans:
         has = "only TensorRT-RTX engines, which Triton cannot run" if built else "no engine"
+        has += f" ({unproven})" if unproven else ""
         raise UsageError(
             f"--backend tensorrt: the bundle has {has}; run 'rexdeploy build-trt --flavor "
             "tensorrt', or take --backend python or onnxruntime"
         )
     if wanted == "onnxruntime" and graph is None:
         raise UsageError("--backend onnxruntime: the bundle has no ONNX graph; export it again")
+    because = f"; {unproven}" if unproven else ""
     if wanted == "tensorrt" or (wanted == "auto" and plans):
-        return "tensorrt", plans[:1], "asked for" if wanted != "auto" else "the bundle's engine"
+        reason = "asked for" if wanted != "auto" else "the bundle's engine"
+        return "tensorrt", plans[:1], reason + because
     if graph is not None and wanted in ("auto", "onnxruntime"):
         reason = "asked for" if wanted != "auto" else "the bundle has no engine that Triton runs"
-        return "onnxruntime", [graph], reason
+        return "onnxruntime", [graph], reason + because
     runnable = [*built, *([graph] if graph else [])]
     if not runnable:
         raise UsageError("the bundle has neither an engine nor an ONNX graph; export it again")
     reason = "asked for" if wanted != "auto" else "the bundle has TensorRT-RTX engines only"
-    return "python", runnable, reason
+    return "python", runnable, reason + because
 
 
 def _network_files(

@@ -17,16 +17,17 @@ from onnx import ModelProto
 
 from rexdeploy import gpu, image_sets, images, tensorrt_api
 from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend
-from rexdeploy.blocks import literal
+from rexdeploy.blocks import check_literal, literal
 from rexdeploy.bundle import Bundle, check_writable, sha256
 from rexdeploy.compare import Comparison, Limits, Signal, compare
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
-from rexdeploy.forms import Source, engine_form
+from rexdeploy.forms import REVISION, TUNED, Source, engine_form
 from rexdeploy.interface import change_core, unwrap
 from rexdeploy.localize import localize
 from rexdeploy.manifest import Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.parity import LIMITS, ceiling, run_batches
 from rexdeploy.precision import (
+    FP16_REVISION,
     beyond_fp16,
     node_name,
     parse,
@@ -35,7 +36,7 @@ from rexdeploy.precision import (
     to_fp16,
 )
 from rexdeploy.progress import Report, silent
-from rexdeploy.proof import prove
+from rexdeploy.proof import PROOF_REVISION, prove
 from rexdeploy.ranges import Ranges, measure_ranges
 from rexdeploy.walk import GraphWalk
 
@@ -278,7 +279,8 @@ class _Search:
         self._signal = Signal.of(self._reference)
         self.limits = LIMITS["fp16"].at_most(ceiling(self._signal.constant))
         key = hashlib.sha256(
-            f"{root.sha256} {self.limits} {onnx.__version__} {options.backend}".encode()
+            f"{root.sha256} {self.limits} {onnx.__version__} {options.backend} "
+            f"{FP16_REVISION} {PROOF_REVISION} {tensorrt_api.BUILD_REVISION}".encode()
             + pool.tobytes()
         ).hexdigest()
         self._state = _read_state(bundle, key)
@@ -333,6 +335,7 @@ class _Search:
 
     def _open(self, mixed: ModelProto) -> Backend:
         if self._backend == "onnxruntime":
+            check_literal()
             return open_backend(self._backend, literal(mixed).SerializeToString(), self._spec)
         flavor: tensorrt_api.Flavor = "rtx" if self._backend == "tensorrt-rtx" else "tensorrt"
         built = tensorrt_api.build(mixed.SerializeToString(), self._settings(flavor))
@@ -364,7 +367,11 @@ class _Search:
         """Puts the mixed graph into the bundle; engines of the graph that it replaces go."""
         mixed = change_core(whole, lambda _: self._mixed(trial))
         data = mixed.SerializeToString(deterministic=True)
-        notes = {"float32": ", ".join(trial.float32), "error": f"{trial.error:.2g}"}
+        notes = {
+            REVISION: FP16_REVISION,
+            TUNED: ", ".join(trial.float32),
+            "error": f"{trial.error:.2g}",
+        }
         if trial.nodes:
             notes["float32_nodes"] = ", ".join(trial.nodes)
         artifact = Artifact(

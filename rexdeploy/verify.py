@@ -27,6 +27,7 @@ from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
     TYPE_NAMES,
+    VERIFICATION,
     Artifact,
     BatchRange,
     ModelSpec,
@@ -171,7 +172,7 @@ def store(bundle: Bundle, verification: Verification, command: str = "rexdeploy 
     graph = bundle.manifest.find("onnx")
     artifact = Artifact(
         "report",
-        "verify.json",
+        VERIFICATION,
         sha256(data),
         parent_sha256=graph.sha256 if graph else None,
         command=command,
@@ -367,6 +368,7 @@ def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[Ca
                 artifact.proof,
                 # A mixed graph's engine has its graph's types, of which the narrowest counts.
                 built_in=artifact.precision or (made_from.narrow if made_from else None),
+                proof_fault=artifact.proof_fault if kind == "engine" else None,
             )
             if kind == "onnx":  # its types decide its limits, not what the manifest says of them
                 candidate = _by_its_types(candidate, artifact.precision, None)
@@ -494,10 +496,17 @@ def _not_run(judge: Judge, required: Sequence[str]) -> list[str]:
 def _unproven(candidates: Sequence[Candidate]) -> list[str]:
     """Files that are not in the precision that their manifest says, whatever their logits."""
     return [
-        f"{item.file} is not in the precision that the manifest says: {item.proof.summary}"
+        f"{item.file} is not in the precision that the manifest says: {fault}"
         for item in candidates
-        if item.proof is not None and not item.proof.holds
+        if (fault := _proof_fault(item)) is not None
     ]
+
+
+def _proof_fault(item: Candidate) -> str | None:
+    """Why a file's proof does not show its precision; a candidate from elsewhere claims none."""
+    if item.kind == "engine":
+        return item.proof_fault
+    return None if item.proof is None or item.proof.holds else item.proof.summary
 
 
 def _range_of(candidates: Sequence[Candidate]) -> BatchRange:

@@ -1,194 +1,414 @@
-"""Measures what honest float32, float16 and bfloat16 graphs do to the logits: limits.json.
+"""Measures what `verify` accepts of honest graphs and catches of wrong ones: limits.json.
 
-    python scripts/limits.py artifacts/limits/limits.json [SEEDS]
+    python scripts/limits.py artifacts/limits [DEFECTS]
 
-Untrained networks with recalibrated batch norms, channels padded as `export` pads them, over
-`verify`'s own synthetic images, in ONNX Runtime on a CPU (every tensor of a 16-bit graph rounded).
-Each network is exported once; other seeds swap its weights. With the first seed and small widths,
-beside each honest error stand those of defects that are larger than rounding, in the same graph:
-every limit must lie between.
+Honest: every published network and few classes, untrained with recalibrated batch norms, over the
+images that `verify` judges by and over photographs: each number as a share of its limit. Defects:
+DEFECTS (default 16) of every kind at random places in the float32, float16 and bfloat16 graphs,
+over sixteen of these images at 128 pixels: how many are caught, and by which number. Goes on where
+it was stopped, and writes the tables into README.md beside limits.json.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
-import platform
 import sys
-from importlib import metadata
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime as ort
+import safetensors.torch
 import torch
 from onnx import ModelProto, numpy_helper
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
-from rexdeploy import images
-from rexdeploy.blocks import literal
-from rexdeploy.compare import Signal, compare
+from rexdeploy import image_sets, images
+from rexdeploy.bench import machine
+from rexdeploy.compare import Comparison, Limits, Signal
 from rexdeploy.graph import MIN_OPSET, export_graph, simplify
-from rexdeploy.manifest import ModelSpec, Preprocess, WeightsOrigin
-from rexdeploy.models.align import align
+from rexdeploy.judge import Candidate, Judge
+from rexdeploy.localize import localize
+from rexdeploy.manifest import BatchRange, ModelSpec, Preprocess, WeightsOrigin
+from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, RexNet, recalibrate_batch_norms
-from rexdeploy.precision import emulate_bf16, to_bf16, to_fp16
+from rexdeploy.models.zoo import published
+from rexdeploy.parity import float32_noise
+from rexdeploy.precision import to_bf16, to_fp16
+from rexdeploy.shortcuts import to_plain_adds
+from rexdeploy.walk import GraphWalk, TorchWalk
 
-FAMILIES = ("rexnet", "rexnet_lite")
-WIDTHS = (1.0, 1.5, 2.0, 3.0)
-DEFECT_WIDTHS = (1.0, 1.5)
-IMAGES = 16
-CALIBRATION_IMAGES = 16
 PREPROCESS = Preprocess()
-PRECISIONS = {
-    "fp32": lambda model: model,
-    "fp16": lambda model: literal(to_fp16(model)),
-    "bf16": lambda model: emulate_bf16(to_bf16(model)),
-}
+SMALL = Preprocess(128, 128)  # of the defects: a third of the arithmetic, the same graphs
+MOST = 16
+FEW = BatchRange(8, 8, 8)  # of the defects: two batches of the sixteen images
+HONEST_RANGE = BatchRange(1, 8, 64)
+WIDE_RANGE = BatchRange(1, 8, 16)  # above width 1.0, where 64 images take minutes
+DEFECT_NETWORKS = (
+    ("rexnet", 1.0, 1000), ("rexnet", 1.0, 100), ("rexnet", 1.0, 10), ("rexnet", 1.0, 2),
+    ("rexnet_lite", 1.0, 1000), ("rexnet_lite", 1.0, 2),
+)  # fmt: skip
+HONEST_NETWORKS = (
+    *((row.family, row.width, 1000) for row in published()),
+    *((family, 1.0, classes) for family in ("rexnet", "rexnet_lite") for classes in (100, 10, 2)),
+)
+BEGIN, END = "<!-- written by scripts/limits.py -->", "<!-- end -->"
+Plant = Callable[[ModelProto, np.random.Generator], tuple[ModelProto, str]]
+Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+class Network:
+    """An untrained network, its graphs, and what the judge needs of it."""
+
+    def __init__(
+        self, family: str, width: float, classes: int, preprocess: Preprocess = PREPROCESS
+    ) -> None:
+        self.preprocess = preprocess
+        self.name = f"{family} {width:.1f}, {classes} classes"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model = RexNet(CONFIGS[family](width, classes))
+        calibration = image_sets.varied(MOST, preprocess, seed=0)  # as `export` makes one
+        recalibrate_batch_norms(self.model, torch.from_numpy(calibration))
+        self.model.eval()
+        origin = WeightsOrigin("untrained", "", trained=False)
+        self.spec = ModelSpec(family, width, classes, "input", "logits", preprocess, origin)
+        padded = align(self.model, AUTO_MULTIPLE)
+        first = simplify(export_graph(padded, self.spec, None, MIN_OPSET))
+        tensorrt = to_plain_adds(first)
+        self.graphs = {
+            "fp32.onnx": (first, "torch"),
+            "fp32.tensorrt.onnx": (tensorrt, "fp32.onnx"),
+            "fp16.onnx": (to_fp16(tensorrt), "fp32.tensorrt.onnx"),
+            "bf16.onnx": (to_bf16(tensorrt), "fp32.tensorrt.onnx"),
+        }
+        self.walk = TorchWalk(safetensors.torch.save(dict(self.model.state_dict())), self.spec)
+
+    def over(self, pixels: images.UInt8, most: int, sizes: BatchRange) -> Judged:
+        """A judge of its graphs over these images."""
+        return Judged(self, pixels, most, sizes)
+
+    def candidate(self, file: str, model: ModelProto | None = None) -> Candidate:
+        graph, parent = self.graphs[file]
+        data = (model or graph).SerializeToString()
+        return Candidate(file, data, "onnx", None, None, parent, ("onnxruntime",), self.spec)
+
+
+class Judged:
+    """Reference logits over a set of images, for any number of candidates."""
+
+    def __init__(
+        self, network: Network, pixels: images.UInt8, most: int, sizes: BatchRange
+    ) -> None:
+        self.network, self.most, self.sizes = network, most, sizes
+        self.pool = images.normalise(pixels, network.preprocess)
+        with torch.inference_mode():
+            chunks = torch.from_numpy(self.pool).split(16)
+            self.logits = torch.cat([network.model(chunk) for chunk in chunks]).numpy()
+            double = RexNet(network.model.config).double().eval()
+            double.load_state_dict(network.model.state_dict())
+            exact = double(torch.from_numpy(self.pool[:most]).double()).numpy()
+        self.signal = Signal.of(self.logits)
+        self.noise = float32_noise(self.logits[:most], exact, self.signal, "logits")
+        self.pixels = pixels
+
+    def judge(self) -> Judge:
+        files = [self.network.candidate(file) for file in self.network.graphs]
+        return Judge(
+            {"uint8": self.pixels, "float32": self.pool},
+            "logits",
+            ("torch", self.logits),
+            self.signal,
+            self.noise,
+            files,
+            self.sizes,
+            self.most,
+        )
 
 
 def main() -> None:
-    """Writes the file after every network, goes on where a run was stopped, prints the table."""
-    out, seeds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    rows = json.loads(out.read_text())["networks"] if out.exists() else []
-    graphs: dict[tuple[str, float], ModelProto] = {}
-    done = {(row["family"], row["width"], row["seed"]) for row in rows}
-    for seed, width, family in itertools.product(range(seeds), WIDTHS, FAMILIES):
-        if (family, width, seed) in done:
+    """Measures what is not in the file yet."""
+    folder, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 16
+    file = folder / "limits.json"
+    document = json.loads(file.read_text()) if file.exists() else {}
+    document = {"machine": machine(), "honest": [], "defects": []} | document
+    wanted = dict.fromkeys((*DEFECT_NETWORKS, *HONEST_NETWORKS))
+    for key in wanted:
+        name = f"{key[0]} {key[1]:.1f}, {key[2]} classes"
+        has_honest = any(row["network"] == name for row in document["honest"])
+        has_defects = any(row["network"] == name for row in document["defects"])
+        if has_honest and (has_defects or key not in DEFECT_NETWORKS):
             continue
-        model, key = network(family, width, seed), (family, width)
-        padded = align(model, 16)
-        graphs[key] = swap(graphs[key], padded) if key in graphs else export(padded, *key)
-        with_defects = seed == 0 and width in DEFECT_WIDTHS
-        measured = measure(model, graphs[key], with_defects)
-        rows.append({"family": family, "width": width, "seed": seed} | measured)
-        print(json.dumps(rows[-1]), flush=True)
-        document = {"machine": machine(), "images": IMAGES, "networks": rows}
-        out.write_text(json.dumps(document, indent=1) + "\n")
-    for row in rows:
-        cells = [
-            row["family"],
-            f"{row['width']:.1f}",
-            str(row["seed"]),
-            f"{row['fp32']['error']:.1e}",
+        started = time.perf_counter()
+        if key in DEFECT_NETWORKS and not has_defects:
+            document["defects"] += defects(Network(*key, SMALL), count)
+        if not has_honest:
+            document["honest"] += honest(Network(*key))
+        file.write_text(json.dumps(document, indent=1) + "\n")
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    readme = folder / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    readme.write_text(before + BEGIN + "\n" + tables(document) + END + rest.split(END)[1])
+
+
+def honest(network: Network) -> list[dict[str, Any]]:
+    """Every edge of the sound graphs over both kinds of images."""
+    rows = []
+    photos = np.stack(
+        [
+            images.take(Image.fromarray(pixels), "photo", PREPROCESS)
+            for pixels in load_sample_images().images
         ]
-        for precision in ("fp16", "bf16"):
-            cells += [f"{row[precision]['error']:.2f}", f"{row[precision]['top1']:.0%}"]
-        print("|", " | ".join(cells), "|")
+    )
+    sizes = HONEST_RANGE if (network.spec.width or 0) <= 1 else WIDE_RANGE
+    copies = list(image_sets.copies(photos))[: sizes.max - len(photos)]
+    synthetic, _ = image_sets.pool(None, MOST, PREPROCESS, sizes.max)
+    for kind, pixels in (
+        ("synthetic", synthetic),
+        ("photographs", np.concatenate([photos, np.stack(copies)])),
+    ):
+        judged = network.over(pixels, MOST, sizes)
+        judge = judged.judge()
+        for file in network.graphs:
+            judge.run(network.candidate(file), "onnxruntime")
+        assert not judge.broken, judge.broken
+        rows += [
+            {
+                "network": network.name,
+                "images": kind,
+                "count": len(pixels),
+                "constant": asdict(judged.signal.constant),
+            }
+            | _numbers(edge)
+            for edge in judge.edges
+        ]
+        rows += [
+            {"network": network.name, "images": kind, "refused": skip.candidate, "why": skip.reason}
+            for skip in judge.skipped
+        ]
+        rows += [
+            {"network": network.name, "images": kind, "headroom": room.factor, "file": room.file}
+            for room in judge.headroom
+        ]
+        walks = [network.walk, GraphWalk(network.graphs["fp32.onnx"][0])]
+        walks.append(GraphWalk(network.graphs["fp32.tensorrt.onnx"][0]))
+        for index, file in ((1, "fp32.onnx"), (2, "fp32.tensorrt.onnx")):
+            found = localize(
+                walks[index - 1], walks[index], judged.pool, names=("", file), precision="fp32"
+            )
+            worst = max(block.own for block in found.blocks)
+            rows.append(
+                {"network": network.name, "images": kind, "walked": file, "own": worst}
+                | {"limit": found.limit}
+            )
+    return rows
 
 
-def network(family: str, width: float, seed: int) -> RexNet:
-    """As `export` makes an untrained one, from another seed."""
-    torch.manual_seed(seed)
-    model = RexNet(CONFIGS[family](width, 1000))
-    calibration = images.synthetic(CALIBRATION_IMAGES, PREPROCESS, seed=seed)
-    recalibrate_batch_norms(model, torch.from_numpy(calibration))
-    return model.eval()
-
-
-def export(padded: torch.nn.Module, family: str, width: float) -> ModelProto:
-    """The simplified graph, as in a bundle."""
-    origin = WeightsOrigin("untrained", "", trained=False)
-    spec = ModelSpec(family, width, 1000, "input", "logits", PREPROCESS, origin)
-    return simplify(export_graph(padded, spec, None, MIN_OPSET))
-
-
-def swap(graph: ModelProto, padded: torch.nn.Module) -> ModelProto:
-    """The same graph with another network's weights, which have the same names."""
-    swapped = ModelProto()
-    swapped.CopyFrom(graph)
-    state = dict(padded.state_dict())
-    for tensor in swapped.graph.initializer:
-        if tensor.name in state:
-            value = state.pop(tensor.name).numpy()
-            assert list(value.shape) == list(tensor.dims), tensor.name
-            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
-    assert not state, f"not in the graph: {sorted(state)}"
-    return swapped
-
-
-def load(model: ModelProto) -> ort.InferenceSession:
-    """One thread: the same numbers, and no fight for cores."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(model.SerializeToString(), options)
-
-
-def measure(model: RexNet, graph: ModelProto, with_defects: bool) -> dict[str, object]:
-    """Errors in units of signal by precision, honest and (in 16 bits) with defects."""
-    pool = images.synthetic(IMAGES, PREPROCESS, seed=1)
-    with torch.inference_mode():
-        reference = model(torch.from_numpy(pool)).numpy()
-    signal = Signal.of(reference)
-    row: dict[str, object] = {"signal": signal.size}
-    mean = np.array(PREPROCESS.mean, np.float32).reshape(1, 3, 1, 1)
-    std = np.array(PREPROCESS.std, np.float32).reshape(1, 3, 1, 1)
-
-    def error(logits: images.Float32) -> float:
-        return compare(reference, logits, names=("", ""), signal=signal, limit=1).error
-
-    for precision, convert in PRECISIONS.items():
-        session = load(convert(graph))
-        logits = session.run(None, {"input": pool})[0]
-        answer = compare(reference, logits, names=("", ""), signal=signal, limit=1)
-        row[precision] = answers = {
-            "error": answer.error,
-            "cosine": answer.cosine,
-            "kl": answer.kl,
-            "top1": answer.top1,
-        }
-        if not with_defects or precision == "fp32":
-            continue
-        answers |= {
-            "channels swapped": error(session.run(None, {"input": pool[:, ::-1].copy()})[0]),
-            "not normalised": error(session.run(None, {"input": pool * std + mean})[0]),
-            "rows shifted": error(np.roll(logits, 1, axis=0)),
-            "output constant": error(np.repeat(logits[:1], len(logits), axis=0)),
-        }
-        session = load(convert(one_percent_off(graph)))
-        answers["weights 1 % off"] = error(session.run(None, {"input": pool})[0])
-        if not model.config.is_lite:
-            session = load(convert(without_gate(graph)))
-            answers["SE dropped"] = error(session.run(None, {"input": pool})[0])
-    return row
-
-
-def one_percent_off(graph: ModelProto) -> ModelProto:
-    """One weight tensor, the third convolution's, is a hundredth too large."""
-    edited = ModelProto()
-    edited.CopyFrom(graph)
-    name = [node for node in graph.graph.node if node.op_type == "Conv"][2].input[1]
-    tensor = next(tensor for tensor in edited.graph.initializer if tensor.name == name)
-    values = numpy_helper.to_array(tensor) * np.float32(1.01)
-    tensor.CopyFrom(numpy_helper.from_array(values, name))
-    return edited
-
-
-def without_gate(graph: ModelProto) -> ModelProto:
-    """The first squeeze-excitation lets its features through: its gate is 1."""
-    edited = ModelProto()
-    edited.CopyFrom(graph)
-    by_name = {tensor.name: tensor for tensor in edited.graph.initializer}
-    weight = next(name for name in by_name if name.endswith(".gate.2.weight"))
-    for name, value in ((weight, 0), (weight.replace("weight", "bias"), 100)):
-        values = np.full(by_name[name].dims, value, np.float32)
-        by_name[name].CopyFrom(numpy_helper.from_array(values, name))
-    return edited
-
-
-def machine() -> dict[str, str]:
-    """What the numbers come from."""
-    packages = ("rexdeploy", "torch", "onnx", "onnxruntime")
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
+def _numbers(edge: Comparison) -> dict[str, Any]:
     return {
-        "processor": model,
-        "cores": str(os.cpu_count()),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        **{package: metadata.version(package) for package in packages},
+        "edge": f"{edge.reference} -> {edge.candidate}",
+        "numbers": asdict(edge.numbers),
+        "limits": asdict(edge.limits),
+        "top1": edge.top1,
+        "passed": not edge.failures,
     }
+
+
+def defects(network: Network, count: int) -> list[dict[str, Any]]:
+    """How many defects of every kind each number catches, in each precision."""
+    pixels, _ = image_sets.pool(None, MOST, network.preprocess)
+    judged = network.over(pixels, MOST, FEW)
+    rows = []
+    for file in ("fp32.onnx", "fp16.onnx", "bf16.onnx"):
+        graph, parent = network.graphs[file]
+        rng = np.random.default_rng(0)
+        judge = judged.judge()  # knows the sound graph's parent, and what rounding does to it
+        for sound in dict.fromkeys(("fp32.onnx", "fp32.tensorrt.onnx", file)):
+            judge.run(network.candidate(sound), "onnxruntime")
+            if sound == file or parent == "torch":
+                break
+        for title, (plant, places) in _kinds(judged.signal.size, count).items():
+            tried = []
+            for _ in range(places):
+                model, place = plant(graph, rng)
+                tried.append({"place": place} | _caught(network, judged, judge, file, model))
+            rows.append(
+                {"network": network.name, "file": file, "defect": title, "tried": len(tried)}
+                | {"caught": sum(bool(hit["by"]) for hit in tried), "by": _by(tried)}
+                | {"missed": [hit for hit in tried if not hit["by"]]}
+            )
+            print(json.dumps({k: v for k, v in rows[-1].items() if k != "missed"}), flush=True)
+    return rows
+
+
+def _caught(
+    network: Network, judged: Judged, judge: Judge, file: str, model: ModelProto
+) -> dict[str, Any]:
+    """Which numbers are over their limits, and how far the edge's own ones are."""
+    before = len(judge.edges)
+    judge.run(network.candidate(file, model), "onnxruntime")
+    by = []
+    for edge in judge.edges[before:]:
+        kind = "twin: " if ", rounded" in edge.reference else ""
+        if edge.nonfinite:
+            by.append(kind + "not finite")
+            continue
+        numbers, limits = edge.numbers, edge.limits
+        by += [kind + "error"] * (not numbers.error <= limits.error)
+        by += [kind + "rms"] * (not numbers.rms <= limits.rms)
+        by += [kind + "correlation"] * (not numbers.correlation >= limits.correlation)
+    if file == "fp32.onnx":
+        found = localize(
+            network.walk, GraphWalk(model), judged.pool, names=("", file), precision="fp32"
+        )
+        by += ["block"] * bool(found.over)
+    return {"by": by, "numbers": asdict(judge.edges[before].numbers)}
+
+
+def _by(tried: list[dict[str, Any]]) -> dict[str, int]:
+    kinds = dict.fromkeys(kind for hit in tried for kind in hit["by"])
+    return {kind: sum(kind in hit["by"] for hit in tried) for kind in kinds}
+
+
+def _kinds(signal: float, count: int) -> dict[str, tuple[Plant, int]]:
+    """Every kind of defect: makes one and says where; and at how many places it is tried."""
+    few = max(1, count // 4)  # of those that have few places to be at
+    same: Change = lambda values, _: values  # noqa: E731
+    return {
+        "a weight tensor 1 % off": (partial(_edit, 1, lambda values, _: values * 1.01), count),
+        "a channel's weights 1 % off": (partial(_edit, 1, _one_channel), count),
+        "a tensor of biases 5 % off": (partial(_edit, 2, lambda values, _: values * 1.05), count),
+        "two classes swapped": (partial(_last, _swap_two, None), few),
+        "a third of the classes rotated": (partial(_last, _rotate_third, None), few),
+        "all logits up by half a signal": (
+            partial(_last, same, lambda values, _: values + 0.5 * signal),
+            few,
+        ),
+        "one class up by half a signal": (
+            partial(_last, same, partial(_one_up, 0.5 * signal)),
+            few,
+        ),
+    }
+
+
+def _edit(
+    operand: int, change: Change, graph: ModelProto, rng: np.random.Generator
+) -> tuple[ModelProto, str]:
+    """A change to one convolution's weights (operand 1) or biases (2) that change anything."""
+    names = {tensor.name: index for index, tensor in enumerate(graph.graph.initializer)}
+    operands = [
+        node.input[operand]
+        for node in graph.graph.node
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > operand
+    ]
+    places = [name for name in operands if name in names]
+    while True:
+        name = places[rng.integers(len(places))]
+        edited = ModelProto()
+        edited.CopyFrom(graph)
+        if _change(edited, names[name], change, rng):
+            return edited, name
+
+
+def _change(model: ModelProto, index: int, change: Change, rng: np.random.Generator) -> bool:
+    tensor = model.graph.initializer[index]
+    old = numpy_helper.to_array(tensor)
+    new = change(old.astype(np.float32).copy(), rng).astype(old.dtype)
+    tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
+    return bool((new != old).any())
+
+
+def _one_channel(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    used = [index for index in range(len(values)) if np.abs(values[index]).max() > 0]
+    values[rng.choice(used)] *= 1.01
+    return values
+
+
+def _last(
+    weights: Change,
+    biases: Change | None,
+    graph: ModelProto,
+    rng: np.random.Generator,
+) -> tuple[ModelProto, str]:
+    """A change to the classifier's weights, and to its biases (None: the same one)."""
+    node = [item for item in graph.graph.node if item.op_type in ("Conv", "Gemm")][-1]
+    edited = ModelProto()
+    edited.CopyFrom(graph)
+    names = {tensor.name: index for index, tensor in enumerate(graph.graph.initializer)}
+    state = rng.bit_generator.state
+    _change(edited, names[node.input[1]], weights, rng)
+    if biases is None:
+        rng.bit_generator.state = state  # the same rows of both
+    _change(edited, names[node.input[2]], biases or weights, rng)
+    return edited, node.input[1]
+
+
+def _swap_two(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    a, b = rng.choice(len(values), 2, replace=False)
+    values[[a, b]] = values[[b, a]]
+    return values
+
+
+def _rotate_third(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    chosen = rng.choice(len(values), max(2, len(values) // 3), replace=False)
+    values[chosen] = values[np.roll(chosen, 1)]
+    return values
+
+
+def _one_up(size: float, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    values[rng.integers(len(values))] += size
+    return values
+
+
+def tables(document: dict[str, Any]) -> str:
+    """README's tables, from the measurement."""
+    rows = [
+        "| network | images | graph | error / limit | rms / limit | 1 - r / limit | top-1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["honest"]:
+        if (
+            "edge" in row
+            and "rounded" not in row["edge"]
+            and "fp32.tensorrt.onnx (" not in row["edge"]
+        ):
+            numbers, limits = Limits(**row["numbers"]), Limits(**row["limits"])
+            cells = [
+                row["network"],
+                row["images"],
+                row["edge"].split(" -> ")[1].split(".")[0],
+                f"{numbers.error:.1e} / {limits.error:.1e}",
+                f"{numbers.rms:.1e} / {limits.rms:.1e}",
+                f"{1 - numbers.correlation:.0e} / {1 - limits.correlation:.0e}",
+                f"{row['top1']:.0%}",
+            ]
+            rows.append("| " + " | ".join(cells) + " |")
+        elif "refused" in row:
+            cells = [row["network"], row["images"], row["refused"].split(".")[0], "refused"]
+            rows.append("| " + " | ".join([*cells, *"---"]) + " |")
+    rows += [
+        "",
+        "| defect | graph | " + " | ".join(_networks(document)) + " |",
+        "|---|---|" + "---|" * len(_networks(document)),
+    ]
+    for title in dict.fromkeys(row["defect"] for row in document["defects"]):
+        for file in ("fp32.onnx", "fp16.onnx", "bf16.onnx"):
+            cells = []
+            for name in _networks(document):
+                for row in document["defects"]:
+                    if (row["network"], row["file"], row["defect"]) == (name, file, title):
+                        cells.append(f"{row['caught']} of {row['tried']}")
+            rows.append(f"| {title} | {file.split('.')[0]} | " + " | ".join(cells) + " |")
+    return "\n".join(["", *rows, "", ""])
+
+
+def _networks(document: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["network"] for row in document["defects"]))
 
 
 if __name__ == "__main__":

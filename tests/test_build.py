@@ -12,10 +12,14 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from rexdeploy.build import BuildOptions, build, import_onnx
+from rexdeploy.build import BuildOptions, build, float32_nodes, import_onnx
 from rexdeploy.bundle import Bundle, sha256
-from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.classify import load
+from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
+from rexdeploy.inspection import inspect
 from rexdeploy.manifest import Artifact, BatchRange
+from rexdeploy.proof import PrecisionProof
+from rexdeploy.subjects import BundleSubject
 from rexdeploy.verify import VerifyOptions, verify
 from tests.helpers import edit_weights, folder_state, nodes_of, reacting
 
@@ -48,7 +52,7 @@ def test_the_chain_of_hashes_leads_from_the_engine_to_the_weights(v1_original: B
         assert sha256(v1_original.read(artifact)) == artifact.sha256
     assert engine.file == "fp16.rtx-sm89.engine"
     assert engine.proof is not None
-    assert (engine.proof.wanted, engine.proof.share("Half")) == ("Half", 1)
+    assert (engine.proof.wanted, engine.proof.layers["Float"]) == ("Half", 1)  # reads the image
     assert engine.batch == BatchRange(1, 2, 8)
 
 
@@ -311,7 +315,7 @@ def test_somebodys_own_graph_gets_a_bundle_an_engine_and_a_verification(
     assert bundle.path == tmp_path / "mine"
     result = build(source, OPTIONS)
     assert result.engine.proof is not None
-    assert result.engine.proof.layers["Half"] == 4
+    assert result.engine.proof.layers["Half"] == 3  # one more reads the float32 image
     verification = verify(result.bundle, VerifyOptions(samples=6))
     assert verification.passed
     assert [edge.reference for edge in verification.edges] == ["model.onnx", "model.onnx, rounded"]
@@ -392,3 +396,87 @@ def test_files_that_are_no_classifier_are_refused(own_graph: Path, tmp_path: Pat
         with pytest.raises(UsageError, match=path.name):
             import_onnx(path, tmp_path / "out", OPTIONS)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def _noted(bundle: Bundle, kind: str, **notes: str) -> Bundle:
+    """The bundle with other notes on its float16 graph or engine, its bytes as they are."""
+    item = _artifact(bundle, kind, "fp16")
+    edited = replace(item, built_with=item.built_with | notes)
+    return bundle.update(edited, files={})
+
+
+@pytest.mark.parametrize("made_by", ["0", None])
+def test_a_graph_of_another_revision_is_made_again(v1_bundle: Bundle, made_by: str | None) -> None:
+    half = _artifact(v1_bundle, "onnx", "fp16")
+    model = _model(v1_bundle, "fp16")
+    del model.metadata_props[:]
+    model.doc_string = "of an older converter"
+    data = model.SerializeToString()
+    notes = {key: value for key, value in half.built_with.items() if key != "revision"}
+    old = replace(
+        half,
+        sha256=sha256(data),
+        built_with=notes | ({"revision": made_by} if made_by else {}),
+    )
+    said: list[str] = []
+    result = build(v1_bundle.update(old, files={old.file: data}), OPTIONS, said.append)
+    again = _artifact(result.bundle, "onnx", "fp16")
+    assert (again.sha256, again.built_with["revision"]) == (half.sha256, "1")
+    assert any("making fp16.onnx again, since " in line for line in said), said
+    assert build(result.bundle, OPTIONS).reused
+
+
+def test_force_makes_the_graphs_again_and_says_what_tuning_is_lost(v1_bundle: Bundle) -> None:
+    half = _artifact(v1_bundle, "onnx", "fp16")
+    model = _model(v1_bundle, "fp16")
+    model.doc_string = "mixed"
+    data = model.SerializeToString()
+    notes = half.built_with | {"float32": "block 10"}
+    tuned = replace(half, sha256=sha256(data), built_with=notes, precision=None)
+    bundle = v1_bundle.update(tuned, files={half.file: data})
+    said: list[str] = []
+    assert build(bundle, OPTIONS, said.append).engine.parent_sha256 == tuned.sha256  # kept
+    assert not any("tune-precision" in line for line in said)
+    forced = build(Bundle.open(bundle.path), replace(OPTIONS, force=True), said.append)
+    assert _artifact(forced.bundle, "onnx", "fp16").sha256 == half.sha256
+    lost = [line for line in said if "tune-precision" in line]
+    assert len(lost) == 1
+    assert "fp16.onnx was tune-precision's, with block 10 in float32" in lost[0]
+
+
+@pytest.mark.parametrize("notes", [{"revision": "1"}, {"proof": "1"}])
+def test_an_engine_of_another_revision_is_no_answer(
+    v1_bundle: Bundle, notes: dict[str, str]
+) -> None:
+    assert build(v1_bundle, OPTIONS).reused
+    assert not build(_noted(v1_bundle, "engine", **notes), OPTIONS).reused
+
+
+def test_an_engine_whose_proof_is_of_another_type_is_nowhere_taken(v1_bundle: Bundle) -> None:
+    """A manifest that claims fp16, of an engine that was proven to be float32."""
+    engine = _artifact(v1_bundle, "engine", "fp16")
+    forged = replace(engine, proof=PrecisionProof("Float", {"Float": 100}))
+    bundle = v1_bundle.update(forged, files={})
+    fault = "claims fp16, and its proof is of Float"
+    with pytest.raises(VerificationFailed, match=fault):
+        inspect(bundle.path / engine.file)
+    assert any(fault in line for line in verify(bundle, VerifyOptions(samples=2)).failures)
+    with load(bundle) as classifier:
+        assert any(fault in line for line in classifier.passed_over)
+    with pytest.raises(BackendUnavailable, match=fault):
+        BundleSubject(bundle).file("tensorrt-rtx", fp16=False)
+    assert not build(bundle, OPTIONS).reused
+
+
+@pytest.mark.parametrize("kind", ["Sigmoid", "Mul", "GlobalAveragePool", "AveragePool"])
+def test_the_nodes_that_may_be_float32_are_ends_and_bfloat16_pools(
+    pixels_original: Bundle, kind: str
+) -> None:
+    model = _model(pixels_original, "fp16")
+    inner = {node.name for node in nodes_of(model, kind) if not node.name.startswith("interface/")}
+    assert not inner & float32_nodes(model, "fp16")
+    assert inner & float32_nodes(model, "bf16") == (inner if "Pool" in kind else set())
+    assert {"interface/float", "interface/scaled"} <= float32_nodes(model, "fp16")
+    casts = {node.name for node in nodes_of(model, "Cast")}
+    assert len(casts) == 3  # of the pixels, and of the core's two ends
+    assert casts <= float32_nodes(model, "fp16")

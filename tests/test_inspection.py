@@ -35,7 +35,7 @@ def test_an_engine_in_its_bundle_shows_the_proof_of_its_build(v1_original: Bundl
     )  # fmt: skip
     assert result.place.artifact.sha256 == result.sha256
     assert result.proof is not None
-    assert result.proof.share("Half") == 1
+    assert result.proof.layers["Float"] == 1  # that reads the float32 image
     assert "what its build reported" in result.proof_of
     if gpu.detect() is None:
         assert [(r.ready, r.reason) for r in result.runners] == [

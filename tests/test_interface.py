@@ -18,7 +18,7 @@ from rexdeploy.classify import load
 from rexdeploy.compare import comparable, softmax
 from rexdeploy.errors import UsageError
 from rexdeploy.images import UInt8
-from rexdeploy.interface import change_core, forms, unwrap
+from rexdeploy.interface import change_core, forms, interface_nodes, unwrap
 from rexdeploy.precision import element_types
 from rexdeploy.subjects import BundleSubject
 from rexdeploy.verify import VerifyOptions, verify
@@ -218,3 +218,39 @@ def test_probabilities_compare_as_the_logits_they_come_from() -> None:
     assert not np.isfinite(comparable(logits * np.nan, "probabilities", "log-probabilities")).any()
     with pytest.raises(UsageError, match="a softmax cannot be undone"):
         comparable(probabilities, "probabilities", "logits")
+
+
+def test_a_graph_with_a_scope_of_our_name_is_not_cut_apart(
+    v1_original: Bundle, pixels_original: Bundle
+) -> None:
+    """Somebody's own nodes may be called `interface/...`, a Softmax of theirs among them."""
+    model = _graph(v1_original, "fp32.onnx")
+    for index, node in enumerate(model.graph.node[:40]):
+        node.name = f"interface/{index}"
+    model.graph.node[3].name = "interface/softmax"
+    model.graph.node[4].name = "interface/float"
+    assert unwrap(model) is model
+    assert interface_nodes(model) == frozenset()
+    assert change_core(model, lambda core: core) == model
+
+    # Inside our own interface, theirs are of the core.
+    ours = _graph(pixels_original, "fp32.onnx")
+    inner = next(node for node in ours.graph.node if node.op_type == "Conv")
+    inner.name = "interface/conv"
+    core = unwrap(ours)
+    assert "interface/conv" in {node.name for node in core.graph.node}
+    assert len(core.graph.node) == len(ours.graph.node) - 5
+    assert len(interface_nodes(ours)) == 5
+
+
+@pytest.mark.parametrize("part", ["float", "nchw", "scaled", "shifted"])
+def test_an_interface_of_another_structure_stays_in_the_core(
+    pixels_original: Bundle, part: str
+) -> None:
+    model = _graph(pixels_original, "fp32.onnx")
+    (node,) = (node for node in model.graph.node if node.name == f"interface/{part}")
+    node.op_type = "Identity"
+    assert interface_nodes(model) == {"interface/softmax"}
+    assert {f"interface/{name}" for name in ("scale", "offset")} <= {
+        item.name for item in unwrap(model).graph.initializer
+    }

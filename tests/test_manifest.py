@@ -12,15 +12,18 @@ from hypothesis import strategies as st
 from rexdeploy.errors import UsageError
 from rexdeploy.manifest import (
     FORMAT,
+    VERIFICATION,
     Artifact,
     BatchRange,
     Manifest,
     ModelSpec,
+    Precision,
     Preprocess,
     WeightsOrigin,
     decode,
     to_json,
 )
+from rexdeploy.proof import PrecisionProof
 
 SPEC = ModelSpec(
     "rexnet", 1.5, 10, "input", "logits", Preprocess(), WeightsOrigin("a.pth", "0" * 64, True)
@@ -147,3 +150,58 @@ def test_untrained_weights_are_in_the_title() -> None:
     assert SPEC.title == "rexnet 1.5"
     untrained = replace(SPEC, weights=replace(SPEC.weights, trained=False))
     assert untrained.title == "rexnet 1.5 (untrained weights)"
+
+
+REPORT = Artifact("report", VERIFICATION, "9" * 64, "b" * 64)
+TUNING = Artifact("report", "tune.json", "8" * 64, "b" * 64)
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        (_artifact("fp16.onnx", "e", "b"),),  # changed, and its engine gone
+        (replace(_artifact("y.engine", "e", "c"), kind="engine"),),  # added
+        (replace(MANIFEST.artifacts[3], sha256="e" * 64),),  # changed
+        (replace(MANIFEST.artifacts[2], precision="bf16"),),  # the same bytes, said to be another
+    ],
+    ids=["graph", "new engine", "changed engine", "claim"],
+)
+def test_a_verification_goes_with_what_it_judged(added: tuple[Artifact, ...]) -> None:
+    judged = MANIFEST.with_artifacts(REPORT, TUNING)
+    assert judged.find_file(VERIFICATION) == REPORT
+    changed = judged.with_artifacts(*added)
+    assert changed.find_file(VERIFICATION) is None
+    assert changed.find_file("tune.json") == TUNING
+
+
+def test_a_verification_stays_while_nothing_it_judged_changes() -> None:
+    judged = MANIFEST.with_artifacts(REPORT)
+    labels = Artifact("labels", "labels.txt", "7" * 64)
+    for added in ((TUNING,), (labels,), (MANIFEST.artifacts[2],)):
+        assert judged.with_artifacts(*added).find_file(VERIFICATION) == REPORT
+    both = judged.with_artifacts(_artifact("fp16.onnx", "e", "b"), replace(REPORT, sha256="6" * 64))
+    assert both.find_file(VERIFICATION) is not None  # it is of the new file
+
+
+@pytest.mark.parametrize(
+    ("precision", "proof", "fault"),
+    [
+        ("fp16", PrecisionProof("Half", {"Half": 2}), None),
+        ("bf16", PrecisionProof("BFloat16", {"BFloat16": 2}), None),
+        (None, PrecisionProof(None, {"Half": 1, "Float": 1}), None),
+        ("fp16", PrecisionProof("Float", {"Float": 2}), "claims fp16, and its proof is of Float"),
+        ("fp16", PrecisionProof(None, {"Float": 2}), "its proof is of a mixed graph's types"),
+        (None, PrecisionProof("Half", {"Half": 2}), "claims a mixed graph's types"),
+        ("fp16", PrecisionProof("Half", {"Half": 0, "Float": 2}), "its proof does not show fp16"),
+        ("fp16", PrecisionProof("Half", {"Half": 2}, {}, ("conv",)), "does not show fp16"),
+        ("fp16", None, "the manifest holds no proof that it is in fp16"),
+    ],
+)
+def test_a_proof_is_of_the_precision_that_is_claimed(
+    precision: Precision | None, proof: PrecisionProof | None, fault: str | None
+) -> None:
+    engine = replace(MANIFEST.artifacts[3], precision=precision, proof=proof)
+    if fault is None:
+        assert engine.proof_fault is None
+    else:
+        assert fault in (engine.proof_fault or "")

@@ -124,3 +124,23 @@ def test_a_manifest_cannot_hold_an_impossible_proof() -> None:
     for layers in ({"Quarter": 1}, {"Half": -1}):
         with pytest.raises(ValueError, match="impossible proof"):
             PrecisionProof("Half", layers)
+
+
+def test_of_our_own_graphs_every_layer_has_to_be_in_the_asked_type() -> None:
+    conv = _Layer("conv", "Half", ("conv",))
+    product = [Product("conv", "Half", 7)]
+    odd = _Layer("sigmoid", "Float", ("sigmoid",))
+    assert prove([conv, odd], product, "Half").holds  # somebody's own graph
+    strict = prove([conv, odd], product, "Half", frozenset())
+    assert (strict.differing, strict.holds) == (("sigmoid",), False)
+    # The interface is float32 by design, copies of TensorRT's name no node, integers do not count.
+    others = [
+        _Layer("pixels", "Float", ("interface/scaled", "cast")),
+        _Layer("copy", "Float"),
+        _Layer("shape", "Int32", ("shape",)),
+    ]
+    wide = [conv, _Layer("pool", "Half", ("pool",)), *others]
+    assert prove(wide, product, "Half", frozenset({"interface/scaled"})).holds
+    assert prove(wide, product, "Half", frozenset()).differing == ("pixels",)
+    # Each product's own type is all that can be asked of a mixed graph.
+    assert prove([conv, odd], product, None, frozenset()).holds

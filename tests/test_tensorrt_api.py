@@ -18,6 +18,7 @@ from rexdeploy.proof import Product, prove
 from rexdeploy.tensorrt_api import (
     BuiltEngine,
     EngineSettings,
+    Layer,
     parse_layers,
     read_header,
 )
@@ -56,7 +57,7 @@ def test_an_fp16_graph_gives_an_engine_that_is_provably_half(
     for wanted in ("Half", None):
         proof = prove(engines["fp16"].layers, convolutions, wanted)
         assert (proof.differing, proof.not_found) == ((), ())
-        assert proof.share("Half") == 1
+        assert proof.layers["Float"] == 1  # that reads the float32 image
         assert proof.macs == {"Half": sum(product.macs or 0 for product in convolutions)}
         assert proof.holds
 
@@ -274,3 +275,21 @@ def test_a_flavor_that_is_not_installed_names_its_extra() -> None:
         pytest.skip("full TensorRT is installed here")
     with pytest.raises(BackendUnavailable, match=r"pip install 'rexdeploy\[tensorrt\]'"):
         tensorrt_api.load("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "weights", "expected"),
+    [
+        (("Half", "Float"), ("Half",), None, "Float"),  # computed weights, in float32
+        (("Float", "Half"), ("Half",), None, "Float"),
+        (("BFloat16", "Half"), ("Half",), None, "BFloat16"),
+        (("Half",), ("Float",), None, "Half"),
+        (("UInt8",), ("Half", "Float"), None, "Float"),
+        (("Float",), ("Half",), "Half", "Half"),  # a cast fused into a convolution
+        (("Int32",), ("Int64",), None, "Int32/Int64"),
+    ],
+)
+def test_a_layer_without_constants_is_of_its_widest_input(
+    inputs: tuple[str, ...], outputs: tuple[str, ...], weights: str | None, expected: str
+) -> None:
+    assert Layer("a", inputs, outputs, weights, ("a",)).precision == expected

@@ -21,7 +21,8 @@ from PIL import Image
 from rexdeploy import images, load
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.manifest import Artifact, BatchRange, Precision
+from rexdeploy.manifest import TYPE_NAMES, Artifact, BatchRange, Precision
+from rexdeploy.proof import PrecisionProof
 from rexdeploy.triton import deploy
 from rexdeploy.triton_backend import decode, run_each
 from tests.helpers import assert_refused, edit_weights, run_cli
@@ -71,6 +72,7 @@ def with_engine(bundle: Bundle, precision: Precision, data: bytes) -> Bundle:
         file=f"{precision}.tensorrt.engine",
         sha256=sha256(data),
         precision=precision,
+        proof=PrecisionProof(TYPE_NAMES[precision], {TYPE_NAMES[precision]: 1}),
         built_with={**engine.built_with, "flavor": "tensorrt"},
     )
     return bundle.update(named, files={named.file: data})

@@ -101,8 +101,16 @@ def test_pretrained_weights_come_from_the_hub(
     )
     env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
     answer = run_python(code, env=env)
-    expected = f"timm/rexnet_100.nav_in1k {state['stem.conv.weight'].sum().item()}"
+    expected = f"timm/rexnet_100.nav_in1k@{'0' * 40} {state['stem.conv.weight'].sum().item()}"
     assert answer.stdout.strip() == expected, answer.stderr
+    # A file in the cache that is not what the hub stated is refused.
+    (cached,) = tmp_path.glob("hub/models--*/snapshots/*/model.safetensors")
+    data = bytearray(cached.read_bytes())
+    data[-1] ^= 1
+    cached.resolve().write_bytes(data)
+    refused = run_python(code, env=env)
+    assert refused.returncode != 0
+    assert "is not what the hub gave as timm/rexnet_100.nav_in1k: got sha256" in refused.stderr
 
 
 def test_a_hub_out_of_reach_is_one_clear_line(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from rexdeploy.bundle import sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, first_line
 from rexdeploy.models.layers import layers
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet
@@ -121,9 +123,12 @@ def agrees(row: Published, computed: Cost) -> bool:
 
 
 def fetch_pretrained(family: Family, width: float) -> tuple[Path, str]:
-    """Downloads timm's published weights; returns the file and the hub repository's name.
+    """Downloads timm's published weights; returns the file, and `repository@commit`.
 
-    Raises UsageError where none were published, BackendUnavailable where the hub cannot be reached.
+    The commit is the one that the hub resolved. No file's hash is published beside the hub, which
+    states one with each (an LFS file's ETag): the file must be the one that it states. Raises
+    UsageError where none were published or the file is another, BackendUnavailable where the hub
+    cannot be reached.
     """
     repository = PRETRAINED.get(width) if family == "rexnet" else None
     if repository is None:
@@ -140,13 +145,31 @@ def fetch_pretrained(family: Family, width: float) -> tuple[Path, str]:
         ) from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not its every retry
     try:
-        return Path(hf_hub_download(repository, "model.safetensors")), repository
+        path = Path(hf_hub_download(repository, "model.safetensors"))
     except Exception as error:  # httpx, requests and hub errors share no base class
         raise BackendUnavailable(
             f"the Hugging Face hub did not give {repository} ({first_line(error)}); check the "
             "network or HF_ENDPOINT, or download model.safetensors elsewhere and give it with "
             "--weights"
         ) from None
+    return path, _origin(repository, path)
+
+
+def _origin(repository: str, path: Path) -> str:
+    """`repository@commit` of a file in the hub's cache; raises UsageError if it was changed.
+
+    The cache keeps `snapshots/<commit>/<name>`, a link to `blobs/<ETag>`: what the hub said.
+    """
+    stated = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", stated):
+        found = sha256(path.read_bytes())
+        if found != stated:
+            raise UsageError(
+                f"{path} is not what the hub gave as {repository}: got sha256 {found[:12]}, "
+                f"expected {stated[:12]}; remove the file and download it again"
+            )
+    commit = path.parent.name
+    return f"{repository}@{commit}" if re.fullmatch(r"[0-9a-f]{40}", commit) else repository
 
 
 def _row(row: dict[str, str]) -> Published:
