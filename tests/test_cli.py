@@ -144,7 +144,7 @@ def test_verify_prints_the_table_and_what_was_skipped(v1_bundle: Bundle, tmp_pat
     assert "fp32.tensorrt.onnx -> fp16.onnx (onnxruntime)" in result.out
     assert "passed: " in result.out
     if "skipped fp16.rtx-sm89.engine" in result.out:
-        assert "passed: 3 edges are within their limits; NOT verified: 1 skipped" in result.out
+        assert "passed: 4 edges are within their limits; NOT verified: 1 skipped" in result.out
 
 
 def test_models_prints_eleven_networks_that_agree(tmp_path: Path) -> None:
