@@ -69,10 +69,12 @@ def test_defects_are_caught_but_for_the_few_that_are_documented() -> None:
     rows = DOCUMENT["defects"]
     assert len(rows) == 6 * 3 * 7
     for row in rows:
-        assert row["caught"] + len(row["missed"]) == row["tried"]
+        assert row["caught"] + len(row["missed"]) + row["no_effect"] == row["tried"]
     missed = [row for row in rows if row["missed"]]
     assert {row["defect"] for row in missed} <= {"a tensor of biases 5 % off"}
-    assert all(row["caught"] == row["tried"] for row in rows if row["file"] != "fp32.onnx")
+    # What a 16-bit graph misses is what changes no logit of it at all.
+    assert all(row["file"] == "fp32.onnx" for row in missed)
+    assert sum(row["no_effect"] for row in rows) < 0.05 * sum(row["tried"] for row in rows)
 
 
 def test_the_documented_tables_are_the_measurement(script: ModuleType) -> None:
