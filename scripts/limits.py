@@ -242,6 +242,7 @@ def defects(network: Network, count: int) -> list[dict[str, Any]]:
                 {"network": network.name, "file": file, "defect": title, "tried": len(tried)}
                 | {"caught": sum(bool(hit["by"]) for hit in tried), "by": _by(tried)}
                 | {"no_effect": sum(hit["is_same"] for hit in tried)}
+                | {"least": min((hit["times"] for hit in tried if hit["by"]), default=None)}
                 | {"missed": [hit for hit in tried if not hit["by"] and not hit["is_same"]]}
             )
             print(json.dumps({k: v for k, v in rows[-1].items() if k != "missed"}), flush=True)
@@ -253,12 +254,14 @@ def _caught(
 ) -> dict[str, Any]:
     """Which numbers are over their limits, and how far the edge's own ones are.
 
-    `is_same`: no logit differs from the sound graph's, so that there is nothing to catch (a small
-    change that 16 bits round away).
+    `times`: how many times its limit the number is that exceeds it most (of `r`, what it lacks of
+    1). `is_same`: no logit differs from the sound graph's, so that there is nothing to catch (a
+    small change that 16 bits round away).
     """
     before = len(judge.edges)
     judge.run(network.candidate(file, model), "onnxruntime")
     by = []
+    times = 0.0
     is_same = False
     for edge in judge.edges[before:]:
         kind = "twin: " if ", rounded" in edge.reference else ""
@@ -266,6 +269,7 @@ def _caught(
         if edge.nonfinite:
             by.append(kind + "not finite")
             continue
+        times = max(times, *_shares(edge))
         numbers, limits = edge.numbers, edge.limits
         by += [kind + "error"] * (not numbers.error <= limits.error)
         by += [kind + "rms"] * (not numbers.rms <= limits.rms)
@@ -275,8 +279,19 @@ def _caught(
             network.walk, GraphWalk(model), judged.pool, names=("", file), precision="fp32"
         )
         by += ["block"] * bool(found.over)
+        times = max(times, max(block.own for block in found.blocks) / found.limit)
     numbers = asdict(judge.edges[before].numbers)
-    return {"by": by, "numbers": numbers, "is_same": is_same and not by}
+    return {"by": by, "numbers": numbers, "times": times, "is_same": is_same and not by}
+
+
+def _shares(edge: Comparison) -> tuple[float, float, float]:
+    """Error, root mean square, and what the correlation lacks of 1, each by its limit."""
+    numbers, limits = edge.numbers, edge.limits
+    return (
+        numbers.error / limits.error,
+        numbers.rms / limits.rms,
+        (1 - numbers.correlation) / (1 - limits.correlation),
+    )
 
 
 def _by(tried: list[dict[str, Any]]) -> dict[str, int]:
@@ -411,7 +426,8 @@ def tables(document: dict[str, Any]) -> str:
             for name in _networks(document):
                 for row in document["defects"]:
                     if (row["network"], row["file"], row["defect"]) == (name, file, title):
-                        cells.append(f"{row['caught']} of {row['tried'] - row['no_effect']}")
+                        least = f" ({row['least']:.2g})" if row["least"] else ""
+                        cells.append(f"{row['caught']} of {row['tried'] - row['no_effect']}{least}")
             rows.append(f"| {title} | {file.split('.')[0]} | " + " | ".join(cells) + " |")
     return "\n".join(["", *rows, "", ""])
 
