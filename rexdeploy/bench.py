@@ -304,7 +304,9 @@ def _backend(
                     f"batch: got {batch}, but {subject.network} on {name} takes "
                     f"{file.batch.min} to {file.batch.max}; give --batch {file.batch.opt}"
                 )
-        return open_backend(name, file.data, subject.spec, threads), file.name, file.precision
+        # Competitors take turns: whose turn it is has the cores to itself.
+        backend = open_backend(name, file.data, subject.spec, threads, spin=True)
+        return backend, file.name, file.precision
     module = subject.module
     if module is None:
         return None

@@ -6,12 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rexdeploy import bench as module
 from rexdeploy import gpu
+from rexdeploy.backends import Backend, open_backend
 from rexdeploy.bench import WARMUP_ROUNDS, BenchOptions, Latency, bench
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError
@@ -99,6 +101,40 @@ def test_each_row_is_held_against_the_rates_of_its_own_threads(v1_original: Bund
     macs = cost("rexnet", 1.0).macs - 963 * 1280
     assert one.matrix_ms == pytest.approx(1e3 * 2 * macs / product.rate)
     assert one.roofline_ms > one.matrix_ms
+
+
+def test_onnxruntimes_threads_spin_within_a_timed_run_only(
+    small_v1: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any spinning it is slower than it need be, with all of it the others are."""
+    within, ever = "session.force_spinning_stop", "session.intra_op.allow_spinning"
+    opened: list[dict[str, str]] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Backend:
+        backend = open_backend(*arguments, **options)
+        opened.append(_settings(backend, within, ever))
+        return backend
+
+    monkeypatch.setattr(module, "open_backend", recorded)
+    bench([BundleSubject(small_v1)], BenchOptions(threads=(1, 2), rounds=1))
+    assert opened == [{within: "1", ever: ""}] * 2
+    # A server's network shares its cores with those that decode images.
+    graph = small_v1.manifest.find("onnx")
+    assert graph is not None
+    served = open_backend("onnxruntime", small_v1.read(graph), small_v1.manifest.model, 2)
+    assert _settings(served, within, ever) == {within: "", ever: "0"}
+
+
+def _settings(backend: Any, *names: str) -> dict[str, str]:
+    """What an onnxruntime session was configured with; "" where nothing was said."""
+    options = backend._session.get_session_options()
+    settings = {}
+    for name in names:
+        try:
+            settings[name] = options.get_session_config_entry(name)
+        except RuntimeError:
+            settings[name] = ""
+    return settings
 
 
 def test_peers_take_part_in_the_same_run(v1_original: Bundle) -> None:
