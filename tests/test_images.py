@@ -157,7 +157,7 @@ def test_timms_loader_leaves_a_turned_image_as_it_lies(tmp_path: Path) -> None:
     path = tmp_path / "class" / "turned.png"
     lying = _noise((20, 10))
     lying.save(path, exif=exif)
-    theirs, _ = ImageDataset(str(tmp_path))[0]
+    theirs, _ = ImageDataset(str(tmp_path))[0]  # type: ignore[no-untyped-call]
     np.testing.assert_array_equal(np.asarray(theirs), np.asarray(lying))
     np.testing.assert_array_equal(np.asarray(images.load(path)), np.rot90(np.asarray(lying), -1))
 
