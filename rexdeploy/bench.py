@@ -76,7 +76,9 @@ class Latency:
     threads: int | None  # None on a GPU
     samples_ms: tuple[float, ...] = ()  # one batch each, wall clock
     matrix_ms: float | None = None  # its published arithmetic at the machine's matrix rate
-    roofline_ms: float | None = None  # see rexdeploy.roofline; None where it cannot be counted
+    # See rexdeploy.roofline; None where it cannot be counted. At batch 1 caches beat its bandwidth:
+    # it is too long a time there, and a share of it would flatter.
+    roofline_ms: float | None = None
 
     def percentile_ms(self, percent: float) -> float:
         """From the raw samples, linearly interpolated."""
@@ -302,7 +304,9 @@ def _backend(
                     f"batch: got {batch}, but {subject.network} on {name} takes "
                     f"{file.batch.min} to {file.batch.max}; give --batch {file.batch.opt}"
                 )
-        return open_backend(name, file.data, subject.spec, threads), file.name, file.precision
+        # Competitors take turns: whose turn it is has the cores to itself.
+        backend = open_backend(name, file.data, subject.spec, threads, spin=True)
+        return backend, file.name, file.precision
     module = subject.module
     if module is None:
         return None

@@ -667,9 +667,9 @@ def bench(
     """Time networks side by side on this machine.
 
     All competitors take turns in every round, so that a drifting machine hits them alike. The
-    ratio is to the network's first row at equal batch size and threads. The shares are of what
-    the machine itself could do, timed in the same rounds: its matrix rate alone, and the roofline
-    of matrix rate and memory bandwidth, for the network's published arithmetic.
+    ratio is the time of the network's first row, at equal batch size and threads, by the row's:
+    the median over the rounds, with its 95 % interval from 6 rounds on. The share is of the
+    machine's own matrix rate, timed in the same rounds, for the network's published arithmetic.
 
     \b
     Example:

@@ -44,8 +44,8 @@ class Network:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the bundle in the version's folder with the best backend of this machine."""
         self._utils = import_module("triton_python_backend_utils")  # exists inside Triton only
-        # Threads that spin between two runs take the cores from those that decode the next images:
-        # with a number of threads, none of them spins.
+        # Threads that spin take the cores from those that decode the next images: with a number of
+        # threads, none of them spins (`load_session` has what it costs).
         self._classifier = load(_version_folder(args), threads=_cores())
         self._spec = self._classifier.spec
         for reason in self._classifier.passed_over:

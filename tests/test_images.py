@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from timm.data.dataset import ImageDataset
 from timm.data.transforms_factory import create_transform
 
 from rexdeploy import images
@@ -146,6 +147,19 @@ def test_the_bytes_count_and_not_the_name(tmp_path: Path) -> None:
     _noise((20, 10)).save(tmp_path / "a.bmp")
     (tmp_path / "a.bmp").rename(tmp_path / "a.jpg")
     np.testing.assert_array_equal(images.load(tmp_path / "a.jpg"), _noise((20, 10)))
+
+
+def test_timms_loader_leaves_a_turned_image_as_it_lies(tmp_path: Path) -> None:
+    """What README says of timm: should it turn images one day, README is to say so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "class").mkdir()
+    path = tmp_path / "class" / "turned.png"
+    lying = _noise((20, 10))
+    lying.save(path, exif=exif)
+    theirs, _ = ImageDataset(str(tmp_path))[0]  # type: ignore[no-untyped-call]
+    np.testing.assert_array_equal(np.asarray(theirs), np.asarray(lying))
+    np.testing.assert_array_equal(np.asarray(images.load(path)), np.rot90(np.asarray(lying), -1))
 
 
 def test_a_huge_exif_block_does_no_harm(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(rexdeploy.__path__[0])
 
 # A module imports lower levels only: steps meet through the bundle, not through calls.
 LEVELS = [
-    {"errors", "progress", "gpu", "proof"},
+    {"errors", "progress", "gpu", "proof", "ratios"},
     {"manifest"},
     {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api"},
     {"models", "graph", "console", "blocks", "interface", "image_sets", "rounding"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from rexdeploy import images
@@ -12,7 +14,7 @@ from rexdeploy.backends import open_backend
 from rexdeploy.bundle import Bundle
 from rexdeploy.compare import Signal
 from rexdeploy.errors import RexdeployError, UsageError
-from tests.helpers import run_cli
+from tests.helpers import edit_weights, nodes_of, run_cli
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
@@ -42,6 +44,39 @@ def test_verify_runs_it_where_it_is_asked_for(v1_bundle: Bundle) -> None:
     assert "(onnxruntime)" not in result.out
     reason = "OpenVINO computes in float32 here, which says nothing of a 16-bit graph"
     assert f"skipped fp16.onnx (openvino): {reason}" in result.out
+
+
+def test_a_candidate_for_a_required_openvino_passes_if_sound_and_fails_if_not(
+    small_v1: Bundle, tmp_path: Path
+) -> None:
+    """Issue: the bundle's own file for it was counted as one that did not run, and failed it."""
+    graph = small_v1.manifest.find("onnx", "fp32")
+    assert graph is not None
+    model = onnx.load_from_string(small_v1.read(graph))
+    sound, wrong = tmp_path / "sound.onnx", tmp_path / "wrong.onnx"
+    onnx.save(model, sound)
+    stem = nodes_of(model, "Conv")[0].input[1]
+    onnx.save(edit_weights(model, [stem], lambda values: values[:, ::-1]), wrong)
+    command = ("verify", "small_v1", "--require", "openvino", "--samples", "4", "--candidate")
+    result = run_cli(*command, sound, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "torch -> sound.onnx (openvino)" in result.out
+    failed = run_cli(*command, wrong, cwd=tmp_path)
+    assert failed.code == 3
+    assert "broken edge torch -> wrong.onnx (openvino): " in failed.err
+
+
+def test_a_16_bit_candidate_does_not_satisfy_a_required_openvino(
+    small_v1: Bundle, tmp_path: Path
+) -> None:
+    """OpenVINO says nothing of float16 here, and must not be said to have run."""
+    half = small_v1.manifest.find("onnx", "fp16")
+    assert half is not None
+    (tmp_path / "half.onnx").write_bytes(small_v1.read(half))
+    arguments = ("--candidate", "half.onnx", "--require", "openvino", "--samples", "4")
+    result = run_cli("verify", "small_v1", *arguments, cwd=tmp_path)
+    assert result.code == 3
+    assert "required backend openvino did not run" in result.err
 
 
 def test_hostile_files_and_other_shapes_are_refused(v1_original: Bundle) -> None:

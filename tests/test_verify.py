@@ -25,7 +25,7 @@ from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import UsageError
 from rexdeploy.export import ExportOptions, export
 from rexdeploy.images import Float32, normalise, synthetic
-from rexdeploy.manifest import Precision, to_json
+from rexdeploy.manifest import BatchRange, Precision, to_json
 from rexdeploy.models.rexnet import ReXNetV1_lite
 from rexdeploy.precision import to_fp16
 from rexdeploy.rounding import with_peaks
@@ -564,6 +564,20 @@ def test_two_exchanged_rows_of_64_are_found_and_a_sound_graph_passes(
         assert good.passed, good.failures
         assert 64 in good.batches
         assert not verify(small_lite_original, replace(options, candidate=wrong)).passed
+
+
+def test_every_graph_of_a_bundle_is_run_at_batch_64(small_lite: Bundle) -> None:
+    """The engine's range is what its clients may send; the 16-bit graph's rows count as well."""
+    options = BuildOptions(
+        fp16=True, flavor="rtx", batch=BatchRange(1, 8, 64), targets=("sm89",), force=True
+    )
+    bundle = build(small_lite, options).bundle
+    good = verify(bundle, VerifyOptions(samples=2))
+    assert good.passed, good.failures
+    assert good.batches == (1, 5, 8, 64)
+    bad = verify(_plant(bundle, "fp16", _exchanged_rows), VerifyOptions(samples=2))
+    assert bad.failures
+    assert all("-> fp16.onnx (onnxruntime): " in failure for failure in bad.failures)
 
 
 def _in_the_head(change: Callable[[np.ndarray], np.ndarray]) -> Defect:

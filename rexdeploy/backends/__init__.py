@@ -66,11 +66,14 @@ class DeviceBackend(Backend, Protocol):
         """How to run these images from device memory and wait; `cuda_graph`: as one launch."""
 
 
-def open_backend(name: str, model: bytes, spec: ModelSpec, threads: int | None = None) -> Backend:
+def open_backend(
+    name: str, model: bytes, spec: ModelSpec, threads: int | None = None, spin: bool = False
+) -> Backend:
     """Loads a serialised model: weights for "pytorch", ONNX or an engine for the others.
 
-    `threads` is how many a CPU backend may use; None leaves it to the library. Raises
-    BackendUnavailable where this machine cannot run it, UsageError for an unusable model.
+    `threads` is how many a CPU backend may use; None leaves it to the library. ONNX Runtime's may
+    `spin` within a run where the cores are its own (see `load_session`). Raises BackendUnavailable
+    where this machine cannot run it, UsageError for an unusable model.
     """
     if name == "pytorch":
         from rexdeploy.backends.pytorch import PyTorchBackend, TorchOptions, reference
@@ -84,7 +87,7 @@ def open_backend(name: str, model: bytes, spec: ModelSpec, threads: int | None =
     if name in ONNX_BACKENDS:
         from rexdeploy.backends.onnxrt import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(model, spec, name == "onnxruntime-cuda", threads)
+        return OnnxRuntimeBackend(model, spec, name == "onnxruntime-cuda", threads, spin)
     if name in ENGINE_BACKENDS:
         from rexdeploy.backends.trt import TensorRTBackend
 
