@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rexdeploy import bench as module
 from rexdeploy import gpu
-from rexdeploy.bench import WARMUP_ROUNDS, BenchOptions, Latency, bench
+from rexdeploy.bench import BenchOptions, Latency, bench
 from rexdeploy.bundle import Bundle
-from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.models.zoo import cost
+from rexdeploy.progress import silent
+from rexdeploy.rounds import WARMUP_ROUNDS, Task, time_rounds
 from rexdeploy.subjects import BundleSubject, compared
 from tests.helpers import assert_refused, run_cli
 
@@ -37,12 +38,31 @@ def test_percentiles_are_of_the_raw_samples() -> None:
 def test_competitors_take_turns_after_a_warm_up() -> None:
     """Known tasks in the place of models: their order is the harness's."""
     calls: list[str] = []
-    samples, interrupted = module._time(
-        [lambda: calls.append("a"), lambda: calls.append("b")], 3, lambda message: None
-    )
+    tasks = [Task(lambda: calls.append("a")), Task(lambda: calls.append("b"))]
+    result = time_rounds(tasks, 3, silent)
     assert calls == ["a", "a", "b", "b"] * (WARMUP_ROUNDS + 3)  # an untimed run before each
-    assert [len(taken) for taken in samples] == [3, 3]
-    assert not interrupted
+    assert [len(taken) for taken in result.samples_ms] == [3, 3]
+    assert (result.count, result.faults, result.interrupted) == (3, {}, False)
+
+
+def test_a_task_with_a_clock_of_its_own_is_timed_by_it() -> None:
+    assert time_rounds([Task(lambda: None, lambda: 7.5)], 2, silent).samples_ms == ((7.5, 7.5),)
+
+
+def test_a_task_that_fails_loses_only_its_own_samples() -> None:
+    """In the middle of the rounds, as an error of a GPU that sticks would come."""
+    calls = 0
+
+    def breaks() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2 * (WARMUP_ROUNDS + 1) + 1:
+            raise RexdeployError("illegal address")
+
+    result = time_rounds([Task(lambda: None), Task(breaks), Task(lambda: None)], 4, silent)
+    assert [len(taken) for taken in result.samples_ms] == [4, 0, 4]
+    assert result.faults == {1: "illegal address"}
+    assert calls == 2 * (WARMUP_ROUNDS + 1) + 1  # it is not run again
 
 
 def test_ctrl_c_keeps_the_complete_rounds() -> None:
@@ -54,12 +74,12 @@ def test_ctrl_c_keeps_the_complete_rounds() -> None:
         if calls == 2 * (WARMUP_ROUNDS + 2) + 1:
             raise KeyboardInterrupt
 
-    samples, interrupted = module._time([lambda: None, interrupt], 10, lambda message: None)
-    assert [len(taken) for taken in samples] == [2, 2]
-    assert interrupted
+    result = time_rounds([Task(lambda: None), Task(interrupt)], 10, silent)
+    assert [len(taken) for taken in result.samples_ms] == [2, 2]
+    assert (result.count, result.interrupted) == (2, True)
     calls = 2 * (WARMUP_ROUNDS + 2)
     with pytest.raises(KeyboardInterrupt):  # before the first complete round there is nothing
-        module._time([interrupt], 10, lambda message: None)
+        time_rounds([Task(interrupt)], 10, silent)
 
 
 def test_every_combination_is_timed_and_the_machine_is_named(

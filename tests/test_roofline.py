@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rexdeploy.models.layers import Layer, layers
-from rexdeploy.roofline import COPY_BYTES, MATRIX_FLOPS, Rates, matrix_ms, probes, roofline_ms
+from rexdeploy.roofline import Rates, copy, matrix_ms, product, roofline_ms
 
 RATES = Rates(flops_per_s=100e9, bytes_per_s=10e9)
 
@@ -40,12 +40,14 @@ def test_layers_are_counted_as_they_run() -> None:
     assert not model[0]._forward_hooks  # counting leaves the network as it was
 
 
-def test_the_probes_do_the_work_that_their_rate_is_computed_from() -> None:
-    product, copy = probes(threads=1, cuda=False, half=False)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_probes_do_the_work_that_their_rate_is_computed_from(precision: str) -> None:
+    flops, task = product(1, precision)
     with torch.profiler.profile(with_flops=True) as profile:
-        product()
-    assert sum(event.flops for event in profile.key_averages()) == MATRIX_FLOPS
+        task.run()
+    assert sum(event.flops for event in profile.key_averages()) == flops
+    moved, task = copy(1)
     with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
-        copy()
+        task.run()
     (shape,) = (e.input_shapes[0] for e in profile.events() if e.name == "aten::copy_")
-    assert 2 * 4 * shape[0] == COPY_BYTES
+    assert 2 * 4 * shape[0] == moved
