@@ -38,9 +38,9 @@ class Gpu:
             raise BackendUnavailable("no NVIDIA GPU driver on this machine") from None
         except RexdeployError as error:
             raise BackendUnavailable(f"no usable NVIDIA GPU on this machine ({error})") from None
+        self._context = self._call(driver.cuDevicePrimaryCtxRetain, self._device)
+        self._owned.append((driver.cuDevicePrimaryCtxRelease, self._device))
         try:
-            self._context = self._call(driver.cuDevicePrimaryCtxRetain, self._device)
-            self._owned.append((driver.cuDevicePrimaryCtxRelease, self._device))
             self.activate()
             # 1: CU_STREAM_NON_BLOCKING
             self._stream = self._own(driver.cuStreamDestroy, driver.cuStreamCreate, 1)
