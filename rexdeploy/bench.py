@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from rexdeploy.models.layers import Layer
     from rexdeploy.roofline import Rates
 
-__all__ = ["BenchOptions", "Benchmark", "Latency", "bench", "bench_published_table", "machine"]
+__all__ = [
+    "BACKENDS",
+    "BenchOptions",
+    "Benchmark",
+    "Latency",
+    "bench",
+    "bench_published_table",
+    "machine",
+]
 
 BACKENDS = (*TORCH_BACKENDS, *ONNX_BACKENDS, *ENGINE_BACKENDS)
 _PACKAGES = (

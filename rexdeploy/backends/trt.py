@@ -191,17 +191,17 @@ def _create_context(trt: Any, engine: Any, gpu: Gpu, kernels: Kernels | None, lo
     if kernels is None:
         context = engine.create_execution_context()
     else:
-        config = engine.create_runtime_config()
-        config.dynamic_shapes_kernel_specialization_strategy = {
+        runtime_config = engine.create_runtime_config()
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = {
             "lazy": trt.DynamicShapesKernelSpecializationStrategy.LAZY,
             "eager": trt.DynamicShapesKernelSpecializationStrategy.EAGER,
             "none": trt.DynamicShapesKernelSpecializationStrategy.NONE,
         }[kernels]
         # Engines built with REQUIRE_USER_ALLOCATION ask for it; others may have it, too.
-        config.set_execution_context_allocation_strategy(
+        runtime_config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
-        context = engine.create_execution_context(config)
+        context = engine.create_execution_context(runtime_config)
     if context is None:
         raise RexdeployError(f"the engine cannot be started: {log.first_error()}")
     if kernels is not None:

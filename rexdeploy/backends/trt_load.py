@@ -18,6 +18,19 @@ _OTHER_MACHINE = (
     "incompatible device",
     "platform specific tag mismatch",
 )
+# The members of TensorRT-RTX's EngineInvalidityDiagnostics.
+_ELSEWHERE = {
+    "VERSION_MISMATCH": "another version of TensorRT-RTX built it",
+    "UNSUPPORTED_CC": "it is not for this GPU's compute capability",
+    "OLD_CUDA_DRIVER": "the NVIDIA driver is too old for it",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old for it",
+}
+_REFUSED = {
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory for it",
+    "MALFORMED_ENGINE": "it is damaged or no engine at all",
+    "CUDA_ERROR": "CUDA's driver or runtime is not installed correctly",
+}
+DIAGNOSES = _ELSEWHERE | _REFUSED
 
 
 def check_version(plan: bytes, trt: Any) -> None:
@@ -74,16 +87,9 @@ def validity(plan: bytes) -> str:
 
 def _in_words(trt: Any, diagnostics: int) -> list[tuple[str, bool]]:
     """What each bit of the diagnostics says, and whether another machine could run the engine."""
-    bits = trt.EngineInvalidityDiagnostics
-    known = {
-        bits.VERSION_MISMATCH: ("another version of TensorRT-RTX built it", True),
-        bits.UNSUPPORTED_CC: ("it is not for this GPU's compute capability", True),
-        bits.OLD_CUDA_DRIVER: ("the NVIDIA driver is too old for it", True),
-        bits.OLD_CUDA_RUNTIME: ("the CUDA runtime is too old for it", True),
-        bits.INSUFFICIENT_GPU_MEMORY: ("the GPU has too little memory for it", False),
-        bits.MALFORMED_ENGINE: ("it is damaged or no engine at all", False),
-        bits.CUDA_ERROR: ("CUDA's driver or runtime is not installed correctly", False),
-    }
-    named = [text for bit, text in known.items() if diagnostics & int(bit.value)]
-    rest = diagnostics & ~sum(int(bit.value) for bit in known)
-    return [*named, *([(f"diagnostics {rest:#x}", False)] if rest else [])]
+    said = []
+    for name, bit in trt.EngineInvalidityDiagnostics.__members__.items():
+        if diagnostics & int(bit.value):
+            diagnostics &= ~int(bit.value)
+            said.append((DIAGNOSES.get(name, name), name in _ELSEWHERE))
+    return [*said, *([(f"diagnostics {diagnostics:#x}", False)] if diagnostics else [])]
