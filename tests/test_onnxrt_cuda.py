@@ -6,6 +6,7 @@ Python, which falls back, is the real one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ class Behaviour:
     fails_to_load: Exception | None = None
     fails_to_run: Exception | None = None  # after the first time
     captured_run_fails: bool = False
-    prints: bool = False
+    preloaded: str | None = None  # what NVIDIA_TF32_OVERRIDE was when libraries were loaded
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Behaviour:
             super().run_with_iobinding(binding)
 
     def preload() -> None:
-        if behaviour.prints:
-            print("Failed to load libcudnn.so.9")
+        behaviour.preloaded = os.environ.get("NVIDIA_TF32_OVERRIDE")
+        print("Failed to load libcudnn.so.9")
 
     class OrtValue:
         @staticmethod
@@ -153,11 +154,15 @@ def test_a_session_that_cannot_be_made_on_the_gpu_is_not_made_on_the_cpu(
     assert capsys.readouterr().out == ""
 
 
-def test_libraries_that_are_looked_for_print_nothing(
-    cuda: Behaviour, small_v1_original: Bundle, capsys: pytest.CaptureFixture[str]
+def test_libraries_are_looked_for_without_a_word_and_without_tf32(
+    cuda: Behaviour,
+    small_v1_original: Bundle,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cuda.prints = True
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     load_session(_graph(small_v1_original), cuda=True)
+    assert cuda.preloaded == "0"
     assert capsys.readouterr().out == ""
 
 

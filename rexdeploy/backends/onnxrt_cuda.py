@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections import Counter
 from typing import Any
 
@@ -79,6 +80,8 @@ def _preload(ort: Any) -> None:
 
     It prints what it does not find, and the session says it again: stdout may be a JSON file.
     """
+    # cuDNN's graphs took TF32 whatever 'use_tf32' said (onnxruntime pull request 19470).
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     if hasattr(ort, "preload_dlls"):  # since 1.21
         with contextlib.redirect_stdout(io.StringIO()):
             ort.preload_dlls()
