@@ -2,8 +2,8 @@
 
     RexdeployError (2)
     ├── UsageError (2)           what the user gave cannot be used: got, expected, what to do
-    ├── BackendUnavailable (2)   a library, driver or GPU is missing, or not the one that the file is
-    │                            for; the caller may skip. What is refused although nothing is
+    ├── BackendUnavailable (2)   a library, driver or GPU is missing, or another than the file
+    │                            is for; the caller may skip. What is refused although nothing is
     │                            missing is a RexdeployError, which `verify` counts as a failure
     └── VerificationFailed (3)   it ran, and the logits or the precision are not what they must be
 

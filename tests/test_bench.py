@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rexdeploy import gpu
-from rexdeploy.bench import BenchOptions, Latency, bench
+from rexdeploy.bench import BenchOptions, Latency, bench, bench_published_table
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.models.zoo import cost
@@ -176,6 +176,20 @@ def test_unusable_options_are_refused(
 def test_nothing_to_time_is_an_error_with_the_reason(v1_original: Bundle) -> None:
     with pytest.raises(BackendUnavailable, match="nothing to time: v1 .16. has no file for tens"):
         bench([BundleSubject(v1_original)], replace(QUICK, backends=("tensorrt",)))
+
+
+def test_a_table_keeps_the_cpus_rows_where_no_gpu_is(
+    v1_original: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu.detect() is not None:
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr("rexdeploy.bench.published_table", lambda: [BundleSubject(v1_original)])
+    options = replace(QUICK, backends=("pytorch-cuda", "onnxruntime"))
+    result = bench_published_table(options)
+    assert [(row.backend, row.batch) for row in result.latencies] == [("onnxruntime", 1)]
+    assert "PyTorch finds no NVIDIA GPU" in result.skipped[0]
+    with pytest.raises(BackendUnavailable, match="PyTorch finds no NVIDIA GPU"):
+        bench_published_table(replace(options, backends=("pytorch-cuda",)))
 
 
 @pytest.mark.slow
