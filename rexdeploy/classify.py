@@ -206,11 +206,11 @@ def load(
             continue
         try:
             model = open_backend(name, bundle.read(artifact), bundle.manifest.model, threads)
-        except BackendUnavailable as error:
-            passed_over.append(f"{artifact.file} on {name}: {error}")
-            continue
         except UsageError as error:
             raise UsageError(f"{bundle.path / artifact.file}: {error}") from None
+        except RexdeployError as error:  # missing here, or refused here
+            passed_over.append(f"{artifact.file} on {name}: {error}")
+            continue
         return Classifier(bundle, labels, model, artifact, tuple(passed_over))
     raise BackendUnavailable(f"nothing in the bundle can run here: {'; '.join(passed_over)}")
 

@@ -680,6 +680,7 @@ def bench(
     from rexdeploy.bench import BenchOptions, bench_published_table
     from rexdeploy.bench import bench as run
     from rexdeploy.bundle import Bundle
+    from rexdeploy.errors import VerificationFailed
     from rexdeploy.subjects import compared
 
     if table not in (None, "paper"):
@@ -722,6 +723,8 @@ def bench(
             show_published_table(result, paper_rows())
         else:
             show_benchmark(result)
+    if result.failures:
+        raise VerificationFailed("; ".join(result.failures))
     if result.interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 

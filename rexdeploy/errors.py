@@ -2,7 +2,9 @@
 
     RexdeployError (2)
     ├── UsageError (2)           what the user gave cannot be used: got, expected, what to do
-    ├── BackendUnavailable (2)   a library, driver or GPU is missing; the caller may skip
+    ├── BackendUnavailable (2)   a library, driver or GPU is missing, or another than the file
+    │                            is for; the caller may skip. What is refused although nothing is
+    │                            missing is a RexdeployError, which `verify` counts as a failure
     └── VerificationFailed (3)   it ran, and the logits or the precision are not what they must be
 
 Anything else that escapes is our bug: a traceback and exit code 1.

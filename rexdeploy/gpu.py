@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ class Gpu:
     name: str
     compute_capability: str  # such as "8.9"
     driver: str  # its version, or the CUDA version that it supports
+    uuid: str | None = None  # as nvidia-smi names it; None where only nvidia-smi was asked
 
     @property
     def target(self) -> str:
@@ -41,9 +43,13 @@ def has_device() -> bool:
     return any(device.exists() for device in _DEVICES)
 
 
-def clocks() -> str | None:
-    """The first GPU's clocks now and at most, and its power state, as nvidia-smi prints them."""
-    return _ask_nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem,pstate,temperature.gpu")
+def clocks(found: Gpu) -> str | None:
+    """The GPU's clocks now and at most, and its power state, as nvidia-smi prints them.
+
+    By its UUID: nvidia-smi counts all GPUs by their place on the bus, CUDA those that
+    CUDA_VISIBLE_DEVICES leaves, the fastest first.
+    """
+    return _ask_nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem,pstate,temperature.gpu", found.uuid)
 
 
 def _from_driver() -> Gpu | None:
@@ -67,13 +73,19 @@ def _from_driver() -> Gpu | None:
                 attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             )
         )
+        identity = ask(driver.cuDeviceGetUuid, device)
         version = ask(driver.cuDriverGetVersion)
     except (RuntimeError, OSError):  # no driver library, no device
         return None
     assert isinstance(name, bytes)
     assert isinstance(version, int)
     text = name.split(b"\0")[0].decode(errors="replace")
-    return Gpu(text, f"{major}.{minor}", f"CUDA {version // 1000}.{version % 1000 // 10}")
+    return Gpu(
+        text,
+        f"{major}.{minor}",
+        f"CUDA {version // 1000}.{version % 1000 // 10}",
+        f"GPU-{uuid.UUID(bytes=bytes(identity.bytes))}",  # type: ignore[attr-defined]
+    )
 
 
 def _from_nvidia_smi() -> Gpu | None:
@@ -86,14 +98,19 @@ def _from_nvidia_smi() -> Gpu | None:
     return Gpu(name, capability, driver)
 
 
-def _ask_nvidia_smi(fields: str) -> str | None:
-    """One line of values for the first GPU; None where the tool is missing or fails."""
+def _ask_nvidia_smi(fields: str, identity: str | None = None) -> str | None:
+    """A line of values for that GPU, or the first; None where the tool is missing or fails."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
     try:
         answer = subprocess.run(
-            [command, f"--query-gpu={fields}", "--format=csv,noheader"],
+            [
+                command,
+                f"--query-gpu={fields}",
+                "--format=csv,noheader",
+                *([f"--id={identity}"] if identity else []),
+            ],
             capture_output=True,
             text=True,
             timeout=20,

@@ -8,7 +8,12 @@ from pathlib import Path
 from rexdeploy import gpu, tensorrt_api
 from rexdeploy.backends import has_onnxruntime_cuda
 from rexdeploy.bundle import Bundle, is_bundle, sha256
-from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
+from rexdeploy.errors import (
+    BackendUnavailable,
+    RexdeployError,
+    UsageError,
+    VerificationFailed,
+)
 from rexdeploy.manifest import TYPE_NAMES, Artifact
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
@@ -42,7 +47,7 @@ class Runner:
 
     backend: str
     ready: bool
-    reason: str  # why not
+    reason: str  # why not, or what its library says of it
     conflict: bool = False  # it never will as things are: build again, or change the version
 
 
@@ -140,7 +145,7 @@ def _engine(path: Path, data: bytes, place: Place | None) -> Inspection:
         place=place,
         proof=proof,
         proof_of=proof_of,
-        runners=(_engine_runner(header, place),),
+        runners=(_engine_runner(data, header, place),),
     )
 
 
@@ -187,12 +192,12 @@ def _graph_runners(model: bytes, report: Report) -> list[Runner]:
         try:
             load_session(model, cuda=name == "onnxruntime-cuda")
             runners.append(Runner(name, True, ""))
-        except (BackendUnavailable, UsageError) as error:
+        except RexdeployError as error:
             runners.append(Runner(name, False, str(error)))
     return runners
 
 
-def _engine_runner(header: PlanHeader, place: Place | None) -> Runner:
+def _engine_runner(plan: bytes, header: PlanHeader, place: Place | None) -> Runner:
     """Whether the version, the GPU and the bindings that the engine needs are here."""
     title = tensorrt_api.TITLES[header.flavor]
     name = "tensorrt-rtx" if header.flavor == "rtx" else "tensorrt"
@@ -214,4 +219,11 @@ def _engine_runner(header: PlanHeader, place: Place | None) -> Runner:
     if targets and found.target not in targets:
         reason = f"built for {', '.join(targets)}, and this machine has {found.target}; {again}"
         return Runner(name, False, reason)
+    if header.flavor == "rtx":
+        from rexdeploy.backends.trt_load import validity
+
+        try:
+            return Runner(name, True, f"; TensorRT-RTX calls it {validity(plan)}")
+        except RexdeployError as error:
+            return Runner(name, False, str(error))
     return Runner(name, True, "")

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from onnx import ModelProto, TensorProto
 
-from rexdeploy.backends import ENGINE_BACKENDS, open_backend
+from rexdeploy.backends import ENGINE_BACKENDS, Kernels, open_backend
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.blocks import check_literal, literal
 from rexdeploy.compare import Array, Compared, Comparison, Limits, Signal, comparable, compare
@@ -152,24 +152,33 @@ class Judge:
         self._roundings: dict[str, _Rounding | None] = {}
 
     def run(self, candidate: Candidate, name: str) -> None:
-        """Compares a candidate's logits with its parent's and with the reference's."""
-        label = f"{candidate.file} ({name})"
+        """Compares a candidate's logits with its parent's and with the reference's.
+
+        TensorRT-RTX serves with two sets of kernels (`Kernels`), so both are judged.
+        """
+        has_run = self._run(candidate, name, f"{candidate.file} ({name})", "eager")
+        if has_run and name == "tensorrt-rtx":
+            label = f"{candidate.file} ({name}, fallback kernels)"
+            self._run(candidate, name, label, "none")
+
+    def _run(self, candidate: Candidate, name: str, label: str, kernels: Kernels) -> bool:
+        """Whether the candidate ran; what came of it is kept."""
         if name == "openvino" and candidate.narrow:
             reason = "OpenVINO computes in float32 here, which says nothing of a 16-bit graph"
             self.skipped.append(Skipped(candidate.parent, label, name, reason, by_choice=True))
-            return
+            return False
         if candidate.narrow == "bf16" and name == "onnxruntime":
             label = f"{candidate.file} ({name}, bfloat16 emulated)"
         try:
-            rows = self._rows(candidate, name)
+            rows = self._rows(candidate, name, kernels)
         except BackendUnavailable as error:
             self.skipped.append(Skipped(candidate.parent, label, name, str(error)))
-            return
+            return False
         except UsageError as error:
             raise UsageError(f"{candidate.file}: {error}") from None
         except RexdeployError as error:
             self.broken.append(Skipped(candidate.parent, label, name, str(error)))
-            return
+            return False
         rounding = self._rounding(candidate) if candidate.narrow else None
         exact = name == "onnxruntime" and rounding is not None and rounding.logits is not None
         limits = self._limits(candidate, rounding, GRAPH_MARGIN if exact else ENGINE_MARGIN)
@@ -188,6 +197,7 @@ class Judge:
         if parent != self._reference_name and not refusal:
             self.totals.append(self._compare(self._reference_name, label, rows, limits))
         self._logits.setdefault(candidate.file, rows.by_image())
+        return True
 
     def failures(self) -> list[str]:
         """Why the files that ran do not pass."""
@@ -212,7 +222,7 @@ class Judge:
             )
         return failures
 
-    def _rows(self, candidate: Candidate, name: str) -> Rows:
+    def _rows(self, candidate: Candidate, name: str, kernels: Kernels) -> Rows:
         model = candidate.model
         if name == "onnxruntime" and candidate.narrow == "bf16":
             # It has no bfloat16 arithmetic on a CPU (1.32), only casts.
@@ -220,7 +230,7 @@ class Judge:
         elif name == "onnxruntime" and candidate.narrow:
             check_literal()
             model = literal(candidate.graph).SerializeToString()
-        backend = open_backend(name, model, candidate.spec)
+        backend = open_backend(name, model, candidate.spec, kernels=kernels)
         try:
             wanted = self._sizes(candidate)
             rows = run_batches(backend, self._inputs[candidate.spec.input], wanted, self._most)

@@ -7,23 +7,25 @@ the machine's measured matrix rate or its weights, inputs and outputs at the mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from rexdeploy.errors import RexdeployError, first_line
 from rexdeploy.models.layers import Layer
-
-if TYPE_CHECKING:
-    import torch
+from rexdeploy.rounds import Task
 
 MATRIX_SIZE = 1024
-MATRIX_FLOPS = 2 * MATRIX_SIZE**3
+GPU_MATRIX_SIZE = 8192
+"""A GPU's full rate needs a product of many of its blocks; 1024 is some tens of microseconds."""
 COPY_BYTES = 2 * 64 * 2**20  # 64 MiB read and as much written: beyond most last-level caches
+GPU_COPY_BYTES = 2 * 512 * 2**20  # beyond an H100's 50 MiB of L2, and long against a launch
+VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine itself does in float32 (on a GPU in the networks' precision)."""
+    """What the machine itself does in one precision."""
 
     flops_per_s: float  # of a large matrix product; a multiply-accumulate is two operations
     bytes_per_s: float  # of a large copy, read and written bytes together
@@ -48,28 +50,68 @@ def roofline_ms(layers: Sequence[Layer], batch: int, rates: Rates, value_bytes: 
     return 1e3 * seconds
 
 
-def probes(
-    threads: int | None, cuda: bool, half: bool
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Tasks of MATRIX_FLOPS operations, and of COPY_BYTES bytes, on a CPU's threads or the GPU."""
+def product(threads: int | None, precision: str) -> tuple[float, Task]:
+    """The operations of a large matrix product, and how to do it on a CPU's threads or the GPU.
+
+    Raises RexdeployError where PyTorch cannot use the GPU.
+    """
     import torch
 
-    device = "cuda" if cuda else "cpu"
-    kind = torch.float16 if half else torch.float32
-    left, right, product = (
-        torch.randn(MATRIX_SIZE, MATRIX_SIZE).to(device, kind) for _ in range(3)
-    )
-    source = torch.zeros(COPY_BYTES // 8, device=device)
-    target = torch.empty_like(source)
+    size = GPU_MATRIX_SIZE if threads is None else MATRIX_SIZE
+    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    with _on(threads) as device:
+        left, right, result = (torch.randn(size, size, dtype=kind, device=device) for _ in range(3))
+    return 2 * size**3, _task(threads, lambda: torch.mm(left, right, out=result))
 
-    def timed(work: Callable[[], torch.Tensor]) -> Callable[[], object]:
-        def run() -> None:
-            if threads is not None:
-                torch.set_num_threads(threads)
+
+def copy(threads: int | None) -> tuple[float, Task]:
+    """The bytes that a large copy reads and writes, and how to do it; raises like `product`."""
+    import torch
+
+    work = GPU_COPY_BYTES if threads is None else COPY_BYTES
+    with _on(threads) as device:
+        source = torch.zeros(work // 8, device=device)
+        target = torch.empty_like(source)
+    return work, _task(threads, lambda: target.copy_(source))
+
+
+@contextmanager
+def _on(threads: int | None) -> Iterator[str]:
+    """The device, ready for use; RexdeployError for what PyTorch says of a GPU."""
+    import torch
+
+    from rexdeploy.backends.pytorch import use_cuda
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+        yield "cpu"
+        return
+    use_cuda(torch)
+    try:
+        yield "cuda"
+    except (RuntimeError, AssertionError) as error:
+        raise RexdeployError(f"PyTorch failed on the GPU ({first_line(error)})") from None
+
+
+def _task(threads: int | None, work: Callable[[], object]) -> Task:
+    import torch
+
+    if threads is not None:
+
+        def on_cpu() -> None:
+            with _on(threads):
+                work()
+
+        return Task(on_cpu)
+    with _on(None):
+        # Its own events: what a launch and a wait cost on the host is not the GPU's rate.
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def on_gpu() -> None:
+        with _on(None):
+            first.record()
             work()
-            if cuda:
-                torch.cuda.synchronize()
+            last.record()
+            last.synchronize()
 
-        return run
-
-    return timed(lambda: torch.mm(left, right, out=product)), timed(lambda: target.copy_(source))
+    return Task(on_gpu, lambda: float(first.elapsed_time(last)))

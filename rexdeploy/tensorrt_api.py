@@ -20,7 +20,7 @@ from rexdeploy.proof import FLOATING, TYPES
 
 Flavor = Literal["tensorrt", "rtx"]
 
-BUILD_REVISION = "2"
+BUILD_REVISION = "3"
 """Of the builder's configuration: raise it with every change of what `build` asks for."""
 FLAVORS: tuple[Flavor, ...] = ("tensorrt", "rtx")
 TITLES: dict[Flavor, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
@@ -272,6 +272,9 @@ def _configure(trt: Any, builder: Any, network: Any, settings: EngineSettings) -
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if settings.flavor == "rtx":
+        # Only what allocates nothing while it runs can be captured as a CUDA graph (since 1.2).
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
     if settings.targets:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import numpy as np
@@ -41,6 +42,9 @@ from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
 from rexdeploy.tensorrt_api import RTX_MAGIC
 from rexdeploy.walk import GraphWalk, TorchWalk, Walk
+
+if TYPE_CHECKING:
+    from rexdeploy.backends.trt import TensorRTBackend
 
 Float32 = npt.NDArray[np.float32]
 
@@ -412,7 +416,7 @@ def _foreign(path: Path, spec: ModelSpec, options: VerifyOptions, reference_name
             data,
             "engine",
             options.precision,
-            None,
+            _profile(data, backend, spec),
             reference_name,
             (backend,),
             spec,
@@ -445,6 +449,21 @@ def _foreign(path: Path, spec: ModelSpec, options: VerifyOptions, reference_name
         is_ours=False,
     )
     return _by_its_types(candidate, None, options.precision)
+
+
+def _profile(plan: bytes, backend: str, spec: ModelSpec) -> BatchRange | None:
+    """The batch sizes that an engine itself takes; None where it cannot be loaded.
+
+    The judge, which runs it next, says why it cannot be.
+    """
+    try:
+        engine = open_backend(backend, plan, spec)
+    except RexdeployError:
+        return None
+    try:
+        return cast("TensorRTBackend", engine).batch
+    finally:
+        engine.close()
 
 
 def _backends_of(artifact: Artifact, options: VerifyOptions) -> tuple[str, ...]:

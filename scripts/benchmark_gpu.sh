@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Writes artifacts/benchmarks/gpu-*.json on a machine with an NVIDIA GPU: whether its engines load
-# and agree, then FP16 latencies of aligned and plain networks at batch 1 and 64. Expects an
-# environment with the extras gpu and rtx or tensorrt (README), as $VENV or on the path.
+# Writes artifacts/benchmarks/gpu-*.json on a machine with an NVIDIA GPU: what TensorRT-RTX says of
+# each engine, whether all files agree, then FP16 latencies of aligned and plain networks at batch 1
+# and 64. Expects an environment with the extras gpu and rtx or tensorrt (README), as $VENV or on
+# the path. It stops at the first file that is wrong (exit code 3), before anything is timed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="${VENV:+$VENV/bin:}$PATH"
-out=$root/artifacts/benchmarks
+out=${OUT:-$root/artifacts/benchmarks}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -13,10 +14,15 @@ networks=()
 for width in 1.0 1.5; do
     for align in auto off; do
         network=$work/rexnet_$width-$align
-        rexdeploy export --width "$width" --align "$align" --name "${network##*/}" --out "$work" -q
+        name=${network##*/}
+        rexdeploy export --width "$width" --align "$align" --name "$name" --out "$work" --quiet
         rexdeploy build-trt "$network" --fp16 --batch 1:64:64 --quiet
-        # An engine that does not run here is 'skipped' in the file, with TensorRT's own reason.
-        rexdeploy verify "$network" --quiet --json "$out/gpu-verify-${network##*/}.json" || true
+        for engine in "$network"/*.engine; do
+            # For TensorRT-RTX: what get_engine_validity says of it on this GPU.
+            rexdeploy inspect "$engine" --quiet --json "$out/gpu-inspect-$name.json"
+        done
+        # An engine that is for another machine is 'skipped' in the file, with the reason.
+        rexdeploy verify "$network" --quiet --json "$out/gpu-verify-$name.json"
         networks+=("$network")
     done
 done

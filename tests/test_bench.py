@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rexdeploy import bench as module
 from rexdeploy import gpu
 from rexdeploy.backends import Backend, open_backend
-from rexdeploy.bench import WARMUP_ROUNDS, BenchOptions, Latency, bench
+from rexdeploy.bench import BenchOptions, Latency, bench, bench_published_table
 from rexdeploy.bundle import Bundle
-from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.models.zoo import cost
+from rexdeploy.progress import silent
 from rexdeploy.ratios import paired_ratio
+from rexdeploy.rounds import WARMUP_ROUNDS, Task, time_rounds
 from rexdeploy.subjects import BundleSubject, compared
 from tests.helpers import assert_refused, run_cli
 
@@ -40,12 +41,31 @@ def test_percentiles_are_of_the_raw_samples() -> None:
 def test_competitors_take_turns_after_a_warm_up() -> None:
     """Known tasks in the place of models: their order is the harness's."""
     calls: list[str] = []
-    samples, interrupted = module._time(
-        [lambda: calls.append("a"), lambda: calls.append("b")], 3, lambda message: None
-    )
+    tasks = [Task(lambda: calls.append("a")), Task(lambda: calls.append("b"))]
+    result = time_rounds(tasks, 3, silent)
     assert calls == ["a", "a", "b", "b"] * (WARMUP_ROUNDS + 3)  # an untimed run before each
-    assert [len(taken) for taken in samples] == [3, 3]
-    assert not interrupted
+    assert [len(taken) for taken in result.samples_ms] == [3, 3]
+    assert (result.count, result.faults, result.interrupted) == (3, {}, False)
+
+
+def test_a_task_with_a_clock_of_its_own_is_timed_by_it() -> None:
+    assert time_rounds([Task(lambda: None, lambda: 7.5)], 2, silent).samples_ms == ((7.5, 7.5),)
+
+
+def test_a_task_that_fails_loses_only_its_own_samples() -> None:
+    """In the middle of the rounds, as an error of a GPU that sticks would come."""
+    calls = 0
+
+    def breaks() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2 * (WARMUP_ROUNDS + 1) + 1:
+            raise RexdeployError("illegal address")
+
+    result = time_rounds([Task(lambda: None), Task(breaks), Task(lambda: None)], 4, silent)
+    assert [len(taken) for taken in result.samples_ms] == [4, 0, 4]
+    assert result.faults == {1: "illegal address"}
+    assert calls == 2 * (WARMUP_ROUNDS + 1) + 1  # it is not run again
 
 
 def test_ctrl_c_keeps_the_complete_rounds() -> None:
@@ -57,12 +77,12 @@ def test_ctrl_c_keeps_the_complete_rounds() -> None:
         if calls == 2 * (WARMUP_ROUNDS + 2) + 1:
             raise KeyboardInterrupt
 
-    samples, interrupted = module._time([lambda: None, interrupt], 10, lambda message: None)
-    assert [len(taken) for taken in samples] == [2, 2]
-    assert interrupted
+    result = time_rounds([Task(lambda: None), Task(interrupt)], 10, silent)
+    assert [len(taken) for taken in result.samples_ms] == [2, 2]
+    assert (result.count, result.interrupted) == (2, True)
     calls = 2 * (WARMUP_ROUNDS + 2)
     with pytest.raises(KeyboardInterrupt):  # before the first complete round there is nothing
-        module._time([interrupt], 10, lambda message: None)
+        time_rounds([Task(interrupt)], 10, silent)
 
 
 def test_every_combination_is_timed_and_the_machine_is_named(
@@ -115,7 +135,7 @@ def test_onnxruntimes_threads_spin_within_a_timed_run_only(
         opened.append(_settings(backend, within, ever))
         return backend
 
-    monkeypatch.setattr(module, "open_backend", recorded)
+    monkeypatch.setattr("rexdeploy.competitors.open_backend", recorded)
     bench([BundleSubject(small_v1)], BenchOptions(threads=(1, 2), rounds=1))
     assert opened == [{within: "1", ever: ""}] * 2
     # A server's network shares its cores with those that decode images.
@@ -214,6 +234,20 @@ def test_the_table_has_ratios_to_the_first_row_with_intervals(
         )
         assert str(paired_ratio(first, row["samples_ms"])) in line
         assert ("1.00 (1.00-1.00)" in line) == (row["backend"] == "onnxruntime")
+
+
+def test_a_table_keeps_the_cpus_rows_where_no_gpu_is(
+    v1_original: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu.detect() is not None:
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr("rexdeploy.bench.published_table", lambda: [BundleSubject(v1_original)])
+    options = replace(QUICK, backends=("pytorch-cuda", "onnxruntime"))
+    result = bench_published_table(options)
+    assert [(row.backend, row.batch) for row in result.latencies] == [("onnxruntime", 1)]
+    assert "PyTorch finds no NVIDIA GPU" in result.skipped[0]
+    with pytest.raises(BackendUnavailable, match="PyTorch finds no NVIDIA GPU"):
+        bench_published_table(replace(options, backends=("pytorch-cuda",)))
 
 
 @pytest.mark.slow

@@ -15,12 +15,14 @@ PACKAGE = Path(rexdeploy.__path__[0])
 # A module imports lower levels only: steps meet through the bundle, not through calls.
 LEVELS = [
     {"errors", "progress", "gpu", "proof", "ratios"},
-    {"manifest"},
+    {"manifest", "rounds"},
     {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api"},
     {"models", "graph", "console", "blocks", "interface", "image_sets", "rounding"},
     {"backends"},
     {"parity", "peers", "roofline", "walk", "forms"},
+    {"answers", "probes"},
     {"subjects", "localize", "ranges", "judge"},
+    {"competitors"},
     {"export", "build", "verify", "bench", "classify", "doctor", "inspection", "tune"},
     {"predictions"},
     {"results"},

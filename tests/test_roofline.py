@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from rexdeploy import probes
 from rexdeploy.models.layers import Layer, layers
-from rexdeploy.roofline import COPY_BYTES, MATRIX_FLOPS, Rates, matrix_ms, probes, roofline_ms
+from rexdeploy.roofline import VALUE_BYTES, Rates, copy, matrix_ms, product, roofline_ms
 
 RATES = Rates(flops_per_s=100e9, bytes_per_s=10e9)
 
@@ -40,12 +43,61 @@ def test_layers_are_counted_as_they_run() -> None:
     assert not model[0]._forward_hooks  # counting leaves the network as it was
 
 
-def test_the_probes_do_the_work_that_their_rate_is_computed_from() -> None:
-    product, copy = probes(threads=1, cuda=False, half=False)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_probes_do_the_work_that_their_rate_is_computed_from(precision: str) -> None:
+    flops, task = product(1, precision)
     with torch.profiler.profile(with_flops=True) as profile:
-        product()
-    assert sum(event.flops for event in profile.key_averages()) == MATRIX_FLOPS
+        task.run()
+    assert sum(event.flops for event in profile.key_averages()) == flops
+    moved, task = copy(1)
     with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
-        copy()
+        task.run()
     (shape,) = (e.input_shapes[0] for e in profile.events() if e.name == "aten::copy_")
-    assert 2 * 4 * shape[0] == COPY_BYTES
+    assert 2 * 4 * shape[0] == moved
+
+
+def test_every_precision_has_a_rate_of_its_own() -> None:
+    made = probes.make({(1, "fp32"), (1, "fp16")}, [])
+    assert [(probe.what, probe.threads, probe.precision) for probe, _ in made] == [
+        ("matrix product", 1, "fp16"),
+        ("matrix product", 1, "fp32"),
+        ("copy", 1, None),
+    ]
+    timed = [replace(probe, samples_ms=(2.0**n,)) for n, (probe, _) in enumerate(made)]
+    rates = probes.rates(timed)
+    assert rates[1, "fp16"].flops_per_s == 2 * rates[1, "fp32"].flops_per_s
+    assert rates[1, "fp16"].bytes_per_s == rates[1, "fp32"].bytes_per_s
+    assert probes.rates(timed[:2]) == {}  # the copy failed
+
+
+@pytest.mark.parametrize(
+    ("threads", "precision", "kind", "size"),
+    [
+        (None, "fp32", "fp32", 4),
+        (None, "fp16", "fp16", 2),
+        (None, "bf16", "bf16", 2),
+        (None, "mixed", "fp16", 2),
+        (1, "fp16", "fp16", 2),
+        (1, "bf16", "fp32", 4),
+        (1, "mixed", "fp32", 4),
+    ],
+)
+def test_limits_are_of_the_type_that_is_computed_in(
+    threads: int | None, precision: str, kind: str, size: int
+) -> None:
+    assert probes.computes_in(threads, precision) == kind
+    assert VALUE_BYTES[kind] == size
+
+
+def test_a_gpu_that_pytorch_cannot_use_has_no_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    skipped: list[str] = []
+    assert probes.make({(None, "fp16")}, skipped) == []
+    assert skipped == [
+        "the roofline on the GPU: PyTorch finds no NVIDIA GPU, or this is its CPU build"
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = probes.make({(None, "bf16"), (1, "fp32")}, skipped)
+    assert {probe.threads for probe, _ in made} == {1}
+    assert skipped[1].startswith("the roofline on the GPU: PyTorch failed on the GPU (")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from rexdeploy import tensorrt_api
+from rexdeploy.backends.trt_load import DIAGNOSES
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.manifest import BatchRange, Precision
@@ -230,6 +233,27 @@ def test_every_unsupported_operator_is_named() -> None:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     with pytest.raises(RexdeployError, match=r"node Unknown1 first.*node Unknown2 second"):
         tensorrt_api.build(model.SerializeToString(), SETTINGS)
+
+
+def test_every_diagnosis_of_rtx_has_words() -> None:
+    assert set(DIAGNOSES) == set(trt.EngineInvalidityDiagnostics.__members__)
+
+
+def test_an_rtx_engine_is_built_so_that_it_can_be_captured(
+    v1_original: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real builder's own configuration is asked when it builds, which is all it shows."""
+    asked: list[bool] = []
+    real = trt.Builder.build_serialized_network
+
+    def build(builder: Any, network: Any, config: Any) -> Any:
+        flags = trt.BuilderFlag.REQUIRE_USER_ALLOCATION, trt.BuilderFlag.TF32
+        asked.extend(config.get_flag(flag) for flag in flags)
+        return real(builder, network, config)
+
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", build)
+    assert tensorrt_api.build(_graph(v1_original, "fp16"), SETTINGS).layers
+    assert asked == [True, False]
 
 
 def test_every_target_name_is_one_that_rtx_knows() -> None:

@@ -33,12 +33,17 @@ TOO_OLD = "tensorrt_cu12_bindings==10.12.0.36"
 RTX = "tensorrt_rtx"
 
 PACKAGE = Path(rexdeploy.__file__).parent
-ADAPTER = (PACKAGE / "tensorrt_api.py", PACKAGE / "backends" / "trt.py")
+ADAPTER = (
+    PACKAGE / "tensorrt_api.py",
+    PACKAGE / "backends" / "trt.py",
+    PACKAGE / "backends" / "trt_load.py",
+)
 
 # The TensorRT class of what the adapter calls by this name, or by this name on self ("_engine").
 CLASSES = {
     "builder": "Builder",
     "config": "IBuilderConfig",
+    "runtime_config": "IRuntimeConfig",
     "context": "IExecutionContext",
     "engine": "ICudaEngine",
     "error": "ParserError",
@@ -52,8 +57,13 @@ CLASSES = {
 # Used on RTX's path only: full TensorRT has none of it.
 RTX_ONLY = {
     "ComputeCapability",
+    "DynamicShapesKernelSpecializationStrategy",
+    "EngineInvalidityDiagnostics",
     "EngineValidity",
+    "REQUIRE_USER_ALLOCATION",
+    "dynamic_shapes_kernel_specialization_strategy",
     "get_engine_validity",
+    "is_stream_capturable",
     "num_compute_capabilities",
     "set_compute_capability",
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from rexdeploy.compare import softmax
 from rexdeploy.errors import UsageError
 from rexdeploy.images import Images, normalise
 from rexdeploy.manifest import Artifact, Manifest, ModelSpec
+from rexdeploy.tensorrt_api import Flavor
 
 Float32 = npt.NDArray[np.float32]
 
@@ -20,6 +22,14 @@ ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
 TORCH_BACKENDS = ("pytorch", "pytorch-compile", "pytorch-cuda", "pytorch-cuda-compile")
 """How PyTorch can run a network; "pytorch" is the reference, the others are for benchmarks."""
 GPU_BACKENDS = ("pytorch-cuda", "pytorch-cuda-compile", "onnxruntime-cuda", *ENGINE_BACKENDS)
+
+Kernels = Literal["lazy", "eager", "none"]
+"""Which kernels TensorRT-RTX runs an engine of several sizes with.
+
+"eager" compiles those of a size before it runs the first time, "none" runs kernels of any size, and
+"lazy", which serves, runs these until the others are compiled: what is proven of a lazy run is
+proven of either. Other backends have no such choice.
+"""
 
 _FASTEST_FIRST = {"fp16": 0, "bf16": 1}  # engines by precision; what is not named comes after
 
@@ -59,21 +69,38 @@ class Backend(Protocol):
         """Frees the model; calling it twice does no harm."""
 
 
+@dataclass(frozen=True)
+class Resident:
+    """Images that are on the GPU, and how to run them there."""
+
+    run: Callable[[], None]  # and wait
+    outputs: Callable[[], Float32]  # of the last run; NaN before the first one
+
+
 class DeviceBackend(Backend, Protocol):
     """One of GPU_BACKENDS: it can keep its images on the GPU, for a benchmark without copies."""
 
-    def resident(self, images: Images, cuda_graph: bool) -> Callable[[], None]:
-        """How to run these images from device memory and wait; `cuda_graph`: as one launch."""
+    def resident(self, images: Images, cuda_graph: bool) -> Resident:
+        """Images on the GPU, until `close`; `cuda_graph`: they run as one launch.
+
+        Raises RexdeployError where they cannot; the backend can be used as before.
+        """
 
 
 def open_backend(
-    name: str, model: bytes, spec: ModelSpec, threads: int | None = None, spin: bool = False
+    name: str,
+    model: bytes,
+    spec: ModelSpec,
+    threads: int | None = None,
+    spin: bool = False,
+    kernels: Kernels = "lazy",
 ) -> Backend:
     """Loads a serialised model: weights for "pytorch", ONNX or an engine for the others.
 
     `threads` is how many a CPU backend may use; None leaves it to the library. ONNX Runtime's may
     `spin` within a run where the cores are its own (see `load_session`). Raises BackendUnavailable
-    where this machine cannot run it, UsageError for an unusable model.
+    where something is missing on this machine, RexdeployError where the model is refused although
+    nothing is, UsageError for an unusable model.
     """
     if name == "pytorch":
         from rexdeploy.backends.pytorch import PyTorchBackend, TorchOptions, reference
@@ -91,7 +118,8 @@ def open_backend(
     if name in ENGINE_BACKENDS:
         from rexdeploy.backends.trt import TensorRTBackend
 
-        return TensorRTBackend(model, spec, flavor="rtx" if name == "tensorrt-rtx" else "tensorrt")
+        flavor: Flavor = "rtx" if name == "tensorrt-rtx" else "tensorrt"
+        return TensorRTBackend(model, spec, flavor, kernels)
     known = ", ".join(("pytorch", *ONNX_BACKENDS, *ENGINE_BACKENDS))
     raise UsageError(f"backend: got '{name}', expected one of {known}")
 

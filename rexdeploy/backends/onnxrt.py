@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from rexdeploy.backends import Resident
+from rexdeploy.backends.onnxrt_cuda import open_session
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
 from rexdeploy.images import Images
 from rexdeploy.manifest import ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 
-_CUDA = "CUDAExecutionProvider"
 _NUMPY_TYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -55,23 +56,38 @@ class OnnxRuntimeBackend:
         logits: Float32 = np.asarray(outputs[0], dtype=np.float32)
         return logits
 
-    def resident(self, images: Images, cuda_graph: bool) -> Callable[[], None]:
-        """Runs the images from device memory and waits, without copies; only with CUDA."""
+    def resident(self, images: Images, cuda_graph: bool) -> Resident:
+        """How to run the images from device memory, without copies; only with CUDA.
+
+        Raises RexdeployError where they cannot be run so.
+        """
         import onnxruntime as ort
 
-        session = self._session
-        if cuda_graph:  # recorded at a session's first run, for its one shape
-            session = load_session(self._model, cuda=True, cuda_graph=True)
-        inputs = ort.OrtValue.ortvalue_from_numpy(images, "cuda", 0)
-        outputs = ort.OrtValue.ortvalue_from_numpy(self.run(images), "cuda", 0)
-        binding = session.io_binding()
-        binding.bind_ortvalue_input(self._input, inputs)
-        binding.bind_ortvalue_output(session.get_outputs()[0].name, outputs)
+        outputs = np.full_like(self.run(images), np.nan)
+        try:
+            session = self._session
+            if cuda_graph:  # recorded at a session's first run, for its one shape
+                session = load_session(self._model, cuda=True, cuda_graph=True)
+            on_device = [
+                ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0) for array in (images, outputs)
+            ]
+            binding = session.io_binding()
+            binding.bind_ortvalue_input(self._input, on_device[0])
+            binding.bind_ortvalue_output(session.get_outputs()[0].name, on_device[1])
+        except UsageError as error:  # the model has run without a CUDA graph
+            raise RexdeployError(f"it cannot be captured as a CUDA graph: {error}") from None
+        except RexdeployError:
+            raise
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise RexdeployError(f"{self.name} failed ({first_line(error)})") from None
 
         def run() -> None:
-            session.run_with_iobinding(binding)  # waits for the GPU
+            try:
+                session.run_with_iobinding(binding)  # waits for the GPU
+            except Exception as error:  # onnxruntime's errors share no public base class
+                raise RexdeployError(f"{self.name} failed ({first_line(error)})") from None
 
-        return run
+        return Resident(run, lambda: np.array(on_device[1].numpy(), np.float32))
 
     def close(self) -> None:
         self._session = None
@@ -86,14 +102,17 @@ def load_session(
 ) -> Any:
     """An onnxruntime session of the model; `cuda_graph` records its first run to replay it.
 
+    With `cuda`, nothing falls back to the CPU, neither now nor in the middle of a run.
+
     With a number of threads none of them spins once a run has ended. `spin` lets them do so within
     a run, from one node to the next: 1.1 to 1.3 times as fast on cores that nothing else wants.
     Where something else wants them, it is the slower way: beside a process that decodes images, on
     two busy cores of an AMD EPYC, V1 1.0 answered 12.7 instead of 16.2 images a second, and 23.4
     instead of 27.1 were decoded.
 
-    Raises BackendUnavailable where onnxruntime or the GPU is missing, UsageError where onnxruntime
-    cannot run such a model.
+    Raises BackendUnavailable where onnxruntime, the GPU or kernels for the model's types are
+    missing, RexdeployError where a GPU that is there does not take the model, UsageError where
+    onnxruntime cannot run such a model.
     """
     try:
         import onnxruntime as ort
@@ -102,11 +121,6 @@ def load_session(
             "onnxruntime is not installed: pip install 'rexdeploy[cpu]', or 'rexdeploy[gpu]' "
             "on a machine with an NVIDIA GPU"
         ) from None
-    if cuda and _CUDA not in ort.get_available_providers():
-        raise BackendUnavailable(
-            "this onnxruntime is the CPU build; with an NVIDIA GPU: "
-            "pip uninstall onnxruntime && pip install 'rexdeploy[gpu]'"
-        )
     options = ort.SessionOptions()
     options.log_severity_level = 3  # its warnings are about its own optimisations
     if threads is not None:
@@ -116,19 +130,14 @@ def load_session(
             options.add_session_config_entry("session.force_spinning_stop", "1")
         else:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if cuda:
+        return open_session(ort, model, options, cuda_graph)
     try:
-        # TF32 is on by default and rounds float32 products to 10 bits: not parity.
-        settings = {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}
-        provider = (_CUDA, settings) if cuda else "CPUExecutionProvider"
-        session = ort.InferenceSession(model, options, providers=[provider])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no public base class
         raise UsageError(
             f"not an ONNX model that onnxruntime can load ({first_line(error)})"
         ) from None
-    if cuda and _CUDA not in session.get_providers():
-        # Without a usable GPU, onnxruntime quietly runs on the CPU instead.
-        raise BackendUnavailable("onnxruntime found no usable NVIDIA GPU, driver or cuDNN")
-    return session
 
 
 class GraphSession:

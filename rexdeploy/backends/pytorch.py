@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from rexdeploy.errors import BackendUnavailable, UsageError, first_line
+from rexdeploy.backends import Resident
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
 from rexdeploy.images import Images
 from rexdeploy.manifest import ModelSpec
 
@@ -65,13 +67,14 @@ class PyTorchBackend:
             raise BackendUnavailable(_NO_TORCH) from None
         options = options or TorchOptions()
         self.name = "pytorch" + "-cuda" * options.cuda + "-compile" * options.compiled
-        if options.cuda and not torch.cuda.is_available():
-            raise BackendUnavailable("PyTorch finds no NVIDIA GPU, or this is its CPU build")
+        if options.cuda:
+            use_cuda(torch)
         self._torch, self._options = torch, options
         self._type = torch.float16 if options.fp16 else torch.float32
         if options.cuda or options.fp16 or options.channels_last:
             model = copy.deepcopy(model)  # the caller's stays as and where it is
-        model = model.to("cuda" if options.cuda else "cpu", self._type)
+        with self._named_errors():
+            model = model.to("cuda" if options.cuda else "cpu", self._type)
         if options.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self._model: Callable[[torch.Tensor], torch.Tensor] = model
@@ -83,36 +86,54 @@ class PyTorchBackend:
         if options.threads is not None:  # of the whole process, so it is set for each run
             torch.set_num_threads(options.threads)
         step = options.chunk or len(images)
-        chunks = [
-            self._call(self._upload(images[start : start + step])).float().cpu().numpy()
-            for start in range(0, len(images), step)
-        ]
+        with self._named_errors():
+            chunks = [
+                self._call(self._upload(images[start : start + step])).float().cpu().numpy()
+                for start in range(0, len(images), step)
+            ]
         return cast(Float32, np.concatenate(chunks))
 
-    def resident(self, images: Images, cuda_graph: bool) -> Callable[[], None]:
-        """Runs the images from device memory and waits, without copies; only with CUDA."""
+    def resident(self, images: Images, cuda_graph: bool) -> Resident:
+        """How to run the images from device memory, without copies; only with CUDA.
+
+        Raises RexdeployError where they cannot be run so.
+        """
         torch = self._torch
-        inputs = self._upload(images)
+        with self._named_errors():
+            inputs = self._upload(images)
+            last = [torch.full((), float("nan"))]
 
-        def launch() -> None:
-            self._call(inputs)
+            def launch() -> None:
+                last[0] = self._call(inputs)
 
-        if cuda_graph:
-            side = torch.cuda.Stream()
-            with torch.cuda.stream(side):
-                for _ in range(3):  # cuDNN chooses its kernels before they are recorded
-                    launch()
-            side.synchronize()
-            recorded = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(recorded):
-                launch()
-            launch = recorded.replay
+            if cuda_graph:
+                launch = self._recorded(launch)
+                with torch.inference_mode():  # as the tensor was made
+                    last[0].fill_(float("nan"))  # until it is launched
 
         def run() -> None:
-            launch()
-            torch.cuda.synchronize()
+            with self._named_errors():
+                launch()
+                torch.cuda.synchronize()
 
-        return run
+        def outputs() -> Float32:
+            with self._named_errors():
+                return cast(Float32, last[0].float().cpu().numpy())
+
+        return Resident(run, outputs)
+
+    def _recorded(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """The same as one launch of a CUDA graph, which writes where it wrote when recorded."""
+        torch = self._torch
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):  # cuDNN chooses its kernels before they are recorded
+                launch()
+        side.synchronize()
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            launch()
+        return cast(Callable[[], None], recorded.replay)
 
     def close(self) -> None:
         self._model = self._torch.nn.Identity()
@@ -127,14 +148,38 @@ class PyTorchBackend:
                 # No C++ compiler, no Triton, a version it does not know: it compiles when called.
                 raise BackendUnavailable(f"torch.compile failed ({first_line(error)})") from None
 
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Makes RexdeployError of what PyTorch says of the GPU: no memory, no kernels, a crash."""
+        try:
+            yield
+        except (RuntimeError, AssertionError) as error:
+            if not self._options.cuda:
+                raise
+            raise RexdeployError(f"{self.name} failed ({first_line(error)})") from None
+
     def _upload(self, images: Images) -> torch.Tensor:
         tensor = self._torch.from_numpy(images)
         if self._options.cuda:
-            tensor = tensor.cuda()
+            tensor = tensor.pin_memory().cuda()
         tensor = tensor.to(self._type)
         if self._options.channels_last:
             tensor = tensor.contiguous(memory_format=self._torch.channels_last)
         return tensor
 
 
+def use_cuda(torch: Any) -> None:
+    """Settings of this process for honest figures on a GPU (`CUDA_SETTINGS`).
+
+    float32 is float32: by default cuDNN rounds its factors to TF32's 10 bits. And cuDNN tries its
+    kernels for each shape, as TensorRT did when it built. Raises BackendUnavailable without a GPU.
+    """
+    if not torch.cuda.is_available():
+        raise BackendUnavailable("PyTorch finds no NVIDIA GPU, or this is its CPU build")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+
+
+CUDA_SETTINGS = "TF32 off, cudnn.benchmark on"
 _NO_TORCH = "the PyTorch reference needs torch: pip install 'rexdeploy[cpu]'"

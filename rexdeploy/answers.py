@@ -1,0 +1,93 @@
+"""What a benchmark feeds its networks, and whether what comes out on a GPU is their answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from rexdeploy import images
+from rexdeploy.backends import open_backend
+from rexdeploy.compare import Array, Compared, comparable, softmax
+from rexdeploy.errors import RexdeployError
+from rexdeploy.images import Images
+from rexdeploy.manifest import ModelSpec
+from rexdeploy.parity import CONSTANT_SHARE, LIMITS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Float32 = npt.NDArray[np.float32]
+
+_POOL = 8  # different images
+ROOM = {"fp32": LIMITS["fp32"].rms, "fp16": LIMITS["fp16"].rms, "bf16": CONSTANT_SHARE}
+"""How far a row's outputs may be from the network's own, as a root mean square.
+
+In units of how its outputs vary over images and classes, so that untrained networks, whose logits
+hardly vary over images, can be timed too. The limits are those that no difference may exceed in
+`verify` (bfloat16 has none there: half of what no answer at all has). This tells a row that
+computes something else, or nothing; what a file really owes its network `verify` judges.
+"""
+
+
+def inputs(spec: ModelSpec, batch: int) -> Images:
+    """`batch` images as the files of that spec take them: the same eight again and again."""
+    pool = images.model_input(images.synthetic_pixels(_POOL, spec.preprocess, seed=2), spec)
+    return cast(Images, np.ascontiguousarray(pool[np.arange(batch) % _POOL]))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A network's own outputs `[8, classes]`, computed on the CPU in float32."""
+
+    outputs: Array
+    compared: Compared
+
+    @classmethod
+    def of(cls, outputs: Float32, spec: ModelSpec) -> Answers:
+        """From outputs in the form of the spec."""
+        compared: Compared = "logits" if spec.output == "logits" else "log-probabilities"
+        return cls(comparable(outputs, spec.output, compared), compared)
+
+    def fault(self, outputs: Float32, spec: ModelSpec, precision: str) -> str | None:
+        """What is wrong with a row's outputs of `inputs`; None if nothing is.
+
+        `spec` has the outputs' form; a precision without room of its own has float16's.
+        """
+        wanted = self.outputs[np.arange(len(outputs)) % len(self.outputs)]
+        if outputs.shape != wanted.shape:
+            return f"its outputs have the shape {outputs.shape}, expected {wanted.shape}"
+        got = comparable(outputs, spec.output, self.compared)
+        scale = float(self.outputs.std())
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = float(np.sqrt(np.square(got.astype(np.float64) - wanted).mean())) / scale
+        room = ROOM.get(precision, ROOM["fp16"])
+        if error <= room:  # NaN is not
+            return None
+        return f"its outputs are off by {error:.2g} of how the network's vary (limit {room:g})"
+
+
+def answers(
+    spec: ModelSpec, module: nn.Module | None, graph: Callable[[], bytes | None]
+) -> Answers | None:
+    """The answers of a network: its PyTorch code's, or the ones of its float32 graph.
+
+    None where neither can run on this CPU.
+    """
+    if module is not None:
+        from rexdeploy.backends.pytorch import PyTorchBackend
+
+        outputs = PyTorchBackend(module).run(inputs(spec.core, _POOL))
+        if spec.output == "probabilities":
+            outputs = softmax(outputs).astype(np.float32)
+        return Answers.of(outputs, spec)
+    try:
+        data = graph()
+        if data is None:
+            return None
+        return Answers.of(open_backend("onnxruntime", data, spec).run(inputs(spec, _POOL)), spec)
+    except RexdeployError:  # such as bfloat16, or a fixed batch
+        return None
