@@ -109,6 +109,7 @@ class _Rounding:
     """What rounding to a candidate's types does over the images."""
 
     numbers: Limits
+    signal: Signal  # with the classes that rounding leaves something of
     logits: Array | None = None  # of the parent rounded, by image, as the largest batch gave them
     parent: str = ""  # whose twin that is
 
@@ -180,6 +181,13 @@ class Judge:
             self.broken.append(Skipped(candidate.parent, label, name, str(error)))
             return False
         rounding = self._rounding(candidate) if candidate.narrow else None
+        if self._is_strange(candidate, rounding):
+            reason = (
+                "it is not the float32 graph that it was made from, in other types: its nodes are "
+                "others; make it again: rexdeploy build-trt --force"
+            )
+            self.broken.append(Skipped(candidate.parent, label, name, reason))
+            return False
         exact = name == "onnxruntime" and rounding is not None and rounding.logits is not None
         limits = self._limits(candidate, rounding, GRAPH_MARGIN if exact else ENGINE_MARGIN)
         # Where a parent could not run, its own parent has to stand in: the reference.
@@ -187,7 +195,8 @@ class Judge:
         refusal = self._refusal(candidate, rounding, 1 if exact else ENGINE_MARGIN / 2)
         if refusal and rounding is not None:  # what no rounding can be is wrong all the same
             limits = self._float32.plus(ENGINE_MARGIN, rounding.numbers)
-        edge = self._compare(parent, label, rows, limits)
+        signal = rounding.signal if rounding is not None else self.signal
+        edge = self._compare(parent, label, rows, signal, limits)
         if refusal and not edge.failures:
             self.skipped.append(Skipped(parent, label, name, refusal))
         else:
@@ -195,7 +204,8 @@ class Judge:
         if rounding is not None and exact and not edge.nonfinite:
             self._hold_against_twin(candidate, label, rows, rounding)
         if parent != self._reference_name and not refusal:
-            self.totals.append(self._compare(self._reference_name, label, rows, limits))
+            total = self._compare(self._reference_name, label, rows, signal, limits)
+            self.totals.append(total)
         self._logits.setdefault(candidate.file, rows.by_image())
         return True
 
@@ -240,6 +250,19 @@ class Judge:
         self.ran.add(name)
         return replace(rows, logits=comparable(rows.logits, candidate.spec.output, self._compared))
 
+    def _is_strange(self, candidate: Candidate, rounding: _Rounding | None) -> bool:
+        """Whether a 16-bit graph of our own network has no float32 graph that it rounds.
+
+        Without one it would be held to the looser limits of somebody else's.
+        """
+        return (
+            candidate.kind == "onnx"
+            and candidate.is_ours
+            and candidate.spec.family != "onnx"
+            and rounding is not None
+            and rounding.logits is None
+        )
+
     def _sizes(self, candidate: Candidate) -> list[int]:
         return sizes(candidate, self._default_range)
 
@@ -247,7 +270,7 @@ class Judge:
         if candidate.narrow is None:
             return self._float32
         if rounding is None:  # nothing here can measure it
-            rounding, margin = _Rounding(LIMITS[candidate.narrow]), 1
+            rounding, margin = _Rounding(LIMITS[candidate.narrow], self.signal), 1
         return rounding_limits(
             self._float32, rounding.numbers, margin, candidate.narrow, self.signal.constant
         )
@@ -350,7 +373,7 @@ class Judge:
                 else literal(candidate.graph),
             )
         ]
-        return _Rounding(self._numbers(*own))
+        return self._rounded(*own)
 
     def _of_conversion(self, candidate: Candidate) -> _Rounding | None:
         """Of an engine from elsewhere: what our own conversion to its type would do."""
@@ -369,14 +392,14 @@ class Judge:
         fixed = parent.batch.opt if parent.batch else size
         logits = self._by_image(found.model, parent.spec, fixed)
         expected = self._logits.get(parent.file, self._logits[self._reference_name])
-        rounding = _Rounding(self._numbers(expected, logits), logits, parent.file)
+        rounding = replace(self._rounded(expected, logits), logits=logits, parent=parent.file)
         pool = self._inputs[parent.spec.input][:_PEAK_IMAGES]
         return rounding, _headroom(found, pool, min(fixed, _PEAK_BATCH))
 
-    def _numbers(self, expected: Array, got: Array) -> Limits:
-        return compare(
-            expected, got, names=("", ""), signal=self.signal, limits=self._float32
-        ).numbers
+    def _rounded(self, expected: Array, got: Array) -> _Rounding:
+        signal = self.signal.under(expected, got)
+        spread = compare(expected, got, names=("", ""), signal=signal, limits=self._float32)
+        return _Rounding(spread.numbers, signal)
 
     def _float32_graphs(self, candidate: Candidate) -> list[Candidate]:
         """Graphs that a candidate may have been made from, its parent first."""
@@ -396,12 +419,14 @@ class Judge:
             backend.close()
         return comparable(rows.by_image(), spec.output, self._compared)
 
-    def _compare(self, reference: str, label: str, rows: Rows, limits: Limits) -> Comparison:
+    def _compare(
+        self, reference: str, label: str, rows: Rows, signal: Signal, limits: Limits
+    ) -> Comparison:
         return compare(
             self._logits[reference][rows.images],
             rows.logits,
             names=(reference, label),
-            signal=self.signal,
+            signal=signal,
             limits=limits,
         )
 

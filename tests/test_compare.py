@@ -197,3 +197,38 @@ def test_every_number_over_its_limit_is_a_failure_of_its_own() -> None:
 )  # fmt: skip
 def test_a_correlation_is_told_apart_from_one(value: float, text: str) -> None:
     assert correlation_text(value) == text
+
+
+def test_classes_of_which_rounding_leaves_no_likeness_do_not_count() -> None:
+    """One of four is lost to rounding: the least correlation is that of the others."""
+    rng = np.random.default_rng(0)
+    exact = rng.standard_normal((64, 4))
+    rounded = exact + 0.01 * rng.standard_normal((64, 4))
+    rounded[:, 2] = rng.standard_normal(64)
+    signal = Signal.of(exact)
+    assert signal.under(exact, exact).varying.tolist() == [True] * 4
+    told = signal.under(exact, rounded)
+    assert told.varying.tolist() == [True, True, False, True]
+    limits = Limits(9, 9, 0.9)
+    names = ("a", "b")
+    before = compare(exact, rounded, names=names, signal=signal, limits=limits)
+    after = compare(exact, rounded, names=names, signal=told, limits=limits)
+    assert (before.least_class, before.correlation < 0.5) == (2, True)
+    assert after.correlation > 0.999
+    # Two that changed places are still found, as long as they count.
+    swapped = rounded[:, [1, 0, 2, 3]]
+    found = compare(exact, swapped, names=names, signal=told, limits=limits)
+    assert found.least_class in (0, 1)
+    assert found.failures
+
+
+def test_where_rounding_leaves_too_few_classes_all_count() -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.standard_normal((64, 4))
+    half, fewer = exact.copy(), exact.copy()
+    half[:, :2] = rng.standard_normal((64, 2))
+    fewer[:, :3] = rng.standard_normal((64, 3))
+    signal = Signal.of(exact)
+    assert signal.under(exact, half).varying.tolist() == [False, False, True, True]
+    assert signal.under(exact, fewer).varying.all()
+    assert signal.under(exact, np.full_like(exact, np.nan)).varying.all()

@@ -706,17 +706,36 @@ def test_a_type_without_limits_is_an_error_that_names_the_option(
     assert loose.edges[0].limits.rms == 0.15
 
 
-def test_foreign_conversions_are_held_to_what_their_own_rounding_does(
-    small_v1: Bundle, tmp_path: Path
-) -> None:
-    """Names of its own, and weights that round apart from ours: no twin, and no false alarm."""
-    model = to_fp16(_graph(small_v1, "fp32"))
+def _renamed(model: ModelProto) -> ModelProto:
+    """Names of its own for all tensors inside."""
+    model = _copy(model)
     renamed = {name: f"other_{index}" for index, name in enumerate(_inner_names(model))}
     for node in model.graph.node:
         for names in (node.input, node.output):
             for index, name in enumerate(names):
                 names[index] = renamed.get(name, name)
     del model.graph.value_info[:]
+    return model
+
+
+def test_a_16_bit_graph_of_ours_must_be_that_of_its_parent(small_v1: Bundle) -> None:
+    """Renamed, it has no twin, and its weights could be off by all that rounding hides."""
+
+    def other_graph(model: ModelProto) -> ModelProto:
+        return _one_channel_off_by_one_percent(_renamed(model))
+
+    result = verify(_plant(small_v1, "fp16", other_graph), FAST)
+    assert not result.passed
+    assert result.failures[0].startswith(
+        "broken edge fp32.tensorrt.onnx -> fp16.onnx (onnxruntime): it is not the float32 graph"
+    )
+
+
+def test_foreign_conversions_are_held_to_what_their_own_rounding_does(
+    small_v1: Bundle, tmp_path: Path
+) -> None:
+    """Names of its own, and weights that round apart from ours: no twin, and no false alarm."""
+    model = _renamed(to_fp16(_graph(small_v1, "fp32")))
     sound, wrong = tmp_path / "sound.onnx", tmp_path / "wrong.onnx"
     sound.write_bytes(model.SerializeToString())
     wrong.write_bytes(_swapped_channels(model).SerializeToString())
