@@ -44,6 +44,7 @@ class Behaviour:
     is_there: bool = True  # its provider, once a session is made
     fails_to_load: Exception | None = None
     fails_to_run: Exception | None = None  # after the first time
+    ignores_keywords: bool = False  # of making a session, which are documented nowhere
     captured_run_fails: bool = False
     preloaded: str | None = None  # what NVIDIA_TF32_OVERRIDE was when libraries were loaded
 
@@ -62,7 +63,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Behaviour:
                 assert providers[0][1]["use_tf32"] == "0"
                 if behaviour.fails_to_load:
                     raise behaviour.fails_to_load
-            super().__init__(model, options, providers=[CPU], **more)
+            kept = {} if behaviour.ignores_keywords else more
+            super().__init__(model, options, providers=[CPU], **kept)
             if self.is_cuda and behaviour.fails_to_run:
                 self._sess: Any = _Failing(self._sess, behaviour.fails_to_run)
 
@@ -119,9 +121,14 @@ def _graph(bundle: Bundle) -> bytes:
     return (bundle.path / "fp32.onnx").read_bytes()
 
 
+@pytest.mark.parametrize("ignores_keywords", [False, True])
 def test_a_run_that_fails_on_the_gpu_is_not_made_again_on_the_cpu(
-    cuda: Behaviour, small_v1_original: Bundle, capsys: pytest.CaptureFixture[str]
+    ignores_keywords: bool,
+    cuda: Behaviour,
+    small_v1_original: Bundle,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    cuda.ignores_keywords = ignores_keywords
     cuda.fails_to_run = bindings.EPFail("CUDA error 700")
     spec = small_v1_original.manifest.model
     backend = open_backend("onnxruntime-cuda", _graph(small_v1_original), spec)
