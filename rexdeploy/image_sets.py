@@ -47,11 +47,21 @@ def pool(folder: Path | None, count: int, spec: Preprocess, rows: int = 0) -> tu
     paths = found[:: max(1, math.ceil(len(found) / count))]
     pixels = load_batch(paths, spec)
     described = f"{len(paths)} images of {folder}"
-    more = list(itertools.islice(copies(pixels), max(0, rows - len(pixels))))
+    more = list(itertools.islice(_new(copies(pixels), pixels), max(0, rows - len(pixels))))
     if more:
         described += f" and {len(more)} turned or recoloured copies"
         pixels = np.concatenate([pixels, np.stack(more)])
     return pixels, described
+
+
+def _new(found: Iterator[UInt8], known: UInt8) -> Iterator[UInt8]:
+    """Those that are equal to none before: a grey image is grey in any order of colours."""
+    seen = {image.tobytes() for image in known}
+    for image in found:
+        data = image.tobytes()
+        if data not in seen:
+            seen.add(data)
+            yield image
 
 
 def copies(pixels: UInt8) -> Iterator[UInt8]:

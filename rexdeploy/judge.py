@@ -41,6 +41,7 @@ HEADROOM = 8.0
 Photographs peaked up to 8 times as high as smooth synthetic images (issue 10), and none higher than
 those of `image_sets`: what is left is for images that are like none of these.
 """
+_SUM_ROOM = 1e-4  # float32's rounding of up to a million probabilities that sum to 1
 _NARROWEST: dict[int, Precision] = {TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
 
 
@@ -248,6 +249,8 @@ class Judge:
             backend.close()
         self.batches.update(wanted)
         self.ran.add(name)
+        if candidate.spec.output == "probabilities":
+            _check_sums(rows.logits, exact=candidate.narrow is None or candidate.is_ours)
         return replace(rows, logits=comparable(rows.logits, candidate.spec.output, self._compared))
 
     def _is_strange(self, candidate: Candidate, rounding: _Rounding | None) -> bool:
@@ -429,6 +432,20 @@ class Judge:
             signal=signal,
             limits=limits,
         )
+
+
+def _check_sums(probabilities: Array, exact: bool) -> None:
+    """Raises RexdeployError for rows that are no probabilities: their comparison is blind to it.
+
+    What is compared of a row are its logarithms less their mean. `exact`: from a float32 softmax;
+    another one rounds each probability to as little as bfloat16's eight bits.
+    """
+    sums = probabilities.astype(np.float64).sum(axis=1)
+    away = np.abs(sums - 1)
+    away = away[np.isfinite(away)]  # what is not finite is counted and told elsewhere
+    if away.size and away.max() > (_SUM_ROOM if exact else 50 * _SUM_ROOM):
+        worst = sums[np.isfinite(sums)][int(away.argmax())]
+        raise RexdeployError(f"gave probabilities that sum to {worst:.6g}, expected 1")
 
 
 def _headroom(found: Twin, images: Images, size: int) -> Headroom | None:

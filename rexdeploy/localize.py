@@ -77,14 +77,14 @@ def localize(
     images: Float32,
     *,
     names: tuple[str, str],
-    precision: Precision | None,
+    limit: float,
 ) -> Localization:
     """Walks both networks over the images (float32 `[N, 3, H, W]`), or over the first few.
 
-    `precision` is the candidate's. Raises UsageError where the two have not the same blocks.
+    `limit` is the share of each block, one of OWN_LIMITS as a rule. Raises UsageError where the two
+    have not the same blocks.
     """
     images = _as_many(images, candidate.batch)
-    limit = OWN_LIMITS[precision or "fp16"]
     expected = reference.outputs(images)
     got = candidate.outputs(images)
     if len(expected) != len(got):

@@ -49,6 +49,8 @@ square root of 2.
 CONSTANT_SHARE = 0.5
 """The share of an answer that ignores its image (`Signal.constant`) that no limit may exceed."""
 _FLOOR = Limits(error=1e-4, rms=1e-5, correlation=1 - 1e-8)
+_TYPICAL_NOISE = 1e-5
+"""The rms of what float32 does to a network: 1e-6 to 1e-5 of the signal (artifacts/limits)."""
 NO_DIFFERENCE = Limits(0.0, 0.0, 1.0)
 
 
@@ -61,6 +63,14 @@ def float32_noise(float32: Array, float64: Array, signal: Signal, compared: Comp
     return compare(
         exact, rounded, names=("float64", "float32"), signal=signal, limits=LIMITS["fp32"]
     ).numbers
+
+
+def walk_room(noise: Limits) -> float:
+    """How many times a block's share is, in a network that float32 itself rounds more than others.
+
+    At the most ten times, which is a tenth of what 1 % off in one channel does to its block.
+    """
+    return min(10.0, max(1.0, noise.rms / _TYPICAL_NOISE))
 
 
 def float32_limits(noise: Limits | None) -> Limits:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 import onnx.version_converter
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.external_data_helper import uses_external_data
 from onnx.inliner import inline_local_functions
 
 from rexdeploy.errors import UsageError, VerificationFailed, first_line
@@ -119,7 +120,21 @@ def parse(data: bytes, name: str) -> ModelProto:
     except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, and more
         reason = first_line(error, "not a protobuf")
         raise UsageError(f"{name} is not a valid ONNX model ({reason})") from None
+    if any(uses_external_data(tensor) for tensor in _tensors(model.graph)):
+        raise UsageError(
+            f"{name} keeps weights in another file, which no hash of it covers; expected one file "
+            "(onnx.load and onnx.save make it one)"
+        )
     return model
+
+
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    for part in _with_branches(graph):
+        yield from part.initializer
+        for node in part.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
 
 
 def read_with_external_data(path: Path) -> bytes:

@@ -23,7 +23,7 @@ from rexdeploy.compare import Comparison, Limits, Signal, compare
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.forms import REVISION, TUNED, Source, engine_form
 from rexdeploy.interface import change_core, unwrap
-from rexdeploy.localize import localize
+from rexdeploy.localize import OWN_LIMITS, localize
 from rexdeploy.manifest import Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.parity import LIMITS, ceiling, run_batches
 from rexdeploy.precision import (
@@ -185,7 +185,9 @@ def _by_sensitivity(model: ModelProto, pool: Float32) -> list[str]:
     # Nodes whose very weights pass float16's limit stay float32 here; their block comes first.
     unfit = beyond_fp16(model)
     half = GraphWalk(to_fp16(model, unfit))
-    result = localize(GraphWalk(model), half, pool, names=("float32", "float16"), precision="fp16")
+    result = localize(
+        GraphWalk(model), half, pool, names=("float32", "float16"), limit=OWN_LIMITS["fp16"]
+    )
     nodes = _nodes_by_block(model)
     errors = {
         block.name: float("inf") if nodes[block.name] & unfit else block.own

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from onnx import ModelProto, TensorProto
 
 from rexdeploy import image_sets, images
 from rexdeploy.backends import (
@@ -27,6 +28,7 @@ from rexdeploy.judge import Candidate, Headroom, Judge, Skipped, is_meant, sizes
 from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
+    MAX_BATCH,
     TYPE_NAMES,
     VERIFICATION,
     Artifact,
@@ -36,10 +38,17 @@ from rexdeploy.manifest import (
     Preprocess,
     to_json,
 )
-from rexdeploy.parity import float32_noise, run_batches
-from rexdeploy.precision import parse, precision_of, products
+from rexdeploy.parity import float32_noise, run_batches, walk_room
+from rexdeploy.precision import (
+    graph_inputs,
+    parse,
+    precision_of,
+    products,
+    read_with_external_data,
+)
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
+from rexdeploy.rounding import sixteen_bit_types
 from rexdeploy.tensorrt_api import RTX_MAGIC
 from rexdeploy.walk import GraphWalk, TorchWalk, Walk
 
@@ -140,8 +149,9 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
             judge.run(candidate, backend)
         if not candidate.backends:
             judge.skipped.append(_left_out(candidate, options))
+    limit = OWN_LIMITS["fp32"] * (1 if noise is None else walk_room(noise))
     walked, not_walked = _walk(
-        bundle, files, candidates, images_of_core, reference_name, options.localize, report
+        bundle, files, candidates, images_of_core, reference_name, options.localize, limit, report
     )
     return Verification(
         model=spec.title,
@@ -191,6 +201,7 @@ def _walk(
     pool: Float32,
     reference_name: str,
     with_rounding: bool,
+    float32_limit: float,
     report: Report,
 ) -> tuple[tuple[Localization, ...], tuple[str, ...]]:
     """Every float32 graph against its parent, block by block, and why some cannot be.
@@ -231,7 +242,7 @@ def _walk(
                     walk,
                     pool,
                     names=(parent, candidate.file),
-                    precision=candidate.narrow or "fp32",
+                    limit=OWN_LIMITS[candidate.narrow] if candidate.narrow else float32_limit,
                 )
             )
         except RexdeployError as error:
@@ -246,7 +257,7 @@ def _off_blocks(edges: Sequence[Comparison], walked: Sequence[Localization]) -> 
         broken = any(
             edge.failures and edge.candidate.startswith(f"{walk.candidate} (") for edge in edges
         )
-        if walk.limit == OWN_LIMITS["fp32"] and walk.over and not broken:
+        if walk.limit < OWN_LIMITS["fp16"] and walk.over and not broken:
             block = next(block for block in walk.blocks if block.name in walk.over)
             failures.append(
                 f"broken edge {walk.reference} -> {walk.candidate}: {block.name} alone is off by "
@@ -375,7 +386,10 @@ def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[Ca
                 proof_fault=artifact.proof_fault if kind == "engine" else None,
             )
             if kind == "onnx":  # its types decide its limits, not what the manifest says of them
-                candidate = _by_its_types(candidate, artifact.precision, None)
+                candidate = replace(
+                    _by_its_types(candidate, artifact.precision, None),
+                    proof_fault=_types_fault(candidate.graph, artifact.precision),
+                )
             candidates[artifact.file] = candidate
     return list(candidates.values())
 
@@ -424,6 +438,7 @@ def _foreign(path: Path, spec: ModelSpec, options: VerifyOptions, reference_name
             built_in=options.precision,
         )
     try:
+        data = read_with_external_data(path)
         model = parse(data, f"candidate {path}")
     except UsageError as error:
         raise UsageError(f"{error}, and no TensorRT engine either") from None
@@ -434,7 +449,6 @@ def _foreign(path: Path, spec: ModelSpec, options: VerifyOptions, reference_name
             f"candidate {path} is a {family} {width}, expected {spec.family} {spec.width:g}; "
             "name its own bundle"
         )
-    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value if model.graph.input else 0
     takes, gives = forms(model)
     asked = [name for name in ONNX_BACKENDS if name in (*options.backends, *options.require)]
     candidate = Candidate(
@@ -442,13 +456,26 @@ def _foreign(path: Path, spec: ModelSpec, options: VerifyOptions, reference_name
         data,
         "onnx",
         None,
-        BatchRange(batch, batch, batch) if batch else None,
+        _fixed_batch(model, path),
         reference_name,
         tuple(asked if options.backends else dict.fromkeys(["onnxruntime", *asked])),
         replace(spec, input=takes, output=gives),
         is_ours=False,
     )
     return _by_its_types(candidate, None, options.precision)
+
+
+def _fixed_batch(model: ModelProto, path: Path) -> BatchRange | None:
+    """The one batch size that a graph from elsewhere takes; None where it takes any."""
+    inputs = graph_inputs(model)
+    dimensions = inputs[0].type.tensor_type.shape.dim if inputs else []
+    size = dimensions[0].dim_value if dimensions else 0
+    if size > MAX_BATCH:
+        raise UsageError(
+            f"candidate {path} takes batches of exactly {size}, expected at most {MAX_BATCH}; "
+            "export it with a dynamic batch"
+        )
+    return BatchRange(size, size, size) if size > 0 else None
 
 
 def _profile(plan: bytes, backend: str, spec: ModelSpec) -> BatchRange | None:
@@ -523,12 +550,32 @@ def _unproven(candidates: Sequence[Candidate]) -> list[str]:
 
 def _proof_fault(item: Candidate) -> str | None:
     """Why a file's proof does not show its precision; a candidate from elsewhere claims none."""
-    if item.kind == "engine":
+    if item.kind == "engine" or item.proof_fault is not None:
         return item.proof_fault
     return None if item.proof is None or item.proof.holds else item.proof.summary
 
 
+def _types_fault(graph: ModelProto, claimed: Precision | None) -> str | None:
+    """Why a graph's tensors are not of the types that its manifest claims.
+
+    What is rounded between float32 products is float32 by its products, and would be given the room
+    of 16 bits. A claim of none is a float16 graph that tune-precision has mixed.
+    """
+    allowed = {"fp32": None, "bf16": TensorProto.BFLOAT16}.get(
+        claimed or "fp16", TensorProto.FLOAT16
+    )
+    others = [TensorProto.DataType.Name(kind) for kind in sixteen_bit_types(graph) - {allowed}]
+    return f"it rounds to {', '.join(sorted(others))} inside" if others else None
+
+
 def _range_of(candidates: Sequence[Candidate]) -> BatchRange:
-    """The range to run graphs of any batch size at: that of the engines made from them."""
+    """The range to run graphs of any batch size at: what all their engines take.
+
+    At least up to eight rows: an engine for single images says nothing of its graph's other rows.
+    """
     ranges = [candidate.batch for candidate in candidates if candidate.batch]
-    return ranges[0] if ranges else DEFAULT_BATCH
+    if not ranges:
+        return DEFAULT_BATCH
+    widest = max(ranges, key=lambda item: item.max)
+    most = max(widest.max, DEFAULT_BATCH.opt)
+    return BatchRange(min(item.min for item in ranges), widest.opt, most)

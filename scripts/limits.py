@@ -29,16 +29,17 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from rexdeploy import image_sets, images
+from rexdeploy.backends import open_backend
 from rexdeploy.bench import machine
 from rexdeploy.compare import Comparison, Limits, Signal
 from rexdeploy.graph import MIN_OPSET, export_graph, simplify
 from rexdeploy.judge import Candidate, Judge
-from rexdeploy.localize import localize
+from rexdeploy.localize import OWN_LIMITS, localize
 from rexdeploy.manifest import BatchRange, ModelSpec, Preprocess, WeightsOrigin
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, RexNet, recalibrate_batch_norms
 from rexdeploy.models.zoo import published
-from rexdeploy.parity import float32_noise
+from rexdeploy.parity import float32_noise, walk_room
 from rexdeploy.precision import to_bf16, to_fp16
 from rexdeploy.shortcuts import to_plain_adds
 from rexdeploy.walk import GraphWalk, TorchWalk
@@ -116,6 +117,16 @@ class Judged:
         self.signal = Signal.of(self.logits)
         self.noise = float32_noise(self.logits[:most], exact, self.signal, "logits")
         self.pixels = pixels
+
+    def effect(self, file: str, model: ModelProto) -> float:
+        """The largest difference of any logit to the sound graph's, in units of signal."""
+        runs = []
+        for graph in (self.network.graphs[file][0], model):
+            data = graph.SerializeToString()
+            backend = open_backend("onnxruntime", data, self.network.spec, threads=1)
+            runs.append(backend.run(self.pool[: self.most]))
+            backend.close()
+        return float(np.abs(runs[0] - runs[1]).max()) / self.signal.size
 
     def judge(self) -> Judge:
         files = [self.network.candidate(file) for file in self.network.graphs]
@@ -200,8 +211,9 @@ def honest(network: Network) -> list[dict[str, Any]]:
         walks = [network.walk, GraphWalk(network.graphs["fp32.onnx"][0])]
         walks.append(GraphWalk(network.graphs["fp32.tensorrt.onnx"][0]))
         for index, file in ((1, "fp32.onnx"), (2, "fp32.tensorrt.onnx")):
+            limit = OWN_LIMITS["fp32"] * walk_room(judged.noise)
             found = localize(
-                walks[index - 1], walks[index], judged.pool, names=("", file), precision="fp32"
+                walks[index - 1], walks[index], judged.pool, names=("", file), limit=limit
             )
             worst = max(block.own for block in found.blocks)
             rows.append(
@@ -258,8 +270,8 @@ def _caught(
     """Which numbers are over their limits, and how far the edge's own ones are.
 
     `times`: how many times its limit the number is that exceeds it most (of `r`, what it lacks of
-    1). `is_same`: no logit differs from the sound graph's, so that there is nothing to catch (a
-    small change that 16 bits round away).
+    1). `is_same`: there is nothing to catch, since no logit differs from the sound graph's (a small
+    change that 16 bits round away), or by less than float32 itself rounds in PyTorch.
     """
     before = len(judge.edges)
     judge.run(network.candidate(file, model), "onnxruntime")
@@ -278,11 +290,12 @@ def _caught(
         by += [kind + "rms"] * (not numbers.rms <= limits.rms)
         by += [kind + "correlation"] * (not numbers.correlation >= limits.correlation)
     if file == "fp32.onnx":
-        found = localize(
-            network.walk, GraphWalk(model), judged.pool, names=("", file), precision="fp32"
-        )
+        limit = OWN_LIMITS["fp32"] * walk_room(judged.noise)
+        found = localize(network.walk, GraphWalk(model), judged.pool, names=("", file), limit=limit)
         by += ["block"] * bool(found.over)
         times = max(times, max(block.own for block in found.blocks) / found.limit)
+        if not by:
+            is_same = judged.effect(file, model) < judged.noise.error
     numbers = asdict(judge.edges[before].numbers)
     return {"by": by, "numbers": numbers, "times": times, "is_same": is_same and not by}
 

@@ -17,7 +17,7 @@ from rexdeploy import images
 from rexdeploy.blocks import find_blocks
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import UsageError
-from rexdeploy.localize import Localization, localize
+from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.manifest import Precision, Preprocess
 from rexdeploy.models.rexnet import LinearBottleneck, ReXNetV1
 from rexdeploy.verify import VerifyOptions, verify
@@ -50,7 +50,7 @@ class Case:
             GraphWalk(candidate),
             self.pool,
             names=("reference", "candidate"),
-            precision=precision,
+            limit=OWN_LIMITS[precision],
         )
 
 
@@ -209,7 +209,7 @@ def test_somebody_elses_graph_of_the_same_blocks(
             GraphWalk(graph),
             pool,
             names=("reference", "candidate"),
-            precision="fp32",
+            limit=OWN_LIMITS["fp32"],
         )
 
 

@@ -21,6 +21,7 @@ from rexdeploy.parity import (
     float32_noise,
     rounding_limits,
     run_batches,
+    walk_room,
 )
 
 Float32 = npt.NDArray[np.float32]
@@ -141,3 +142,10 @@ def test_limits_hold_what_is_within_them_and_never_nan() -> None:
         Limits(1.0, 0.5, float("nan")),
     ):  # fmt: skip
         assert not limits.hold(numbers)
+
+
+def test_a_blocks_share_grows_with_what_float32_does_to_the_network() -> None:
+    """Large offsets inside a sound network made its head round 1.4e-5, above the usual share."""
+    assert walk_room(Limits(1e-4, 5e-6, 1.0)) == 1
+    assert walk_room(Limits(1e-3, 3e-5, 1.0)) == pytest.approx(3)
+    assert walk_room(Limits(1.0, 1.0, 0.5)) == 10

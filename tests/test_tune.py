@@ -18,7 +18,7 @@ from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.image_sets import varied
 from rexdeploy.interface import forms, unwrap
-from rexdeploy.localize import localize
+from rexdeploy.localize import OWN_LIMITS, localize
 from rexdeploy.manifest import Preprocess
 from rexdeploy.precision import parse, precision_of, products, to_fp16
 from rexdeploy.tune import STATE, TuneOptions, tune
@@ -70,7 +70,7 @@ def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
     model = unwrap(_file(bundle, "fp32.onnx"))
     walked = localize(
         GraphWalk(model), GraphWalk(to_fp16(model)), varied(4, Preprocess(64, 64), seed=1),
-        names=("float32", "float16"), precision="fp16",
+        names=("float32", "float16"), limit=OWN_LIMITS["fp16"],
     )  # fmt: skip
     assert walked.culprit is not None  # the weights fit: it is what they make that does not
     assert walked.culprit.block == "block 10"

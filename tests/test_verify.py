@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from PIL import Image
 
 from rexdeploy import image_sets
 from rexdeploy.backends import open_backend
@@ -922,3 +923,159 @@ def test_a_runtime_that_rounds_elsewhere_gets_the_room_that_it_needs(
     twin = next(edge for edge in result.edges if ", rounded" in edge.reference)
     assert twin.error > 1e-2  # not to the bit
     assert result.passed == (defect is None), result.failures
+
+
+def _rounded_inside(model: ModelProto, kind: int) -> ModelProto:
+    """What every convolution but the first gives goes through a 16-bit type and back."""
+    model = _copy(model)
+    nodes: list[onnx.NodeProto] = []
+    outer = {model.graph.output[0].name}
+    for node in model.graph.node:
+        name = node.output[0]
+        if node.op_type != "Conv" or name in outer or node == nodes_of(model, "Conv")[0]:
+            nodes.append(node)
+            continue
+        node.output[0] = f"{name}_exact"
+        nodes += [
+            node,
+            helper.make_node("Cast", [f"{name}_exact"], [f"{name}_narrow"], to=kind),
+            helper.make_node("Cast", [f"{name}_narrow"], [name], to=TensorProto.FLOAT),
+        ]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    del model.graph.value_info[:]
+    return model
+
+
+@pytest.mark.parametrize("name", ["BFLOAT16", "FLOAT16"])
+def test_a_float32_graph_that_rounds_between_its_products_is_not_float32(
+    small_v1: Bundle, name: str
+) -> None:
+    """Its products are float32, its limits would be those of 16 bits."""
+    kind = TensorProto.DataType.Value(name)
+    bundle = _plant(small_v1, "fp32", lambda model: _rounded_inside(model, kind))
+    result = verify(bundle, FAST)
+    assert any(
+        f"fp32.onnx is not in the precision that the manifest says: it rounds to {name}" in failure
+        for failure in result.failures
+    )
+
+
+def test_bfloat16_inside_a_float16_graph_is_not_float16(small_v1: Bundle) -> None:
+    def narrower(model: ModelProto) -> ModelProto:
+        output = model.graph.output[0].name
+        return _insert_before_output(
+            model,
+            helper.make_node("Cast", ["inner"], ["narrow"], to=TensorProto.BFLOAT16),
+            helper.make_node("Cast", ["narrow"], [output], to=TensorProto.FLOAT),
+        )
+
+    result = verify(_plant(small_v1, "fp16", narrower), FAST)
+    assert any("it rounds to BFLOAT16 inside" in failure for failure in result.failures)
+
+
+def test_graphs_are_run_at_all_sizes_of_all_engines_and_never_at_one_alone(
+    small_lite_original: Bundle, tmp_path: Path
+) -> None:
+    """The first engine's range was all that the graphs were run at."""
+    copied = tmp_path / "lite"
+    shutil.copytree(small_lite_original.path, copied)
+    bundle = Bundle.open(copied)
+    engine = bundle.manifest.find("engine")
+    assert engine is not None
+    plan = bundle.read(engine)
+    alone = bundle.update(replace(engine, batch=BatchRange(1, 1, 1)), files={engine.file: plan})
+    good = verify(alone, VerifyOptions(samples=4))
+    assert good.passed, good.failures
+    assert good.batches == (1, 5, 8)
+    wide = replace(engine, file="wide.engine", batch=BatchRange(1, 16, 24))
+    both = alone.update(wide, files={wide.file: plan})
+    assert verify(both, VerifyOptions(samples=4)).batches == (1, 5, 16, 24)
+
+
+def test_rows_of_grey_images_cannot_stand_for_each_other(
+    small_lite_original: Bundle, tmp_path: Path
+) -> None:
+    """Grey in any order of colours is the same grey."""
+    folder = tmp_path / "grey"
+    folder.mkdir()
+    spec = small_lite_original.manifest.model.preprocess
+    for index, pixels in enumerate(image_sets.varied_pixels(4, spec, seed=3)):
+        Image.fromarray(pixels).convert("L").convert("RGB").save(folder / f"{index}.png")
+    pool, _ = image_sets.pool(folder, 4, spec, 64)
+    assert len({image.tobytes() for image in pool}) == len(pool) == 64
+    path = tmp_path / "copied.onnx"
+    path.write_bytes(_copied_rows(_graph(small_lite_original, "fp32"), 32).SerializeToString())
+    result = verify(small_lite_original, VerifyOptions(samples=4, images=folder, candidate=path))
+    assert result.failures[0].startswith("broken edge torch -> copied.onnx (onnxruntime): error")
+
+
+def _halved(model: ModelProto) -> ModelProto:
+    model = _insert_before_output(
+        model, helper.make_node("Mul", ["inner", "half"], [model.graph.output[0].name])
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "half"))
+    return model
+
+
+def _only_exponents(model: ModelProto) -> ModelProto:
+    model = _copy(model)
+    (softmax,) = nodes_of(model, "Softmax")
+    softmax.op_type = "Exp"
+    del softmax.attribute[:]
+    return model
+
+
+@pytest.mark.parametrize("defect", [_halved, _only_exponents])
+def test_probabilities_that_do_not_sum_to_one_are_found(
+    small_pixels: Bundle, defect: Defect
+) -> None:
+    """Their logarithms, less their mean, are those of the right ones."""
+    result = verify(_plant(small_pixels, "fp16", defect), FAST)
+    assert result.failures[0].startswith(
+        "broken edge fp32.tensorrt.onnx -> fp16.onnx (onnxruntime): gave probabilities that sum to "
+    )
+    assert result.failures[0].endswith(", expected 1")
+
+
+def test_a_graph_that_lists_its_weights_first_is_run_at_every_size(
+    small_lite_original: Bundle, tmp_path: Path
+) -> None:
+    """The first weight's channels were taken for a fixed batch size, at which rows repeat."""
+    model = _copied_rows(_graph(small_lite_original, "fp32"), 32)
+    image = onnx.ValueInfoProto.FromString(model.graph.input[0].SerializeToString())
+    stem = next(
+        item for item in model.graph.initializer if item.name == nodes_of(model, "Conv")[0].input[1]
+    )
+    del model.graph.input[:]
+    model.graph.input.extend(
+        [helper.make_tensor_value_info(stem.name, TensorProto.FLOAT, list(stem.dims)), image]
+    )
+    path = tmp_path / "listed.onnx"
+    path.write_bytes(model.SerializeToString())
+    result = verify(small_lite_original, VerifyOptions(samples=4, candidate=path))
+    assert result.batches == (1, 5, 8, 64)
+    assert result.failures[0].startswith("broken edge torch -> listed.onnx (onnxruntime): error")
+    image.type.tensor_type.shape.dim[0].dim_value = 5000
+    del model.graph.input[:]
+    model.graph.input.append(image)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UsageError, match="takes batches of exactly 5000, expected at most 4096"):
+        verify(small_lite_original, VerifyOptions(samples=4, candidate=path))
+
+
+def test_weights_beside_a_graph_are_covered_by_no_hash(
+    small_lite: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read from the current folder, they could be any; a candidate's own are taken in."""
+    artifact = small_lite.manifest.find("onnx", "fp32")
+    assert artifact is not None
+    apart = tmp_path / "apart.onnx"
+    onnx.save(_graph(small_lite, "fp32"), apart, save_as_external_data=True, location="apart.bin")
+    assert verify(small_lite, replace(FAST, candidate=apart)).passed
+    data = apart.read_bytes()
+    bundle = small_lite.update(replace(artifact, sha256=sha256(data)), files={artifact.file: data})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"fp32\.onnx keeps weights in another file"):
+        verify(bundle, FAST)
