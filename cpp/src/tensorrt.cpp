@@ -152,9 +152,17 @@ class TensorRTModel final : public Model {
                               reason);
         }
         gpu_ = std::make_unique<Gpu>();
-        context_.reset(engine_->createExecutionContext());
+        // TensorRT-RTX's engines are built with kREQUIRE_USER_ALLOCATION: the memory is ours to give.
+        context_.reset(engine_->createExecutionContext(
+            is_rtx ? nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED
+                   : nvinfer1::ExecutionContextAllocationStrategy::kSTATIC));
         if (context_ == nullptr) {
             throw Unavailable("the engine cannot be started: " + logger().first_error());
+        }
+        if (is_rtx) {
+            const std::int64_t size = std::max<std::int64_t>(engine_->getDeviceMemorySizeV2(), 1);
+            const CUdeviceptr memory = gpu_->allocate(static_cast<std::size_t>(size));
+            context_->setDeviceMemoryV2(reinterpret_cast<void*>(memory), size);
         }
         bind(spec);
     }
