@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.manifest import Artifact, Manifest, decode, to_json
+from rexdeploy.manifest import VERIFICATION, Artifact, Manifest, decode, judged, to_json
 
 DEFAULT_ROOT = Path("artifacts")
 
@@ -95,12 +95,19 @@ class Bundle:
     def update(self, *added: Artifact, files: Mapping[str, bytes]) -> Bundle:
         """Adds or replaces artifacts (`files`: bytes by file name) in one atomic step.
 
-        Raises UsageError if another command meanwhile replaced what they were made from.
+        Raises UsageError if another command meanwhile replaced what they were made from, or, of a
+        verification, anything that it judged.
         """
+        is_verdict = any(artifact.file == VERIFICATION for artifact in added)
 
         def merge(current: Manifest | None) -> Manifest:
             merged = current.with_artifacts(*added) if current else None
-            if merged is None or any(artifact not in merged.artifacts for artifact in added):
+            if (
+                current is None
+                or merged is None
+                or any(artifact not in merged.artifacts for artifact in added)
+                or (is_verdict and judged(current.artifacts) != judged(self.manifest.artifacts))
+            ):
                 raise UsageError(
                     f"{self.path} was changed by another command meanwhile; run this one again"
                 )

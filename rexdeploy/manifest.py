@@ -230,7 +230,7 @@ class Manifest:
         new_names = {artifact.file for artifact in added}
         kept = [artifact for artifact in self.artifacts if artifact.file not in new_names]
         merged = _parents_first([*kept, *added])
-        if VERIFICATION not in new_names and _judged(merged) != _judged(self.artifacts):
+        if VERIFICATION not in new_names and judged(merged) != judged(self.artifacts):
             merged = tuple(artifact for artifact in merged if artifact.file != VERIFICATION)
         return replace(self, artifacts=merged)
 
@@ -257,7 +257,7 @@ def decode(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def _judged(artifacts: Iterable[Artifact]) -> set[tuple[str, ...]]:
+def judged(artifacts: Iterable[Artifact]) -> set[tuple[str, ...]]:
     """What a verification's answer depends on: every model file, and what is claimed of it."""
     return {
         (item.file, item.sha256, item.parent_sha256 or "", item.precision or "", str(item.batch))

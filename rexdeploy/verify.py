@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -302,7 +302,13 @@ def _check_options(options: VerifyOptions) -> None:
 def _reference_artifact(bundle: Bundle) -> Artifact:
     """The weights of our network, or somebody's graph as it came; raises UsageError."""
     spec = bundle.manifest.model
-    artifact = bundle.manifest.find("onnx" if spec.family == "onnx" else "weights")
+    weights = bundle.manifest.find("weights")
+    if spec.family == "onnx" and weights is not None:
+        raise UsageError(
+            f"{bundle.path}: the manifest says that it holds somebody's own ONNX graph, and lists "
+            f"{weights.file}, which are no such graph's; make the bundle anew"
+        )
+    artifact = bundle.manifest.find("onnx") if spec.family == "onnx" else weights
     if artifact is None:
         raise UsageError(
             f"{bundle.path} holds no reference for {spec.title}; remove the folder and make it "
@@ -353,12 +359,22 @@ def _check_preprocess(bundle: Bundle) -> None:
         return
     told = {e.key: e.value for e in parse(bundle.read(graph), graph.file).metadata_props}
     preprocess = bundle.manifest.model.preprocess
-    written = told.get("rexdeploy.preprocess")
-    if written is not None and msgspec.json.decode(written, type=Preprocess) != preprocess:
+    if _preprocess(told, graph.file) not in (None, preprocess):
         raise UsageError(
             f"{bundle.path}: the manifest's preprocessing is not that of {graph.file}; "
             f"make it again: {graph.command or 'rexdeploy export'}"
         )
+
+
+def _preprocess(told: Mapping[str, str], name: str) -> Preprocess | None:
+    """What a graph's metadata says that it was made for; raises UsageError where that is damaged."""
+    written = told.get("rexdeploy.preprocess")
+    try:
+        return None if written is None else msgspec.json.decode(written, type=Preprocess)
+    except msgspec.MsgspecError as error:
+        raise UsageError(
+            f"{name}: its metadata rexdeploy.preprocess is damaged ({error})"
+        ) from None
 
 
 def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[Candidate]:
@@ -447,6 +463,11 @@ def _foreign(path: Path, spec: ModelSpec, options: VerifyOptions, reference_name
     if family and spec.width is not None and (family, width) != (spec.family, f"{spec.width:g}"):
         raise UsageError(
             f"candidate {path} is a {family} {width}, expected {spec.family} {spec.width:g}; "
+            "name its own bundle"
+        )
+    if _preprocess(told, f"candidate {path}") not in (None, spec.preprocess):
+        raise UsageError(
+            f"candidate {path} was made for other preprocessing than {spec.title}'s; "
             "name its own bundle"
         )
     takes, gives = forms(model)
@@ -565,17 +586,20 @@ def _types_fault(graph: ModelProto, claimed: Precision | None) -> str | None:
         claimed or "fp16", TensorProto.FLOAT16
     )
     others = [TensorProto.DataType.Name(kind) for kind in sixteen_bit_types(graph) - {allowed}]
+    given = graph.graph.output[0].type.tensor_type.elem_type
+    if given != TensorProto.FLOAT:
+        return f"it gives {TensorProto.DataType.Name(given)}, expected FLOAT"
     return f"it rounds to {', '.join(sorted(others))} inside" if others else None
 
 
 def _range_of(candidates: Sequence[Candidate]) -> BatchRange:
     """The range to run graphs of any batch size at: what all their engines take.
 
-    At least up to eight rows: an engine for single images says nothing of its graph's other rows.
+    And from one row to eight at least: what engines take says nothing of other servers of a graph.
     """
     ranges = [candidate.batch for candidate in candidates if candidate.batch]
     if not ranges:
         return DEFAULT_BATCH
     widest = max(ranges, key=lambda item: item.max)
     most = max(widest.max, DEFAULT_BATCH.opt)
-    return BatchRange(min(item.min for item in ranges), widest.opt, most)
+    return BatchRange(1, widest.opt, most)

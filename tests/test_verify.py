@@ -1079,3 +1079,128 @@ def test_weights_beside_a_graph_are_covered_by_no_hash(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"fp32\.onnx keeps weights in another file"):
         verify(bundle, FAST)
+
+
+def _rounded_gates(model: ModelProto) -> ModelProto:
+    """In float16 but for gates and products, with what each sigmoid gives rounded once more."""
+    kept = [node.name for node in model.graph.node if node.op_type in ("Sigmoid", "Mul")]
+    half = to_fp16(model, kept)
+    nodes: list[onnx.NodeProto] = []
+    renamed: dict[str, str] = {}
+    for node in half.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+        nodes.append(node)
+        if node.op_type == "Sigmoid":
+            name = node.output[0]
+            renamed[name] = f"{name}_again"
+            for source, target, kind in (
+                (name, f"{name}_half", TensorProto.FLOAT16),
+                (f"{name}_half", f"{name}_again", TensorProto.FLOAT),
+            ):
+                nodes.append(helper.make_node("Cast", [source], [target], to=kind))
+    copied = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del half.graph.node[:]
+    half.graph.node.extend(copied)
+    del half.graph.value_info[:]
+    return half
+
+
+@pytest.mark.parametrize("defect", [None, _one_channel_off_by_one_percent])
+def test_a_graph_that_rounds_where_no_conversion_does_gets_no_room_for_it(
+    small_v1: Bundle, defect: Defect | None
+) -> None:
+    """Its rounding was taken for a runtime's, and one channel 1 % off hid in the room for that."""
+    parent = small_v1.manifest.find_file("fp32.tensorrt.onnx")
+    assert parent is not None
+    graph = onnx.load_from_string(small_v1.read(parent))
+    wrong = _rounded_gates(defect(graph) if defect else graph)
+    result = verify(_plant(small_v1, "fp16", lambda model: wrong), FAST)
+    twin = next(edge for edge in result.edges if ", rounded" in edge.reference)
+    assert bool(twin.failures) == (defect is not None)
+    assert twin.limits.error < 5e-3
+    assert any("broken edge" in failure for failure in result.failures) == (defect is not None)
+
+
+def test_a_verdict_is_not_stored_over_files_that_it_did_not_judge(small_lite: Bundle) -> None:
+    result = verify(small_lite, VerifyOptions(samples=2))
+    _plant(small_lite, "fp16", _swapped_channels)  # another command's
+    with pytest.raises(UsageError, match="was changed by another command meanwhile"):
+        store(small_lite, result)
+    assert Bundle.open(small_lite.path).manifest.find_file("verify.json") is None
+    store(Bundle.open(small_lite.path), verify(Bundle.open(small_lite.path), FAST))
+
+
+def test_a_graph_of_any_size_runs_at_one_whatever_its_engines_take(
+    small_lite: Bundle,
+) -> None:
+    """A bundle with an engine for two images at once, and a graph that can take no others."""
+    graph = small_lite.manifest.find("onnx", "fp32")
+    engine = small_lite.manifest.find("engine")
+    assert graph is not None
+    assert engine is not None
+    plan = small_lite.read(engine)
+    data = _fixed_reshape(_graph(small_lite, "fp32"), 2).SerializeToString()
+    wrong = replace(graph, sha256=sha256(data))
+    only = replace(engine, batch=BatchRange(2, 2, 2), parent_sha256=wrong.sha256)
+    bundle = small_lite.update(wrong, only, files={graph.file: data, engine.file: plan})
+    result = verify(bundle, VerifyOptions(samples=4))
+    assert result.failures[0].startswith("broken edge torch -> fp32.onnx (onnxruntime): ")
+    assert "failed on a batch of 1" in result.failures[0]
+
+
+def test_a_graph_that_gives_another_type_is_not_what_its_manifest_says(small_v1: Bundle) -> None:
+    def double(model: ModelProto) -> ModelProto:
+        output = model.graph.output[0]
+        model = _insert_before_output(
+            model, helper.make_node("Cast", ["inner"], [output.name], to=TensorProto.DOUBLE)
+        )
+        model.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+        return model
+
+    result = verify(_plant(small_v1, "fp32", double), FAST)
+    assert "it gives DOUBLE, expected FLOAT" in result.failures[0]
+
+
+def test_a_manifest_that_makes_its_own_graph_the_reference_is_refused(small_v1: Bundle) -> None:
+    """With BGR in all of its graphs they would agree with each other."""
+    spec = replace(small_v1.manifest.model, family="onnx", width=None)
+    data = to_json(replace(small_v1.manifest, model=spec))
+    (small_v1.path / "manifest.json").write_bytes(data)
+    with pytest.raises(
+        UsageError, match="own ONNX graph, and lists weights.safetensors"
+    ):
+        verify(Bundle.open(small_v1.path), FAST)
+
+
+@pytest.mark.parametrize("text", [None, "{}", "[1"])
+def test_a_candidate_for_other_preprocessing_is_refused(
+    small_v1: Bundle, tmp_path: Path, text: str | None
+) -> None:
+    spec = replace(small_v1.manifest.model.preprocess, mean=(0.5, 0.5, 0.5))
+    model = _graph(small_v1, "fp32")
+    for entry in model.metadata_props:
+        if entry.key == "rexdeploy.preprocess":
+            entry.value = to_json(spec).decode() if text is None else text
+    path = tmp_path / "other.onnx"
+    path.write_bytes(model.SerializeToString())
+    expected = "metadata rexdeploy.preprocess is damaged" if text == "[1" else "other preprocessing"
+    with pytest.raises(UsageError, match=expected):
+        verify(small_v1, replace(FAST, candidate=path))
+
+
+def test_a_float16_graph_made_of_somebodys_own_must_be_it_too(
+    small_v1: Bundle, tmp_path: Path
+) -> None:
+    model = _graph(small_v1, "fp32")
+    del model.metadata_props[:]
+    own = tmp_path / "own.onnx"
+    own.write_bytes(model.SerializeToString())
+    made = run_cli(
+        "build-trt", "--onnx", own, "--fp16", "--flavor", "rtx", "--target", "sm89", cwd=tmp_path
+    )
+    assert made.code == 0, made.err
+    bundle = Bundle.open(tmp_path / "artifacts" / "own")
+    assert verify(bundle, FAST).passed
+    wrong = _plant(bundle, "fp16", lambda half: _one_channel_off_by_one_percent(_renamed(half)))
+    assert "its nodes are others" in verify(wrong, FAST).failures[0]
