@@ -367,7 +367,7 @@ def _check_preprocess(bundle: Bundle) -> None:
 
 
 def _preprocess(told: Mapping[str, str], name: str) -> Preprocess | None:
-    """What a graph's metadata says that it was made for; raises UsageError where that is damaged."""
+    """What a graph says that it was made for; raises UsageError where that is damaged."""
     written = told.get("rexdeploy.preprocess")
     try:
         return None if written is None else msgspec.json.decode(written, type=Preprocess)
