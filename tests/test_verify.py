@@ -1167,9 +1167,7 @@ def test_a_manifest_that_makes_its_own_graph_the_reference_is_refused(small_v1: 
     spec = replace(small_v1.manifest.model, family="onnx", width=None)
     data = to_json(replace(small_v1.manifest, model=spec))
     (small_v1.path / "manifest.json").write_bytes(data)
-    with pytest.raises(
-        UsageError, match="own ONNX graph, and lists weights.safetensors"
-    ):
+    with pytest.raises(UsageError, match="own ONNX graph, and lists weights.safetensors"):
         verify(Bundle.open(small_v1.path), FAST)
 
 
