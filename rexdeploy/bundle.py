@@ -101,17 +101,16 @@ class Bundle:
         is_verdict = any(artifact.file == VERIFICATION for artifact in added)
 
         def merge(current: Manifest | None) -> Manifest:
-            merged = current.with_artifacts(*added) if current else None
-            if (
-                current is None
-                or merged is None
-                or any(artifact not in merged.artifacts for artifact in added)
-                or (is_verdict and judged(current.artifacts) != judged(self.manifest.artifacts))
-            ):
-                raise UsageError(
-                    f"{self.path} was changed by another command meanwhile; run this one again"
+            if current is not None:
+                merged = current.with_artifacts(*added)
+                is_stale = is_verdict and (
+                    judged(current.artifacts) != judged(self.manifest.artifacts)
                 )
-            return merged
+                if not is_stale and all(artifact in merged.artifacts for artifact in added):
+                    return merged
+            raise UsageError(
+                f"{self.path} was changed by another command meanwhile; run this one again"
+            )
 
         return commit(self.path, merge, files)
 

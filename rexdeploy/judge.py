@@ -58,7 +58,7 @@ class Candidate:
     backends: tuple[str, ...]
     spec: ModelSpec  # with the candidate's own input and output
     proof: PrecisionProof | None = None  # a graph's own types, or what an engine's build reported
-    proof_fault: str | None = None  # why the manifest's proof of an engine is not of its claim
+    proof_fault: str | None = None  # why a file of the bundle is not what its manifest claims
     is_ours: bool = True  # made by this tool: it rounds exactly where its parent is told to
     built_in: Precision | None = None  # the narrowest type of what cannot be asked for it
 

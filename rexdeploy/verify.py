@@ -63,6 +63,13 @@ MAX_DISTINCT = 256  # images at the most; larger batches draw them in random ord
 _REFERENCE_BATCH = 16
 _NOISE_IMAGES = 16  # synthetic ones are of every kind by then
 _ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
+_CLAIMED_TYPES: dict[Precision | None, frozenset[int]] = {
+    "fp32": frozenset(),
+    "fp16": frozenset({TensorProto.FLOAT16}),
+    "bf16": frozenset({TensorProto.BFLOAT16}),
+    None: frozenset({TensorProto.FLOAT16}),  # what tune-precision mixes
+}
+"""The 16-bit types that a bundle's graph may hold, by the precision that its manifest claims."""
 
 
 @dataclass(frozen=True)
@@ -373,7 +380,7 @@ def _preprocess(told: Mapping[str, str], name: str) -> Preprocess | None:
         return None if written is None else msgspec.json.decode(written, type=Preprocess)
     except msgspec.MsgspecError as error:
         raise UsageError(
-            f"{name}: its metadata rexdeploy.preprocess is damaged ({error})"
+            f"{name}: its metadata rexdeploy.preprocess is damaged ({error}); export it again"
         ) from None
 
 
@@ -580,16 +587,14 @@ def _types_fault(graph: ModelProto, claimed: Precision | None) -> str | None:
     """Why a graph's tensors are not of the types that its manifest claims.
 
     What is rounded between float32 products is float32 by its products, and would be given the room
-    of 16 bits. A claim of none is a float16 graph that tune-precision has mixed.
+    of 16 bits.
     """
-    allowed = {"fp32": None, "bf16": TensorProto.BFLOAT16}.get(
-        claimed or "fp16", TensorProto.FLOAT16
-    )
-    others = [TensorProto.DataType.Name(kind) for kind in sixteen_bit_types(graph) - {allowed}]
     given = graph.graph.output[0].type.tensor_type.elem_type
     if given != TensorProto.FLOAT:
         return f"it gives {TensorProto.DataType.Name(given)}, expected FLOAT"
-    return f"it rounds to {', '.join(sorted(others))} inside" if others else None
+    others = sixteen_bit_types(graph) - _CLAIMED_TYPES[claimed]
+    names = sorted(TensorProto.DataType.Name(kind) for kind in others)
+    return f"it rounds to {', '.join(names)} inside" if names else None
 
 
 def _range_of(candidates: Sequence[Candidate]) -> BatchRange:

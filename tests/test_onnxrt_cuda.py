@@ -230,7 +230,9 @@ def test_an_onnxruntime_that_cannot_tell_is_used_as_it_is(
     for owner in ort.InferenceSession.__mro__:
         if name in vars(owner):
             monkeypatch.delattr(owner, name)
-    load_session(_graph(small_v1_original), cuda=True)
+    session = load_session(_graph(small_v1_original), cuda=True)
+    assert not hasattr(session, name)
+    assert "CUDAExecutionProvider" in session.get_providers()
 
 
 def test_every_mode_is_timed_and_compared(cuda: Behaviour, small_v1_original: Bundle) -> None:
