@@ -176,6 +176,21 @@ def test_readmes_program_is_built_by_pkg_config(
     _check(_answers(tmp_path / "flowers", place, release, prefix.libraries), expected)
 
 
+def test_static_libraries_disappear_in_a_shared_one_of_ones_own(
+    installed: dict[str, Prefix], tmp_path: Path
+) -> None:
+    """They are position-independent, and what they hold is not shown to others."""
+    if shutil.which("pkg-config") is None:
+        pytest.skip("pkg-config is not installed")
+    source = _block("cpp").replace("int main()", 'extern "C" int classify()')
+    (tmp_path / "flowers.cpp").write_text(source.replace("} catch", "    return 0;\n} catch"))
+    build = _commands("c++ -std").replace("-o flowers", "-o flowers.so -shared -fPIC -Wl,-z,defs")
+    _do("bash", "-ec", build, env=installed["static"].env, cwd=tmp_path)
+    shown = _do("nm", "-D", "--defined-only", "--demangle", tmp_path / "flowers.so")
+    assert " T classify\n" in shown
+    assert not re.search(r" T .*rexdeploy::", shown)  # W: inline, of the headers
+
+
 def test_there_is_one_version(installed: dict[str, Prefix], tmp_path: Path) -> None:
     version = rexdeploy.__version__
     prefix = installed["static"]

@@ -91,8 +91,8 @@ void introduce(const rexdeploy::Classifier& classifier, bool is_quiet, bool is_s
 void show(const Row& row, bool is_silent) {
     if (!row.error.empty()) {
         std::fflush(stdout);
-        const rexdeploy::Error line(row.file + ": " + row.error);
-        std::fprintf(stderr, "error: %s\n", rexdeploy::plain(line.what()).c_str());
+        std::fprintf(stderr, "error: %s: %s\n", rexdeploy::plain(row.file).c_str(),
+                     rexdeploy::plain(row.error).c_str());
     } else if (!is_silent) {
         std::printf("%s\n", rexdeploy::plain(row.file).c_str());
         for (const rexdeploy::Prediction& item : row.predictions) {
