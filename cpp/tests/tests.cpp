@@ -38,6 +38,11 @@ std::string refusal(const std::string& json) {
     return "accepted";
 }
 
+template <typename Type, typename = void>
+constexpr bool kHasBegin = false;
+template <typename Type>
+constexpr bool kHasBegin<Type, std::void_t<decltype(std::declval<Type>().begin())>> = true;
+
 }  // namespace
 
 static_assert(!std::is_copy_constructible_v<Classifier>);
@@ -47,6 +52,7 @@ static_assert(std::is_nothrow_move_assignable_v<Classifier>);
 static_assert(std::is_same_v<decltype(std::declval<Answers>()[0]), std::vector<Prediction>>);
 static_assert(std::is_same_v<decltype(std::declval<const Answers>()[0]), std::vector<Prediction>>);
 static_assert(!std::is_reference_v<decltype(std::declval<Classifier>().passed_over())>);
+static_assert(kHasBegin<Answers&> && !kHasBegin<Answers>);
 
 TEST_CASE("answers are an image's classes, also of a temporary") {
     const std::vector<std::vector<Prediction>> images{{{0, "cat", 0.75}, {1, "dog", 0.25}}, {}};
