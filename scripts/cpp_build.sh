@@ -20,7 +20,7 @@ flock 9
 generator=$(command -v ninja >/dev/null && echo Ninja || echo "Unix Makefiles")
 
 configure() { # FOLDER OPTION...
-    cmake -S "$root/cpp" -B "$build/$1" -G "$generator" \
+    cmake -S "$root/cpp" -B "$build/$1" -G "$generator" -DCMAKE_COMPILE_WARNING_AS_ERROR=ON \
         -DTENSORRT_INCLUDE_DIR="${TENSORRT_INCLUDE_DIR:-}" "${@:2}" 2>&1
 }
 

@@ -659,12 +659,3 @@ def test_folders_that_hold_other_things_are_not_replaced_by_headers(tmp_path: Pa
     assert done.returncode == 2
     assert "holds something else" in done.stderr
     assert (tmp_path / "include" / "mine.h").exists()
-
-
-def test_readmes_program_compiles(built: None) -> None:
-    (program,) = re.findall(
-        r"```cpp\n(.*?)```", (ROOT / "cpp" / "README.md").read_text(), re.DOTALL
-    )
-    command = ["c++", "-std=c++17", "-fsyntax-only", f"-I{ROOT}/cpp/include", "-x", "c++", "-"]
-    done = subprocess.run(command, input=program, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr

@@ -4,8 +4,6 @@
 #include <fcntl.h>
 #include <openssl/evp.h>
 #include <sys/file.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <array>
 #include <cerrno>
@@ -17,13 +15,11 @@ namespace {
 constexpr const char* kManifest = "manifest.json";
 constexpr const char* kJournal = ".manifest.commit";
 
-[[noreturn]] void throw_errno() { throw std::system_error(errno, std::generic_category()); }
-
 std::unique_ptr<Descriptor> lock(const std::filesystem::path& folder) {
     auto descriptor = std::make_unique<Descriptor>(folder, O_RDONLY | O_DIRECTORY);
     while (::flock(descriptor->get(), LOCK_SH) != 0) {
         if (errno != EINTR) {
-            throw_errno();
+            throw std::system_error(errno, std::generic_category());
         }
     }
     return descriptor;
@@ -37,15 +33,6 @@ bool is_there(const std::filesystem::path& path) {
 std::string reason(const std::system_error& error) { return error.code().message(); }
 
 }  // namespace
-
-Descriptor::Descriptor(const std::filesystem::path& path, int flags)
-    : value_(::open(path.c_str(), flags | O_CLOEXEC)) {
-    if (value_ < 0) {
-        throw_errno();
-    }
-}
-
-Descriptor::~Descriptor() { ::close(value_); }
 
 Bundle::Bundle(const std::filesystem::path& path) : path_(path) {
     if (!is_there(path / kManifest) && !is_there(path / kJournal)) {
@@ -84,35 +71,6 @@ std::vector<std::uint8_t> Bundle::read(const Artifact& artifact) const {
         throw Error(file + " is not the file the manifest describes: got sha256 " +
                     found.substr(0, 12) + ", expected " + artifact.sha256.substr(0, 12) + again);
     }
-    return data;
-}
-
-std::vector<std::uint8_t> read_file(const std::filesystem::path& file, std::size_t most) {
-    // Without O_NONBLOCK, opening a named pipe would wait for its writer.
-    const Descriptor descriptor(file, O_RDONLY | O_NONBLOCK);
-    struct stat status{};
-    if (::fstat(descriptor.get(), &status) != 0) {
-        throw_errno();
-    }
-    if (!S_ISREG(status.st_mode)) {
-        throw std::system_error(S_ISDIR(status.st_mode) ? EISDIR : EINVAL, std::generic_category());
-    }
-    if (static_cast<std::size_t>(status.st_size) > most) {
-        throw std::system_error(EFBIG, std::generic_category());
-    }
-    std::vector<std::uint8_t> data(static_cast<std::size_t>(status.st_size));
-    std::size_t size = 0;
-    while (size < data.size()) {
-        const ssize_t count = ::read(descriptor.get(), data.data() + size, data.size() - size);
-        if (count < 0 && errno != EINTR) {
-            throw_errno();
-        }
-        if (count == 0) {  // somebody cut it meanwhile
-            break;
-        }
-        size += count > 0 ? static_cast<std::size_t>(count) : 0;
-    }
-    data.resize(size);
     return data;
 }
 

@@ -6,24 +6,10 @@
 #include <memory>
 #include <vector>
 
+#include "file.hpp"
 #include "manifest.hpp"
 
 namespace rexdeploy {
-
-/// A file descriptor that closes itself.
-class Descriptor {
- public:
-    /// Throws std::system_error with the system's reason.
-    Descriptor(const std::filesystem::path& path, int flags);
-    ~Descriptor();
-    Descriptor(const Descriptor&) = delete;
-    Descriptor& operator=(const Descriptor&) = delete;
-
-    int get() const { return value_; }
-
- private:
-    int value_;
-};
 
 /// An open bundle. Holds a shared lock on the folder: no command changes it meanwhile.
 class Bundle {
@@ -43,11 +29,6 @@ class Bundle {
     std::unique_ptr<Descriptor> lock_;
     Manifest manifest_;
 };
-
-/// A regular file's bytes; throws std::system_error with the system's reason, and
-/// std::errc::file_too_large where there are more than `most`.
-std::vector<std::uint8_t> read_file(const std::filesystem::path& file,
-                                    std::size_t most = SIZE_MAX);
 
 /// The SHA-256 of `data`, in hexadecimal.
 std::string sha256(const std::vector<std::uint8_t>& data);

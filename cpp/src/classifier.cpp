@@ -274,8 +274,7 @@ std::vector<float> Classifier::preprocess(const std::uint8_t* rgb, int image_wid
     return normalised;
 }
 
-std::vector<std::vector<Prediction>> Classifier::classify(const std::vector<std::uint8_t>& crops,
-                                                          int top) const {
+Answers Classifier::classify(const std::vector<std::uint8_t>& crops, int top) const {
     const std::size_t size = impl().image_size();
     const std::size_t count = crops.size() / size;
     if (count < 1 || crops.size() % size != 0 || count > std::size_t{INT_MAX} || top < 1) {
@@ -298,7 +297,7 @@ std::vector<std::vector<Prediction>> Classifier::classify(const std::vector<std:
         predictions.push_back(
             impl().best(output.data() + index * static_cast<std::size_t>(num_classes()), top));
     }
-    return predictions;
+    return Answers(std::move(predictions));
 }
 
 InputType Classifier::input() const { return impl().spec.input; }
@@ -306,8 +305,31 @@ int Classifier::max_batch() const { return impl().batch.max; }
 int Classifier::num_classes() const { return impl().spec.num_classes; }
 int Classifier::height() const { return impl().spec.preprocess.height; }
 int Classifier::width() const { return impl().spec.preprocess.width; }
-const std::string& Classifier::title() const { return impl().spec.title; }
-const std::string& Classifier::backend() const { return impl().backend; }
-const std::vector<std::string>& Classifier::passed_over() const { return impl().passed_over; }
+std::string Classifier::title() const { return impl().spec.title; }
+std::string Classifier::backend() const { return impl().backend; }
+std::vector<std::string> Classifier::passed_over() const { return impl().passed_over; }
+
+Answers::Answers(std::vector<std::vector<Prediction>> images) : images_(std::move(images)) {}
+
+std::size_t Answers::size() const { return images_.size(); }
+
+const std::vector<Prediction>& Answers::operator[](std::size_t image) const& {
+    if (image >= images_.size()) {
+        throw Error("got image " + std::to_string(image) + ", expected one of the " +
+                    std::to_string(images_.size()) + " classified, counted from 0");
+    }
+    return images_[image];
+}
+
+std::vector<Prediction> Answers::operator[](std::size_t image) const&& {
+    const Answers& kept = *this;
+    return kept[image];
+}
+
+std::vector<std::vector<Prediction>>::const_iterator Answers::begin() const& {
+    return images_.begin();
+}
+
+std::vector<std::vector<Prediction>>::const_iterator Answers::end() const& { return images_.end(); }
 
 }  // namespace rexdeploy

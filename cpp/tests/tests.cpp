@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 
 #include <type_traits>
+#include <utility>
 
 #include "decoders.hpp"
 #include "manifest.hpp"
@@ -37,11 +38,42 @@ std::string refusal(const std::string& json) {
     return "accepted";
 }
 
+template <typename Type, typename = void>
+constexpr bool kHasBegin = false;
+template <typename Type>
+constexpr bool kHasBegin<Type, std::void_t<decltype(std::declval<Type>().begin())>> = true;
+
 }  // namespace
 
 static_assert(!std::is_copy_constructible_v<Classifier>);
 static_assert(std::is_nothrow_move_constructible_v<Classifier>);
 static_assert(std::is_nothrow_move_assignable_v<Classifier>);
+// Nothing that a temporary gives points into it.
+static_assert(std::is_same_v<decltype(std::declval<Answers>()[0]), std::vector<Prediction>>);
+static_assert(std::is_same_v<decltype(std::declval<const Answers>()[0]), std::vector<Prediction>>);
+static_assert(!std::is_reference_v<decltype(std::declval<Classifier>().passed_over())>);
+static_assert(kHasBegin<Answers&> && !kHasBegin<Answers>);
+
+TEST_CASE("answers are an image's classes, also of a temporary") {
+    const std::vector<std::vector<Prediction>> images{{{0, "cat", 0.75}, {1, "dog", 0.25}}, {}};
+    const auto answers = [&] { return Answers(images); };
+    std::string labels;
+    for (const Prediction& item : answers()[0]) {
+        labels += item.label;
+    }
+    CHECK(labels == "catdog");
+    std::size_t classes = 0;
+    for (const std::vector<Prediction>& image : answers()) {
+        classes += image.size();
+    }
+    CHECK(classes == 2);
+    const Answers kept = answers();
+    CHECK(kept.size() == 2);
+    CHECK(&kept[0] == &*kept.begin());
+    CHECK_THROWS_WITH_AS(kept[2], "got image 2, expected one of the 2 classified, counted from 0",
+                         Error);
+    CHECK_THROWS_AS(answers()[2], Error);
+}
 
 TEST_CASE("an error's text is one line") {
     CHECK(std::string(Error(" a\n\tb \x1b[0m\r\n").what()) == "a b [0m");

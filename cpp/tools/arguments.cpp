@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "rexdeploy/error.hpp"
+#include "text.hpp"
 
 namespace rexdeploy {
 namespace {
@@ -80,7 +81,7 @@ int run_program(int argc, char** argv, const char* usage, const std::vector<std:
         }
         return code;
     } catch (const Error& error) {
-        std::fprintf(stderr, "error: %s\n", error.what());
+        std::fprintf(stderr, "error: %s\n", plain(error.what()).c_str());
         return 2;
     } catch (const std::exception& error) {
         std::fprintf(stderr, "error: unexpected: %s\n", error.what());

@@ -5,6 +5,7 @@
 
 #include "arguments.hpp"
 #include "rexdeploy/classifier.hpp"
+#include "text.hpp"
 
 namespace {
 
@@ -65,10 +66,10 @@ void bench(const rexdeploy::Arguments& arguments) {
         return;
     }
     for (const std::string& reason : classifier.passed_over()) {
-        std::fprintf(stderr, "passed over: %s\n", reason.c_str());
+        std::fprintf(stderr, "passed over: %s\n", rexdeploy::plain(reason).c_str());
     }
     const double median_ms = percentile(samples_ms, 0.5);
-    std::printf("%s on %s, batch %d, %d rounds\n", classifier.title().c_str(),
+    std::printf("%s on %s, batch %d, %d rounds\n", rexdeploy::plain(classifier.title()).c_str(),
                 classifier.backend().c_str(), batch, rounds);
     std::printf("median %.2f ms, p90 %.2f ms, p99 %.2f ms, %.1f images/s\n", median_ms,
                 percentile(samples_ms, 0.9), percentile(samples_ms, 0.99),

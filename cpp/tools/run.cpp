@@ -1,18 +1,21 @@
 // rexdeploy-run: classifies image files; prints what `rexdeploy predict` prints.
 #include <algorithm>
 #include <cstdio>
-#include <set>
 #include <utility>
 
 #include "arguments.hpp"
+#include "files.hpp"
 #include "rexdeploy/classifier.hpp"
 #include "rexdeploy/image.hpp"
+#include "rows.hpp"
+#include "text.hpp"
 
 namespace {
 
 constexpr const char* kUsage =
     "Usage: rexdeploy-run [OPTION]... BUNDLE IMAGE...\n"
-    "Classifies JPEG and PNG files with the best backend present.\n"
+    "Classifies JPEG and PNG files, and folders of them, with the best backend present.\n"
+    "  --json FILE     write the result as JSON; - for the output, which has nothing else then\n"
     "  --top N         classes to print for an image [default: 5]\n"
     "  --backend NAME  auto, tensorrt, tensorrt-rtx or onnxruntime [default: auto]\n"
     "  -q, --quiet     print errors only\n"
@@ -21,31 +24,18 @@ constexpr const char* kUsage =
 
 constexpr int kMaxBatch = 64;  // of what an engine may take more of: rows should come soon
 
-/// The path as Python's pathlib prints it: without "." and doubled slashes.
-std::string shown(const std::string& path) {
-    std::filesystem::path result;
-    for (const std::filesystem::path& part : std::filesystem::path(path)) {
-        if (part != "." && !part.empty()) {
-            result /= part;
-        }
-    }
-    return result.empty() ? "." : result.string();
-}
+using rexdeploy::Row;
 
-/// What became of one image: its classes, or why there are none.
-struct Row {
-    std::string file;
-    std::vector<rexdeploy::Prediction> predictions{};
-    std::string error{};
-};
+/// Why there is no row of classes for `file`: an error's text without the file's name.
+std::string reason(const rexdeploy::Error& error, const std::string& file) {
+    const std::string text = error.what();
+    const std::string name = rexdeploy::Error(file + ":").what();  // its blanks are fewer, too
+    return text.substr(text.compare(0, name.size(), name) == 0 ? name.size() + 1 : 0);
+}
 
 std::vector<std::uint8_t> load(const rexdeploy::Classifier& classifier, const std::string& file) {
     const rexdeploy::Image image = rexdeploy::load_image(file);
-    try {
-        return classifier.crop(image.rgb.data(), image.width, image.height);
-    } catch (const rexdeploy::Error& error) {
-        throw rexdeploy::Error(file + ": " + error.what());
-    }
+    return classifier.crop(image.rgb.data(), image.width, image.height);
 }
 
 /// The rows of one batch of files; one that cannot be read does not spoil the others.
@@ -54,28 +44,28 @@ std::vector<Row> classify(const rexdeploy::Classifier& classifier,
     std::vector<Row> rows;
     std::vector<std::uint8_t> crops;
     for (const std::string& file : files) {
-        rows.push_back({file});
+        rows.push_back({rexdeploy::printable(file)});
         try {
             const std::vector<std::uint8_t> crop = load(classifier, file);
             crops.insert(crops.end(), crop.begin(), crop.end());
         } catch (const rexdeploy::Error& error) {
-            rows.back().error = error.what();
+            rows.back().error = reason(error, file);
         }
     }
     if (crops.empty()) {
         return rows;
     }
     try {
-        auto results = classifier.classify(crops, top);
-        auto next = results.begin();
+        const rexdeploy::Answers answers = classifier.classify(crops, top);
+        auto next = answers.begin();
         for (Row& row : rows) {
             if (row.error.empty()) {
-                row.predictions = std::move(*next++);
+                row.predictions = *next++;
             }
         }
     } catch (const rexdeploy::Error& error) {  // such as NaN, of one of them
         if (files.size() == 1) {
-            return {{files[0], {}, files[0] + ": " + error.what()}};
+            return {{rexdeploy::printable(files[0]), {}, error.what()}};
         }
         rows.clear();
         for (const std::string& file : files) {
@@ -85,56 +75,71 @@ std::vector<Row> classify(const rexdeploy::Classifier& classifier,
     return rows;
 }
 
-/// What runs, and on stderr why nothing better does.
-void introduce(const rexdeploy::Classifier& classifier) {
-    for (const std::string& reason : classifier.passed_over()) {
-        std::fprintf(stderr, "passed over: %s\n", reason.c_str());
+/// On stdout what runs, unless `is_silent`, and on stderr, unless `is_quiet`, why nothing better.
+void introduce(const rexdeploy::Classifier& classifier, bool is_quiet, bool is_silent) {
+    if (!is_quiet) {
+        for (const std::string& line : classifier.passed_over()) {
+            std::fprintf(stderr, "passed over: %s\n", rexdeploy::plain(line).c_str());
+        }
     }
-    std::printf("%s on %s\n", classifier.title().c_str(), classifier.backend().c_str());
+    if (!is_silent) {
+        std::printf("%s on %s\n", rexdeploy::plain(classifier.title()).c_str(),
+                    classifier.backend().c_str());
+    }
 }
 
-void show(const Row& row) {
-    std::printf("%s\n", row.file.c_str());
-    for (const rexdeploy::Prediction& item : row.predictions) {
-        std::printf("  %6.2f%%  %s\n", 100 * item.probability, item.label.c_str());
+void show(const Row& row, bool is_silent) {
+    if (!row.error.empty()) {
+        std::fflush(stdout);
+        std::fprintf(stderr, "error: %s: %s\n", rexdeploy::plain(row.file).c_str(),
+                     rexdeploy::plain(row.error).c_str());
+    } else if (!is_silent) {
+        std::printf("%s\n", rexdeploy::plain(row.file).c_str());
+        for (const rexdeploy::Prediction& item : row.predictions) {
+            std::printf("  %6.2f%%  %s\n", 100 * item.probability,
+                        rexdeploy::plain(item.label).c_str());
+        }
     }
 }
 
 void run(const rexdeploy::Arguments& arguments) {
     if (arguments.positional.size() < 2) {
-        throw rexdeploy::Error("expected a bundle's folder and one or more images; see --help");
+        throw rexdeploy::Error(
+            "expected a bundle's folder and one or more images or folders of them; see --help");
     }
     const int top = arguments.number("--top", 5, 1, 1'000'000);
+    const auto json = arguments.options.find("--json");
+    const bool with_json = json != arguments.options.end();
+    if (with_json) {
+        rexdeploy::check_json(json->second);
+    }
     rexdeploy::Options options;
     options.backend = arguments.text("--backend", options.backend);
+    const std::vector<std::string> files =
+        rexdeploy::expand({arguments.positional.begin() + 1, arguments.positional.end()});
     const rexdeploy::Classifier classifier(arguments.positional[0], options);
-    std::vector<std::string> files;
-    std::set<std::string> seen;
-    for (std::size_t index = 1; index < arguments.positional.size(); ++index) {
-        const std::string file = shown(arguments.positional[index]);
-        if (seen.insert(file).second) {
-            files.push_back(file);
-        }
-    }
+    const bool is_silent = arguments.is_quiet || (with_json && json->second == "-");
     const auto size = static_cast<std::size_t>(std::min(classifier.max_batch(), kMaxBatch));
     bool is_introduced = false;
     std::size_t errors = 0;
+    std::vector<Row> kept;
     for (std::size_t start = 0; start < files.size(); start += size) {
         const auto first = files.begin() + static_cast<std::ptrdiff_t>(start);
         const std::size_t count = std::min(size, files.size() - start);
         const std::vector<std::string> batch(first, first + static_cast<std::ptrdiff_t>(count));
-        for (const Row& row : classify(classifier, batch, top)) {
-            if (!row.error.empty()) {
-                ++errors;
-                std::fflush(stdout);
-                std::fprintf(stderr, "error: %s\n", row.error.c_str());
-            } else if (!arguments.is_quiet) {
-                if (!std::exchange(is_introduced, true)) {
-                    introduce(classifier);
-                }
-                show(row);
+        for (Row& row : classify(classifier, batch, top)) {
+            errors += row.error.empty() ? 0 : 1;
+            if (row.error.empty() && !std::exchange(is_introduced, true)) {
+                introduce(classifier, arguments.is_quiet, is_silent);
+            }
+            show(row, is_silent);
+            if (with_json) {
+                kept.push_back(std::move(row));
             }
         }
+    }
+    if (with_json) {
+        rexdeploy::write_json(json->second, classifier, kept);
     }
     if (errors > 0) {
         throw rexdeploy::Failed();
@@ -144,5 +149,5 @@ void run(const rexdeploy::Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    return rexdeploy::run_program(argc, argv, kUsage, {"--top", "--backend"}, run);
+    return rexdeploy::run_program(argc, argv, kUsage, {"--top", "--backend", "--json"}, run);
 }

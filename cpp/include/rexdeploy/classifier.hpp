@@ -1,6 +1,7 @@
 // A bundle's classifier: preprocessing, the network, its classes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "rexdeploy/error.hpp"
+#include "rexdeploy/export.hpp"
 
 namespace rexdeploy {
 
@@ -38,6 +40,26 @@ struct Prediction {
     double probability;  ///< 0 to 1
 };
 
+/// The classes of one or more images, most probable first. Of a temporary, an image's classes are
+/// a copy, so that a loop over `classifier.classify(crop)[0]` is right.
+class Answers {
+ public:
+    REXDEPLOY_EXPORT explicit Answers(std::vector<std::vector<Prediction>> images);
+
+    REXDEPLOY_EXPORT std::size_t size() const;  ///< images
+    /// The classes of an image; throws Error past the last one.
+    REXDEPLOY_EXPORT const std::vector<Prediction>& operator[](std::size_t image) const&;
+    REXDEPLOY_EXPORT std::vector<Prediction> operator[](std::size_t image) const&&;
+
+    REXDEPLOY_EXPORT std::vector<std::vector<Prediction>>::const_iterator begin() const&;
+    REXDEPLOY_EXPORT std::vector<std::vector<Prediction>>::const_iterator end() const&;
+    void begin() const&& = delete;  // it would point into what is gone
+    void end() const&& = delete;
+
+ private:
+    std::vector<std::vector<Prediction>> images_;
+};
+
 /// A loaded bundle. Its const functions may be called from several threads at once; moving and
 /// destroying it may not overlap with them. Every failure throws Error, but for a lack of memory,
 /// which is std::bad_alloc.
@@ -45,42 +67,44 @@ class Classifier {
  public:
     /// Opens the bundle in the folder `bundle`: reads its manifest, checks the hash of the file
     /// that is to run and, for engines, the versions, and loads it.
-    explicit Classifier(const std::filesystem::path& bundle, const Options& options = {});
-    ~Classifier();
-    Classifier(Classifier&&) noexcept;
-    Classifier& operator=(Classifier&&) noexcept;
+    REXDEPLOY_EXPORT explicit Classifier(const std::filesystem::path& bundle,
+                                         const Options& options = {});
+    REXDEPLOY_EXPORT ~Classifier();
+    REXDEPLOY_EXPORT Classifier(Classifier&&) noexcept;
+    REXDEPLOY_EXPORT Classifier& operator=(Classifier&&) noexcept;
 
     /// Output `[batch, num_classes]` (float32, row by row) of normalised images
     /// `[batch, 3, height, width]`. Batches of any size >= 1: larger ones than the model takes are
     /// cut, smaller ones filled. Throws Error where input() is uint8.
-    std::vector<float> run(const float* images, int batch) const;
+    REXDEPLOY_EXPORT std::vector<float> run(const float* images, int batch) const;
     /// The same of RGB bytes `[batch, height, width, 3]`. Throws Error where input() is float32.
-    std::vector<float> run(const std::uint8_t* images, int batch) const;
+    REXDEPLOY_EXPORT std::vector<float> run(const std::uint8_t* images, int batch) const;
 
     /// The resized centre crop `[height, width, 3]` of RGB bytes `[image_height, image_width, 3]`:
     /// what a uint8 network takes. Equal to Pillow's (13.0 or later), byte for byte.
-    std::vector<std::uint8_t> crop(const std::uint8_t* rgb, int image_width,
-                                   int image_height) const;
+    REXDEPLOY_EXPORT std::vector<std::uint8_t> crop(const std::uint8_t* rgb, int image_width,
+                                                    int image_height) const;
     /// The same crop, normalised, `[3, height, width]`: what a float32 network takes. Equal to
     /// Python's, bit for bit.
-    std::vector<float> preprocess(const std::uint8_t* rgb, int image_width, int image_height) const;
+    REXDEPLOY_EXPORT std::vector<float> preprocess(const std::uint8_t* rgb, int image_width,
+                                                   int image_height) const;
 
     /// The `top` (>= 1) most probable classes of every image, most probable first. `crops`: one or
     /// more images as crop() gives them, one after another, whatever input() is.
-    std::vector<std::vector<Prediction>> classify(const std::vector<std::uint8_t>& crops,
-                                                  int top = 5) const;
+    REXDEPLOY_EXPORT Answers classify(const std::vector<std::uint8_t>& crops, int top = 5) const;
 
-    InputType input() const;
-    int max_batch() const;  ///< images that the model runs at once; run() takes any number
-    int num_classes() const;
-    int height() const;  ///< of the network's input, pixels
-    int width() const;   ///< of the network's input, pixels
+    REXDEPLOY_EXPORT InputType input() const;
+    /// Images that the model runs at once; run() takes any number.
+    REXDEPLOY_EXPORT int max_batch() const;
+    REXDEPLOY_EXPORT int num_classes() const;
+    REXDEPLOY_EXPORT int height() const;  ///< of the network's input, pixels
+    REXDEPLOY_EXPORT int width() const;   ///< of the network's input, pixels
     /// Such as "rexnet 1.5".
-    const std::string& title() const;
+    REXDEPLOY_EXPORT std::string title() const;
     /// What runs it: "tensorrt", "tensorrt-rtx" or "onnxruntime".
-    const std::string& backend() const;
+    REXDEPLOY_EXPORT std::string backend() const;
     /// Why better files of the bundle are not used, one line each.
-    const std::vector<std::string>& passed_over() const;
+    REXDEPLOY_EXPORT std::vector<std::string> passed_over() const;
 
  private:
     class Impl;

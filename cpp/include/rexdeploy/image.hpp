@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "rexdeploy/error.hpp"
+#include "rexdeploy/export.hpp"
 
 namespace rexdeploy {
 
@@ -19,9 +20,9 @@ struct Image {
 /// Decodes a JPEG or PNG file to RGB, upright by its EXIF orientation, as Pillow's convert("RGB")
 /// does: alpha and transparency are dropped, of an animation the first frame is taken, 16 bits
 /// become 8. Throws Error for everything else, for damaged files, and above 89478485 pixels.
-Image load_image(const std::filesystem::path& file);
+REXDEPLOY_EXPORT Image load_image(const std::filesystem::path& file);
 
 /// The same of a file's bytes.
-Image decode_image(const std::vector<std::uint8_t>& data);
+REXDEPLOY_EXPORT Image decode_image(const std::vector<std::uint8_t>& data);
 
 }  // namespace rexdeploy
