@@ -43,6 +43,6 @@ def probe(
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+    lines = done.stdout.split("\n")[:-1]  # texts may hold other line breaks
     assert len(lines) == len(calls)
     return lines
