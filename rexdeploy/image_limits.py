@@ -19,7 +19,8 @@ MAX_PIXELS = 89_478_485  # Pillow's own
 MAX_SCANS = 500
 MAX_SCAN_PIXELS = 2**30  # scans times pixels: twelve scans of the largest image; usual are ten
 MAX_SEGMENTS = 1024  # of a JPEG, beside its scans
-MAX_METADATA = 2**24  # bytes before a JPEG's first scan; Pillow joins EXIF's parts one by one
+MAX_METADATA = 2**24  # bytes before a JPEG's first scan
+MAX_EXIF = 64  # parts of a JPEG's EXIF: for each, Pillow copies all before it
 MAX_PACKED = 32  # of a PNG's chunks: each may unpack to a thousand times its size
 MAX_ENTRIES = 1024  # of a directory of a TIFF
 MAX_DIRECTORIES = 8
@@ -28,7 +29,7 @@ MAX_TILE = 2**24  # pixels of a TIFF's tile, unless its image has more
 
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd8-\xef\xfe]")  # all other markers have no content
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-_IMAGE_START, _IMAGE_END, _SCAN = 0xD8, 0xD9, 0xDA
+_IMAGE_START, _IMAGE_END, _SCAN, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 # A TIFF's types: bytes, text and undefined are one object however many, a fraction is a slow one.
 _VALUE_COST = {1: 0, 2: 0, 7: 0, 5: 16, 10: 16}
 _WHOLE_NUMBERS = {1: 1, 3: 2, 4: 4, 13: 4, 16: 8, 18: 8}  # bytes of each
@@ -63,7 +64,7 @@ def _check_jpeg(data: bytes) -> None:
     The pixels' own bytes hold no such marker (a 0xFF among them is followed by 0), and what an
     APP segment holds, such as a thumbnail, is passed over with it.
     """
-    position, segments, scans, pixels = 2, 0, 0, 0
+    position, segments, parts, scans, pixels = 2, 0, 0, 0, 0
     while found := _SEGMENT.search(data, position):
         start, marker = found.end(), data[found.end() - 1]
         if marker in (_IMAGE_START, _IMAGE_END):
@@ -76,6 +77,7 @@ def _check_jpeg(data: bytes) -> None:
             scans += 1
         else:
             segments += 1
+            parts += marker == _APP1 and data.startswith(b"Exif\0\0", start + 2)
         if scans > MAX_SCANS:
             raise UsageError(f"more than {MAX_SCANS} scans; save it anew")
         if scans * pixels > MAX_SCAN_PIXELS:
@@ -84,6 +86,8 @@ def _check_jpeg(data: bytes) -> None:
             )
         if segments > MAX_SEGMENTS:
             raise UsageError(f"more than {MAX_SEGMENTS} segments; save it anew")
+        if parts > MAX_EXIF:
+            raise UsageError(f"EXIF in more than {MAX_EXIF} parts; save it anew")
         if scans == 0 and position > MAX_METADATA:
             raise UsageError(f"more than {MAX_METADATA} bytes before its pixels; save it anew")
 

@@ -55,7 +55,11 @@ TOO_MUCH: dict[str, tuple[Callable[[], bytes], str]] = {
     "13 scans": (lambda: bare_jpeg(9459, 9459, 13), "too many scans of 89472681 pixels"),
     "1025 segments": (lambda: bare_jpeg(8, 8, 1, 1025), "more than 1024 segments"),
     "parts of EXIF": (
-        lambda: after_start(_photo(), *300 * [segment(0xE1, b"Exif\0\0" + bytes(65_000))]),
+        lambda: after_start(_photo(), *65 * [segment(0xE1, b"Exif\0\0" + bytes(16))]),
+        "EXIF in more than 64 parts",
+    ),
+    "comments": (
+        lambda: after_start(_photo(), *300 * [segment(0xFE, bytes(65_000))]),
         "more than 16777216 bytes before its pixels",
     ),
     "33 texts": (lambda: hostile.png(9, 7, *hostile.packed_texts(33)), "more than 32 compressed"),

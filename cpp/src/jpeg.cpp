@@ -21,6 +21,7 @@ constexpr int kMaxScans = 500;
 constexpr std::uint64_t kMaxScanPixels = std::uint64_t{1} << 30;
 constexpr int kMaxSegments = 1024;                          // beside the scans
 constexpr std::size_t kMaxMetadata = std::size_t{1} << 24;  // bytes before the first scan
+constexpr int kMaxExif = 64;                                // parts of it
 constexpr std::string_view kExif("Exif\0\0", 6);
 constexpr std::string_view kXmp("http://ns.adobe.com/xap/1.0/\0", 29);
 
@@ -69,6 +70,7 @@ std::size_t number_at(const std::vector<std::uint8_t>& data, std::size_t positio
 int check_jpeg(const std::vector<std::uint8_t>& data) {
     int scans = 0;
     int segments = 0;
+    int parts = 0;  // of EXIF
     std::uint64_t pixels = 0;
     auto at = data.begin() + 2;
     while (true) {
@@ -90,6 +92,9 @@ int check_jpeg(const std::vector<std::uint8_t>& data) {
                 pixels, number_at(data, start + 3) * std::uint64_t{number_at(data, start + 5)});
         }
         ++(marker == 0xDA ? scans : segments);
+        const std::string_view content(reinterpret_cast<const char*>(data.data()), data.size());
+        parts += marker == 0xE1 && content.compare(std::min(start + 2, data.size()), kExif.size(),
+                                                   kExif) == 0;
         if (scans > kMaxScans) {
             refuse("more than " + std::to_string(kMaxScans) + " scans");
         }
@@ -99,6 +104,9 @@ int check_jpeg(const std::vector<std::uint8_t>& data) {
         }
         if (segments > kMaxSegments) {
             refuse("more than " + std::to_string(kMaxSegments) + " segments");
+        }
+        if (parts > kMaxExif) {
+            refuse("EXIF in more than " + std::to_string(kMaxExif) + " parts");
         }
         if (scans == 0 && position > kMaxMetadata) {
             refuse("more than " + std::to_string(kMaxMetadata) + " bytes before its pixels");
