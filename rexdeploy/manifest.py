@@ -253,8 +253,9 @@ def decode(data: bytes, where: str) -> Manifest:
         strict_json.check(data)
         manifest = msgspec.json.decode(data, type=Manifest)
     except (ValueError, msgspec.DecodeError) as error:
+        reason = " ".join(str(error).split())  # it may quote the file's own line breaks
         raise UsageError(
-            f"{where} is not a readable manifest ({error}); "
+            f"{where} is not a readable manifest ({reason}); "
             "remove the folder and make it anew with 'rexdeploy export'"
         ) from None
     if manifest.format != FORMAT:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import random
+import zipfile
+import zlib
 from typing import Any
+
+from google.protobuf.message import Message
+
+from tests.hostile_images import chunk
 
 ODD_JSON = [
     "null", "true", "false", "0", "-0", "-1", "1", "2", "1.0", "1e0", "0.1", "1e-400", "1e400",
@@ -94,3 +101,93 @@ def _somewhere(document: Any, rng: random.Random) -> Any:
         items = place.values() if isinstance(place, dict) else place
         pending += [item for item in items if isinstance(item, (dict, list))]
     return rng.choice(places)
+
+
+def mutated_png(data: bytes, rng: random.Random) -> bytes:
+    """Damage inside chunks whose checksums are right, so that it is not found at once."""
+    chunks, at = [], 8
+    while at + 12 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + size]))
+        at += 12 + size
+    index = rng.randrange(len(chunks))
+    kind, content = chunks[index]
+    if kind == b"IDAT" and rng.random() < 0.5:  # damage rows, not their compression
+        content = zlib.compress(mutated(zlib.decompress(content), rng))
+    else:
+        content = mutated(content, rng)
+    chunks[index] = (kind, content)
+    if rng.random() < 0.2:
+        rng.shuffle(chunks)
+    return data[:8] + b"".join(chunk(*item) for item in chunks)
+
+
+def mutated_image(data: bytes, rng: random.Random) -> bytes:
+    """Damage anywhere; of a PNG mostly where its checksums do not tell."""
+    if data.startswith(b"\x89PNG") and rng.random() < 0.8:
+        return mutated_png(data, rng)
+    return mutated(data, rng)
+
+
+def mutated_zip(data: bytes, rng: random.Random) -> bytes:
+    """An archive with a damaged member and its right checksum; or damage anywhere."""
+    if not data.startswith(b"PK") or rng.random() < 0.3:
+        return mutated(data, rng)
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(changed, "w") as new:
+        names = old.namelist()
+        chosen = rng.choice(names)
+        for name in names:
+            content = old.read(name)
+            new.writestr(name, mutated(content, rng) if name == chosen else content)
+    return changed.getvalue()
+
+
+def mutated_message(message: Message, rng: random.Random) -> None:
+    """Changes some fields of a protobuf message, anywhere in it, to odd values."""
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        places: list[Message] = []
+        pending = [message]
+        while pending:
+            place = pending.pop()
+            places.append(place)
+            for field, value in place.ListFields():
+                if field.message_type is not None:
+                    pending += value if field.is_repeated else [value]
+        _change(rng.choice(places), rng)
+
+
+def _change(message: Any, rng: random.Random) -> None:
+    field = rng.choice(message.DESCRIPTOR.fields)
+    odd: tuple[Any, ...]
+    if field.message_type is not None:
+        if field.is_repeated:
+            entries = getattr(message, field.name)
+            if entries and rng.random() < 0.5:
+                entries.add().CopyFrom(rng.choice(entries))
+            elif entries:
+                del entries[rng.randrange(len(entries))]
+        else:
+            message.ClearField(field.name)
+        return
+    if field.cpp_type in (field.CPPTYPE_STRING,):
+        is_text = field.type == field.TYPE_STRING
+        odd = ("", "x", "a\nb", "Conv", "If", "x" * 300) if is_text else (b"", b"\0", bytes(64))
+    elif field.cpp_type in (field.CPPTYPE_FLOAT, field.CPPTYPE_DOUBLE):
+        odd = (0.0, -1.0, float("nan"), float("inf"), 1e30)
+    elif field.cpp_type == field.CPPTYPE_ENUM:
+        odd = tuple(value.number for value in field.enum_type.values)
+    else:
+        odd = (0, 1, 2, 7, 16, 99, 2**31 - 1)
+        if field.cpp_type in (field.CPPTYPE_INT32, field.CPPTYPE_INT64):
+            odd += (-1, -(2**31))
+        if field.cpp_type == field.CPPTYPE_INT64:
+            odd += (2**62, -(2**63))
+    if field.is_repeated:
+        entries = getattr(message, field.name)
+        if entries and rng.random() < 0.7:
+            entries[rng.randrange(len(entries))] = rng.choice(odd)
+        else:
+            entries.append(rng.choice(odd))
+    else:
+        setattr(message, field.name, rng.choice(odd))

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -73,13 +74,15 @@ def _hex(data: bytes) -> str:
     return "x" + data.hex()
 
 
-def differences(documents: Sequence[bytes], folder: Path) -> tuple[list[str], int]:
+def differences(
+    documents: Sequence[bytes], folder: Path, build: Literal["release", "sanitized"] = "release"
+) -> tuple[list[str], int]:
     """Where the two readers differ, a line each; and how many documents both read."""
     files = [folder / f"{index}.json" for index in range(len(documents))]
     for file, data in zip(files, documents, strict=True):
         file.write_bytes(data)
     found, both = [], 0
-    lines = probe("manifest", [(file,) for file in files])
+    lines = probe("manifest", [(file,) for file in files], build)
     for data, line in zip(documents, lines, strict=True):
         try:
             expected = _spelled(decode(data, "here"))

@@ -290,6 +290,9 @@ Artifact read_artifact(const Json& json) {
         if (artifact.parent_sha256.empty()) {
             malformed("what " + artifact.file + " was made from is not in the bundle");
         }
+        if (artifact.parent_sha256 == artifact.sha256) {
+            malformed(artifact.file + " is said to be made from itself");
+        }
     }
     artifact.command = optional_text(json, "command");
     if (const Json* batch = nullable_member(json, "batch")) {
@@ -312,33 +315,24 @@ Artifact read_artifact(const Json& json) {
     return artifact;
 }
 
-/// Refuses a circle: every file has to begin with one that was made from nothing in the bundle.
-void check_parents(const std::vector<Artifact>& artifacts) {
-    std::multimap<std::string, const Artifact*> children;
+/// The hashes that a chain of parents leads from to a file without one; and the empty one.
+std::set<std::string> with_a_beginning(const std::vector<Artifact>& artifacts) {
+    std::multimap<std::string, std::string> children;
     for (const Artifact& artifact : artifacts) {
-        children.emplace(artifact.parent_sha256, &artifact);
+        children.emplace(artifact.parent_sha256, artifact.sha256);
     }
-    std::set<std::string> begun{""};
+    std::set<std::string> found{""};
     std::vector<std::string> waiting{""};
     while (!waiting.empty()) {
-        const std::string parent = waiting.back();
+        const auto [first, last] = children.equal_range(waiting.back());
         waiting.pop_back();
-        const auto [first, last] = children.equal_range(parent);
         for (auto child = first; child != last; ++child) {
-            if (begun.insert(child->second->sha256).second) {
-                waiting.push_back(child->second->sha256);
+            if (found.insert(child->second).second) {
+                waiting.push_back(child->second);
             }
         }
     }
-    for (const Artifact& artifact : artifacts) {
-        if (artifact.parent_sha256 == artifact.sha256) {
-            malformed(artifact.file + " is said to be made from itself");
-        }
-        if (begun.count(artifact.parent_sha256) == 0) {
-            malformed("what " + artifact.file + " was made from is not in the bundle, or made from "
-                      "it in a circle");
-        }
-    }
+    return found;
 }
 
 Manifest read_manifest(const Json& json) {
@@ -351,13 +345,25 @@ Manifest read_manifest(const Json& json) {
     text_in(json, "name");
     optional_text(json, "updated_at");
     std::set<std::string> names;
+    std::set<std::string> hashes{""};  // the empty one: made from nothing in the bundle
     for (const Json& item : artifacts) {
         manifest.artifacts.push_back(read_artifact(item));
+        hashes.insert(manifest.artifacts.back().sha256);
         if (!names.insert(manifest.artifacts.back().file).second) {
             malformed("two artifacts have the same file name");
         }
     }
-    check_parents(manifest.artifacts);
+    for (const Artifact& artifact : manifest.artifacts) {
+        if (hashes.count(artifact.parent_sha256) == 0) {
+            malformed("what " + artifact.file + " was made from is not in the bundle");
+        }
+    }
+    const std::set<std::string> begun = with_a_beginning(manifest.artifacts);
+    for (const Artifact& artifact : manifest.artifacts) {
+        if (begun.count(artifact.parent_sha256) == 0) {
+            malformed("what " + artifact.file + " was made from is made from it in a circle");
+        }
+    }
     return manifest;
 }
 
