@@ -10,13 +10,14 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from rexdeploy import image_limits
 from rexdeploy.errors import UsageError, first_line
 from rexdeploy.manifest import ModelSpec, Preprocess
 
@@ -29,7 +30,24 @@ _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 _MAX_ASPECT = 100  # resized so that its short side fits, a longer one would take gigabytes
+_UPRIGHT = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Read by libtiff for each file: each scan of a JPEG within a TIFF decodes all of its pixels, too.
+os.environ.setdefault("LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER", "12")
 _WARNINGS = threading.Lock()
+# What holds photographs, of all that Pillow reads. Others are decoded by Python a pixel at a time
+# (QOI, DDS), unpack without a limit (FITS), or run a program (EPS).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_LARGE = 2**24  # pixels: 48 MiB decoded, and several copies of it on the way to the network
+_MAX_RLE = 2**24  # pixels of a compressed BMP, which Pillow unpacks in Python
+_MAX_READS = 2**19  # of one file: a PNG of the largest size in chunks of 8 KiB takes half of them
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -46,23 +64,25 @@ def read(path: Path, spec: Preprocess) -> UInt8:
 
 
 @contextmanager
-def opened(
-    source: Path | BinaryIO, name: str, formats: tuple[str, ...] | None = None
-) -> Iterator[Image.Image]:
+def opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
     """An image whose header is read, and whose pixels are decoded when the block uses them.
 
-    `formats` are Pillow's names of those that are taken; None: all. Raises UsageError, `NAME: why`,
-    for whatever cannot be decoded, also in the block; no file makes it wait, run a program, or take
-    more memory than its 89 megapixels (Pillow's own limit).
+    `source` is a file, or its content. Raises UsageError, `NAME: why`, for whatever cannot be
+    decoded, also in the block; no file makes it wait, run a program, or take more than the bounds
+    of time and memory in README. Where the block waits, it is for other large images in other
+    threads: together they have no more pixels than one image may have.
     """
     with _named(name):
-        # A named pipe would be waited for, and a folder's error differs between systems.
-        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
-            raise UsageError("not a file")
-        with _open(source, formats) as image:
-            if image.format == "EPS":  # Pillow would have Ghostscript run it
-                raise UsageError("EPS is a program, not pixels; save it as PNG")
-            yield image
+        data = source if isinstance(source, bytes) else _read(source)
+        image_limits.check(data)
+        with _open(data) as image:
+            pixels = image.width * image.height
+            if image.tile and image.tile[0][0] == "bmp_rle" and pixels > _MAX_RLE:
+                raise UsageError(
+                    f"a compressed BMP of {pixels} pixels (limit {_MAX_RLE}); save it as PNG"
+                )
+            with _large_images.hold(pixels if pixels > _LARGE else 0):
+                yield image
 
 
 def take(image: Image.Image, name: str, spec: Preprocess) -> UInt8:
@@ -85,9 +105,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise UsageError(f"pixels of type {image.mode} have no known range; save it with 8 bits")
     image.load()  # so that what is raised below is about EXIF, and not about pixels
+    orientation = None
     with suppress(SyntaxError, ValueError, struct.error):
-        image.getexif()  # what cannot be read, Pillow takes for empty from now on
-    image = ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    # Not ImageOps.exif_transpose: it writes all of EXIF anew, in Python.
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # the same colours; straight to RGB, Pillow warns
     if image.mode.startswith("I;16"):
@@ -202,7 +225,9 @@ def _named(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UsageError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise UsageError(f"{name}: not an image that Pillow can read; give JPEG or PNG") from None
+        raise UsageError(
+            f"{name}: not an image that is read here; give JPEG, PNG, WebP, GIF, BMP or TIFF"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UsageError(f"{name}: too large to decode safely ({error})") from None
     except UsageError as error:
@@ -214,7 +239,17 @@ def _named(name: str) -> Iterator[None]:
         raise UsageError(f"{name}: cannot be decoded as an image ({first_line(error)})") from None
 
 
-def _open(source: Path | BinaryIO, formats: tuple[str, ...] | None) -> Image.Image:
+def _read(path: Path) -> bytes:
+    status = path.stat()
+    # A named pipe would be waited for, and a folder's error differs between systems.
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError("not a file")
+    if status.st_size > image_limits.MAX_BYTES:
+        raise UsageError(f"too large to decode safely (limit {image_limits.MAX_BYTES} bytes)")
+    return path.read_bytes()
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
     """Reads a file's header; raises what Pillow does, DecompressionBombWarning among it.
 
     Pillow warns above 89 megapixels and refuses above twice that; here both refuse. The lock is
@@ -222,7 +257,49 @@ def _open(source: Path | BinaryIO, formats: tuple[str, ...] | None) -> Image.Ima
     """
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(source, formats=formats)
+        image = Image.open(_Bytes(data), formats=_FORMATS)
+    image_limits.check_size(image.width, image.height)  # whatever Pillow's own limit is set to
+    return image
+
+
+class _Bytes(BytesIO):
+    """A file that can be read in so many pieces only: Pillow takes Python's time for each."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > _MAX_READS:
+            raise UsageError(f"it is in more than {_MAX_READS} pieces; save it anew")
+        return super().read(size)
+
+
+class _LargeImages:
+    """Lets images in while they have together no more pixels than one may have, one by one."""
+
+    def __init__(self) -> None:
+        self._free = image_limits.MAX_PIXELS
+        self._turn = threading.Lock()  # the next in line, who may need most, is not overtaken
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        if pixels:
+            with self._turn, self._changed:
+                self._changed.wait_for(lambda: self._free >= pixels)
+                self._free -= pixels
+        try:
+            yield
+        finally:
+            if pixels:
+                with self._changed:
+                    self._free += pixels
+                    self._changed.notify()
+
+
+_large_images = _LargeImages()
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -6,14 +6,11 @@ need this package, numpy, pillow and one runtime in Triton's Python, and no torc
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +25,6 @@ from rexdeploy.images import Images, UInt8
 from rexdeploy.manifest import ModelSpec
 
 Float32 = npt.NDArray[np.float32]
-
-# What holds photographs, of all that Pillow reads: these bytes come from anybody.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_LARGE = 2**24  # pixels: 48 MiB decoded, and several copies of it on the way to the network
 
 _USED = ctypes.c_char_p(b"used_dltensor")  # how a consumer names a DLPack capsule; kept alive here
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
@@ -114,19 +107,13 @@ def run_each(
         return [answer for batch in batches for answer in run_each(run, [batch])]
 
 
-_one_large = threading.Lock()
-
-
 def decode(data: bytes, index: int, spec: ModelSpec) -> UInt8:
     """The bytes of an image file to uint8 RGB `[height, width, 3]`; raises UsageError.
 
-    `index` is the image's place in its request. Large images are decoded one at a time, so that
-    many together cannot exhaust the memory.
+    `index` is the image's place in its request.
     """
-    with images.opened(BytesIO(data), f"image {index}", _FORMATS) as image:
-        large = image.width * image.height > _LARGE
-        with _one_large if large else contextlib.nullcontext():
-            return images.crop(images.to_rgb(image), spec.preprocess)
+    with images.opened(data, f"image {index}") as image:
+        return images.crop(images.to_rgb(image), spec.preprocess)
 
 
 def _cores() -> int:

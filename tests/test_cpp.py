@@ -421,9 +421,9 @@ def test_unusable_images_are_refused(
     assert f"{tmp_path / 'thin.png'}: an image of 101 x 1 pixels is too thin" in line
 
 
-def test_texts_that_unpack_to_gigabytes_are_not_kept(release: Programs, tmp_path: Path) -> None:
+def test_the_most_texts_that_are_read_fit_in_memory(release: Programs, tmp_path: Path) -> None:
     text = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 7_900_000))
-    (tmp_path / "bomb.png").write_bytes(_png(9, 7, 8, 2, *[text] * 120))
+    (tmp_path / "bomb.png").write_bytes(_png(9, 7, 8, 2, *[text] * 32))
     # From a small process: what this one holds would count as its child's.
     measure = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "

@@ -256,14 +256,14 @@ def _truncated(path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: None, "image.png: no such file"),
-        (lambda path: path.write_bytes(b""), "not an image that Pillow can read"),
-        (lambda path: path.write_text("hello"), "not an image that Pillow can read"),
+        (lambda path: path.write_bytes(b""), "not an image that is read here"),
+        (lambda path: path.write_text("hello"), "not an image that is read here"),
         (lambda path: path.mkdir(), "not a file"),
         (os.mkfifo, "not a file"),
         (_truncated, "cannot be decoded"),
         (_bomb, "too large to decode safely"),
         (_large, "too large to decode safely"),
-        (_eps, "EPS is a program, not pixels"),
+        (_eps, "not an image that is read here"),
     ],
 )
 def test_what_is_no_image_is_refused(make: object, message: str, tmp_path: Path) -> None:

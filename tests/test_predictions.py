@@ -77,7 +77,9 @@ def test_rows_are_in_the_files_order_and_are_what_classify_says(
         good = [file for file in files if file != files[20]]
         alone = dict(zip(good, classifier.classify(good, 3), strict=True))
     assert [row.file for row in rows] == list(map(str, files))
-    assert rows[20].error == "not an image that Pillow can read; give JPEG or PNG"
+    assert (
+        rows[20].error == "not an image that is read here; give JPEG, PNG, WebP, GIF, BMP or TIFF"
+    )
     for file, row in zip(files, rows, strict=True):
         if row.error is None:
             assert [item.index for item in row.predictions] == [i.index for i in alone[file]]
@@ -168,7 +170,8 @@ def test_predict_prints_the_good_ones_and_a_line_for_each_other(
     assert lines[0] == "rexnet 1 on onnxruntime" or "tensorrt" in lines[0]
     assert lines[1::2] == ["folder/000.png", "folder/002.png"]
     assert [line for line in result.err.splitlines() if line.startswith("error: ")] == [
-        "error: folder/001.png: not an image that Pillow can read; give JPEG or PNG",
+        "error: folder/001.png: not an image that is read here; "
+        "give JPEG, PNG, WebP, GIF, BMP or TIFF",
         "error: gone.jpg: no such file",
         "error: two lines.jpg: no such file",
     ]

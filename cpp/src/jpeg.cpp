@@ -1,4 +1,5 @@
 // JPEG through libjpeg(-turbo): grey, RGB and CMYK, as Pillow decodes them.
+#include <algorithm>
 #include <csetjmp>
 #include <cstddef>
 #include <cstdio>
@@ -14,7 +15,13 @@
 namespace rexdeploy {
 namespace {
 
-constexpr int kMaxScans = 500;  // a small file of many scans over a large image takes minutes
+// As rexdeploy/image_limits.py has them. A small file of many scans over a large image takes
+// minutes to decode.
+constexpr int kMaxScans = 500;
+constexpr std::uint64_t kMaxScanPixels = std::uint64_t{1} << 30;
+constexpr int kMaxSegments = 1024;                          // beside the scans
+constexpr std::size_t kMaxMetadata = std::size_t{1} << 24;  // bytes before the first scan
+constexpr int kMaxExif = 64;                                // parts of it
 constexpr std::string_view kExif("Exif\0\0", 6);
 constexpr std::string_view kXmp("http://ns.adobe.com/xap/1.0/\0", 29);
 
@@ -23,6 +30,7 @@ constexpr std::string_view kXmp("http://ns.adobe.com/xap/1.0/\0", 29);
 struct ErrorState {
     jpeg_error_mgr manager;  // first: libjpeg gives back a pointer to it
     std::jmp_buf jump;
+    int scans;  // that check_jpeg counted
     char message[JMSG_LENGTH_MAX];
 };
 
@@ -42,16 +50,78 @@ void on_message(j_common_ptr info, int level) {
 void ignore_message(j_common_ptr) {}
 
 void on_progress(j_common_ptr info) {
-    if (reinterpret_cast<j_decompress_ptr>(info)->input_scan_number > kMaxScans) {
-        auto* state = reinterpret_cast<ErrorState*>(info->err);
-        std::snprintf(state->message, sizeof state->message, "more than %d scans", kMaxScans);
+    auto* state = reinterpret_cast<ErrorState*>(info->err);
+    if (reinterpret_cast<j_decompress_ptr>(info)->input_scan_number > state->scans) {
+        std::snprintf(state->message, sizeof state->message, "more scans than were counted");
         std::longjmp(state->jump, 1);
+    }
+}
+
+[[noreturn]] void refuse(const std::string& reason) { throw Error(reason + "; save it anew"); }
+
+/// Two bytes as a number; beyond the end they are 0.
+std::size_t number_at(const std::vector<std::uint8_t>& data, std::size_t position) {
+    const auto byte = [&](std::size_t at) { return at < data.size() ? data[at] : 0U; };
+    return byte(position) << 8 | byte(position + 1);
+}
+
+/// Refuses what would keep libjpeg busy for more than seconds, before it sees any of it; gives the
+/// number of scans. As _check_jpeg in rexdeploy/image_limits.py, which says how.
+int check_jpeg(const std::vector<std::uint8_t>& data) {
+    int scans = 0;
+    int segments = 0;
+    int parts = 0;  // of EXIF
+    std::uint64_t pixels = 0;
+    auto at = data.begin() + 2;
+    while (true) {
+        at = std::find(at, data.end(), 0xFF);
+        if (data.end() - at < 2) {
+            return scans;
+        }
+        const int marker = *++at;
+        if (marker < 0xC0 || (marker > 0xCF && marker < 0xD8) || (marker > 0xEF && marker != 0xFE)) {
+            continue;  // it has no content
+        }
+        if (marker == 0xD8 || marker == 0xD9) {  // the start of another image, or the end
+            return scans;
+        }
+        const std::size_t start = static_cast<std::size_t>(at - data.begin()) + 1;
+        const std::size_t position = start + std::max<std::size_t>(2, number_at(data, start));
+        if (marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
+            pixels = std::max<std::uint64_t>(
+                pixels, number_at(data, start + 3) * std::uint64_t{number_at(data, start + 5)});
+        }
+        ++(marker == 0xDA ? scans : segments);
+        const std::string_view content(reinterpret_cast<const char*>(data.data()), data.size());
+        parts += marker == 0xE1 && content.compare(std::min(start + 2, data.size()), kExif.size(),
+                                                   kExif) == 0;
+        if (scans > kMaxScans) {
+            refuse("more than " + std::to_string(kMaxScans) + " scans");
+        }
+        if (static_cast<std::uint64_t>(scans) * pixels > kMaxScanPixels) {
+            refuse("too many scans of " + std::to_string(pixels) + " pixels (limit " +
+                   std::to_string(kMaxScanPixels) + " in all)");
+        }
+        if (segments > kMaxSegments) {
+            refuse("more than " + std::to_string(kMaxSegments) + " segments");
+        }
+        if (parts > kMaxExif) {
+            refuse("EXIF in more than " + std::to_string(kMaxExif) + " parts");
+        }
+        if (scans == 0 && position > kMaxMetadata) {
+            refuse("more than " + std::to_string(kMaxMetadata) + " bytes before its pixels");
+        }
+        if (position >= data.size()) {
+            return scans;
+        }
+        at = data.begin() + static_cast<std::ptrdiff_t>(position);
     }
 }
 
 class JpegReader {
  public:
-    explicit JpegReader(const std::vector<std::uint8_t>& data) {
+    JpegReader(const std::vector<std::uint8_t>& data, int scans) {
+        errors_.scans = scans;
         info_.err = jpeg_std_error(&errors_.manager);
         errors_.manager.error_exit = leave;
         errors_.manager.emit_message = on_message;
@@ -140,7 +210,7 @@ std::vector<std::uint8_t> from_inverted_cmyk(const std::vector<std::uint8_t>& pi
 }  // namespace
 
 Oriented decode_jpeg(const std::vector<std::uint8_t>& data) {
-    JpegReader reader(data);
+    JpegReader reader(data, check_jpeg(data));
     const int components = reader.components();
     check_size(static_cast<std::uint32_t>(reader.width()),
                static_cast<std::uint32_t>(reader.height()));

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <locale>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
@@ -17,8 +18,56 @@ constexpr int kFormat = 1;
 constexpr int kMaxClasses = 1'000'000;
 constexpr int kMaxBatch = 4096;
 constexpr int kMaxImageSize = 4096;
+constexpr std::size_t kMaxDepth = 32;
+constexpr std::int64_t kMaxNumber = std::int64_t{1} << 53;
+constexpr double kMaxDouble = 9007199254740992.0;  // the same
 
 [[noreturn]] void malformed(const std::string& reason) { throw Error(reason); }
+
+/// Refuses, while the document is read, what other readers take for something else: the rules of
+/// rexdeploy/strict_json.py. The rest of them is nlohmann-json's own.
+class Strict {
+ public:
+    void operator()(Json::parse_event_t event, const Json& parsed) {
+        using Event = Json::parse_event_t;
+        if (event == Event::object_start || event == Event::array_start) {
+            if (names_.size() == kMaxDepth) {
+                malformed("nested deeper than " + std::to_string(kMaxDepth));
+            }
+            names_.emplace_back();
+        } else if (event == Event::object_end || event == Event::array_end) {
+            names_.pop_back();
+        } else if (event == Event::key && !names_.back().insert(parsed.get<std::string>()).second) {
+            malformed("a name is twice in one object");
+        } else if (event == Event::value && is_beyond(parsed)) {
+            malformed("a number beyond " + std::to_string(kMaxNumber));
+        }
+    }
+
+ private:
+    static bool is_beyond(const Json& value) {
+        if (value.is_number_float()) {
+            return std::fabs(value.get<double>()) > kMaxDouble;
+        }
+        return value.is_number() && (value > kMaxNumber || value < -kMaxNumber);
+    }
+
+    std::vector<std::set<std::string>> names_;  // of every object and list that is open
+};
+
+Json parse_strictly(std::string_view json) {
+    if (json.substr(0, 3) == "\xef\xbb\xbf") {
+        malformed("it begins with a byte order mark");
+    }
+    if (json.find('\0') != json.npos) {  // the library takes it for the end
+        malformed("it holds a NUL byte");
+    }
+    Strict strict;
+    return Json::parse(json, [&](int, Json::parse_event_t event, const Json& parsed) {
+        strict(event, parsed);
+        return true;
+    });
+}
 
 const Json& member(const Json& object, const char* key) {
     if (!object.is_object()) {
@@ -31,10 +80,16 @@ const Json& member(const Json& object, const char* key) {
     return *found;
 }
 
-/// The field, or null where it is absent or JSON's null.
+/// The field, or null where it is absent.
 const Json* optional_member(const Json& object, const char* key) {
     const auto found = object.find(key);
-    return found == object.end() || found->is_null() ? nullptr : &*found;
+    return found == object.end() ? nullptr : &*found;
+}
+
+/// The field, or null where it is absent or JSON's null.
+const Json* nullable_member(const Json& object, const char* key) {
+    const Json* value = optional_member(object, key);
+    return value == nullptr || value->is_null() ? nullptr : value;
 }
 
 std::string text(const Json& value, const char* key) {
@@ -46,9 +101,9 @@ std::string text(const Json& value, const char* key) {
 
 std::string text_in(const Json& object, const char* key) { return text(member(object, key), key); }
 
-std::string optional_text(const Json& object, const char* key) {
+std::string optional_text(const Json& object, const char* key, const char* otherwise = "") {
     const Json* value = optional_member(object, key);
-    return value == nullptr ? "" : text(*value, key);
+    return value == nullptr ? otherwise : text(*value, key);
 }
 
 /// The text if it is one of `known`.
@@ -60,14 +115,17 @@ std::string one_of(const std::string& value, const char* key,
     return value;
 }
 
-int integer_in(const Json& object, const char* key, int low, int high) {
-    const Json& value = member(object, key);
+int integer(const Json& value, const char* key, int low, int high) {
     // Unsigned numbers beyond int64 are told apart by the library; both comparisons are exact.
     if (!value.is_number_integer() || value < low || value > high) {
         malformed(std::string("the field '") + key + "' is not a whole number from " +
                   std::to_string(low) + " to " + std::to_string(high));
     }
     return value.get<int>();
+}
+
+int integer_in(const Json& object, const char* key, int low, int high) {
+    return integer(member(object, key), key, low, high);
 }
 
 double number(const Json& value, const char* key, double low, double high) {
@@ -86,29 +144,43 @@ bool boolean_in(const Json& object, const char* key) {
     return value.get<bool>();
 }
 
-std::array<float, 3> channels_in(const Json& object, const char* key, double low) {
-    const Json& value = member(object, key);
+std::array<float, 3> channels(const Json& value, const char* key, double low) {
     if (!value.is_array() || value.size() != 3) {
         malformed(std::string("the field '") + key + "' is not a list of three numbers");
     }
-    std::array<float, 3> channels{};
-    std::transform(value.begin(), value.end(), channels.begin(), [&](const Json& item) {
+    std::array<float, 3> numbers{};
+    std::transform(value.begin(), value.end(), numbers.begin(), [&](const Json& item) {
         return static_cast<float>(number(item, key, low, 1e3));
     });
-    return channels;
+    return numbers;
 }
 
+/// What is absent is as in every published ReXNet.
 Preprocess read_preprocess(const Json& json) {
-    Preprocess preprocess{};
-    preprocess.height = integer_in(json, "height", 1, kMaxImageSize);
-    preprocess.width = integer_in(json, "width", 1, kMaxImageSize);
-    preprocess.crop_pct = number(member(json, "crop_pct"), "crop_pct", 0.1, 1);
-    const std::string interpolation =
-        one_of(text_in(json, "interpolation"), "interpolation", {"bicubic", "bilinear"});
+    if (!json.is_object()) {
+        malformed("the field 'preprocess' is not an object");
+    }
+    Preprocess preprocess{
+        224, 224, 0.875, Interpolation::bicubic, {0.485F, 0.456F, 0.406F}, {0.229F, 0.224F, 0.225F}};
+    if (const Json* height = optional_member(json, "height")) {
+        preprocess.height = integer(*height, "height", 1, kMaxImageSize);
+    }
+    if (const Json* width = optional_member(json, "width")) {
+        preprocess.width = integer(*width, "width", 1, kMaxImageSize);
+    }
+    if (const Json* crop_pct = optional_member(json, "crop_pct")) {
+        preprocess.crop_pct = number(*crop_pct, "crop_pct", 0.1, 1);
+    }
+    const std::string interpolation = one_of(optional_text(json, "interpolation", "bicubic"),
+                                             "interpolation", {"bicubic", "bilinear"});
     preprocess.interpolation =
         interpolation == "bicubic" ? Interpolation::bicubic : Interpolation::bilinear;
-    preprocess.mean = channels_in(json, "mean", -1e3);
-    preprocess.std = channels_in(json, "std", 1e-3);
+    if (const Json* mean = optional_member(json, "mean")) {
+        preprocess.mean = channels(*mean, "mean", -1e3);
+    }
+    if (const Json* std = optional_member(json, "std")) {
+        preprocess.std = channels(*std, "std", 1e-3);
+    }
     return preprocess;
 }
 
@@ -119,13 +191,14 @@ std::string read_title(const Json& model) {
     const Json& weights = member(model, "weights");
     const Json& width = member(model, "width");
     std::string title = text_in(weights, "source");
+    text_in(weights, "sha256");
     if (width.is_null() != (family == "onnx")) {
         malformed("the fields 'family' and 'width' contradict each other");
     }
     if (family != "onnx") {
         std::ostringstream digits;
         digits.imbue(std::locale::classic());  // "1.5" in a program of any locale
-        digits << number(width, "width", -1e308, 1e308);
+        digits << number(width, "width", -kMaxDouble, kMaxDouble);
         title = family + " " + digits.str();
     }
     return boolean_in(weights, "trained") ? title : title + " (untrained weights)";
@@ -136,9 +209,11 @@ ModelSpec read_model(const Json& json) {
     model.title = read_title(json);
     model.num_classes = integer_in(json, "num_classes", 1, kMaxClasses);
     model.preprocess = read_preprocess(member(json, "preprocess"));
+    text_in(json, "input_name");
+    text_in(json, "output_name");
     // Absent in manifests of before there was a choice.
-    const std::string input = json.contains("input") ? text_in(json, "input") : "float32";
-    const std::string output = json.contains("output") ? text_in(json, "output") : "logits";
+    const std::string input = optional_text(json, "input", "float32");
+    const std::string output = optional_text(json, "output", "logits");
     one_of(input, "input", {"float32", "uint8"});
     one_of(output, "output", {"logits", "probabilities"});
     model.input = input == "uint8" ? InputType::uint8 : InputType::float32;
@@ -160,6 +235,40 @@ bool is_sha256(const std::string& digest) {
     return digest.size() == 64 && digest.find_first_not_of("0123456789abcdef") == std::string::npos;
 }
 
+/// What Python's readers need of an engine's proof, of which nothing is used here.
+void check_proof(const Json& proof) {
+    const Json& wanted = member(proof, "wanted");
+    if (!wanted.is_null()) {
+        text(wanted, "wanted");
+    }
+    member(proof, "layers");
+    for (const char* key : {"layers", "macs"}) {
+        const Json* counts = optional_member(proof, key);
+        if (counts == nullptr) {
+            continue;
+        }
+        if (!counts->is_object()) {
+            malformed(std::string("the field '") + key + "' is not an object");
+        }
+        for (const auto& item : counts->items()) {
+            one_of(item.key(), key, {"Int8", "Half", "BFloat16", "Float"});
+            if (!item.value().is_number_integer() || item.value() < 0) {
+                malformed(std::string("the field '") + key + "' holds what is no count");
+            }
+        }
+    }
+    for (const char* key : {"differing", "not_found"}) {
+        if (const Json* names = optional_member(proof, key)) {
+            if (!names->is_array()) {
+                malformed(std::string("the field '") + key + "' is not a list");
+            }
+            for (const Json& name : *names) {
+                text(name, key);
+            }
+        }
+    }
+}
+
 Artifact read_artifact(const Json& json) {
     Artifact artifact{};
     artifact.file = text_in(json, "file");
@@ -172,11 +281,21 @@ Artifact read_artifact(const Json& json) {
     if (!is_sha256(artifact.sha256)) {
         malformed("sha256 of '" + artifact.file + "' is not 64 hexadecimal digits");
     }
-    artifact.precision = optional_text(json, "precision");
-    one_of(artifact.precision, "precision", {"", "fp32", "fp16", "bf16"});
-    artifact.parent_sha256 = optional_text(json, "parent_sha256");
+    if (const Json* precision = nullable_member(json, "precision")) {
+        artifact.precision =
+            one_of(text(*precision, "precision"), "precision", {"fp32", "fp16", "bf16"});
+    }
+    if (const Json* parent = nullable_member(json, "parent_sha256")) {
+        artifact.parent_sha256 = text(*parent, "parent_sha256");
+        if (artifact.parent_sha256.empty()) {
+            malformed("what " + artifact.file + " was made from is not in the bundle");
+        }
+        if (artifact.parent_sha256 == artifact.sha256) {
+            malformed(artifact.file + " is said to be made from itself");
+        }
+    }
     artifact.command = optional_text(json, "command");
-    if (const Json* batch = optional_member(json, "batch")) {
+    if (const Json* batch = nullable_member(json, "batch")) {
         const int min = integer_in(*batch, "min", 1, kMaxBatch);
         const int opt = integer_in(*batch, "opt", min, kMaxBatch);
         artifact.batch = BatchRange{min, opt, integer_in(*batch, "max", opt, kMaxBatch)};
@@ -185,9 +304,35 @@ Artifact read_artifact(const Json& json) {
         if (!built_with->is_object()) {
             malformed("the field 'built_with' is not an object");
         }
+        for (const auto& item : built_with->items()) {
+            text(item.value(), item.key().c_str());
+        }
         artifact.flavor = optional_text(*built_with, "flavor");
     }
+    if (const Json* proof = nullable_member(json, "proof")) {
+        check_proof(*proof);
+    }
     return artifact;
+}
+
+/// The hashes that a chain of parents leads from to a file without one; and the empty one.
+std::set<std::string> with_a_beginning(const std::vector<Artifact>& artifacts) {
+    std::multimap<std::string, std::string> children;
+    for (const Artifact& artifact : artifacts) {
+        children.emplace(artifact.parent_sha256, artifact.sha256);
+    }
+    std::set<std::string> found{""};
+    std::vector<std::string> waiting{""};
+    while (!waiting.empty()) {
+        const auto [first, last] = children.equal_range(waiting.back());
+        waiting.pop_back();
+        for (auto child = first; child != last; ++child) {
+            if (found.insert(child->second).second) {
+                waiting.push_back(child->second);
+            }
+        }
+    }
+    return found;
 }
 
 Manifest read_manifest(const Json& json) {
@@ -197,6 +342,8 @@ Manifest read_manifest(const Json& json) {
     if (!artifacts.is_array()) {
         malformed("the field 'artifacts' is not a list");
     }
+    text_in(json, "name");
+    optional_text(json, "updated_at");
     std::set<std::string> names;
     std::set<std::string> hashes{""};  // the empty one: made from nothing in the bundle
     for (const Json& item : artifacts) {
@@ -209,6 +356,12 @@ Manifest read_manifest(const Json& json) {
     for (const Artifact& artifact : manifest.artifacts) {
         if (hashes.count(artifact.parent_sha256) == 0) {
             malformed("what " + artifact.file + " was made from is not in the bundle");
+        }
+    }
+    const std::set<std::string> begun = with_a_beginning(manifest.artifacts);
+    for (const Artifact& artifact : manifest.artifacts) {
+        if (begun.count(artifact.parent_sha256) == 0) {
+            malformed("what " + artifact.file + " was made from is made from it in a circle");
         }
     }
     return manifest;
@@ -229,7 +382,7 @@ Manifest parse_manifest(std::string_view json, const std::string& where) {
     };
     int format = kFormat;
     try {
-        const Json document = Json::parse(json);
+        const Json document = parse_strictly(json);
         format = integer_in(document, "format", 0, 1'000'000);
         if (format == kFormat) {
             return read_manifest(document);

@@ -15,7 +15,31 @@
 namespace rexdeploy {
 namespace {
 
-constexpr int kMaxTexts = 32;  // kept of a file: each may unpack to eight megabytes
+// As in rexdeploy/image_limits.py: each of these may unpack to eight megabytes (in Pillow, to one).
+constexpr int kMaxPacked = 32;
+constexpr int kMaxTexts = 1000;  // kept of a file: libpng copies all for every eighth
+
+/// Refuses what would keep libpng busy for more than seconds, before it sees any of it.
+void check_png(const std::vector<std::uint8_t>& data) {
+    int packed = 0;
+    std::size_t position = 8;
+    while (position + 8 <= data.size()) {
+        std::size_t size = 0;
+        for (std::size_t index = 0; index < 4; ++index) {
+            size = size << 8 | data[position + index];
+        }
+        const std::string_view kind(reinterpret_cast<const char*>(&data[position + 4]), 4);
+        position += 12 + size;
+        if (kind == "IEND") {
+            return;
+        }
+        packed += kind == "zTXt" || kind == "iTXt" || kind == "iCCP";
+        if (packed > kMaxPacked) {
+            throw Error("more than " + std::to_string(kMaxPacked) +
+                        " compressed texts and profiles; save it anew");
+        }
+    }
+}
 
 /// The bytes of an ImageMagick profile: hexadecimal digits in lines, after three other lines.
 std::string from_raw_profile(std::string_view text) {
@@ -177,6 +201,7 @@ std::uint8_t grey(const PngReader& reader, const std::uint8_t* sample) {
 }  // namespace
 
 Oriented decode_png(const std::vector<std::uint8_t>& data) {
+    check_png(data);
     PngReader reader(data);
     check_size(reader.width(), reader.height());
     const std::size_t area = std::size_t{reader.width()} * reader.height();

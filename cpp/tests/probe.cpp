@@ -50,9 +50,40 @@ void preprocess(char** arguments) {
     std::printf("ok\n");
 }
 
-/// manifest FILE
+/// "x" and the bytes in hexadecimal digits.
+template <typename Bytes>
+std::string hex(const Bytes* bytes, std::size_t size) {
+    std::string digits = "x";
+    for (std::size_t index = 0; index < size; ++index) {
+        char byte[3];
+        std::snprintf(byte, sizeof byte, "%02x", static_cast<unsigned char>(bytes[index]));
+        digits += byte;
+    }
+    return digits;
+}
+
+std::string hex(const std::string& text) { return hex(text.data(), text.size()); }
+
+/// manifest FILE: everything that was read, as tests/test_one_meaning.py spells it
 void manifest(char** arguments) {
-    std::printf("%s\n", read_manifest(arguments[0]).model.title.c_str());
+    const Manifest read = read_manifest(arguments[0]);
+    const rexdeploy::Preprocess& spec = read.model.preprocess;
+    const auto bytes = [](const auto& value) {
+        return hex(reinterpret_cast<const unsigned char*>(&value), sizeof value);
+    };
+    std::printf("%s %d %d %d %s %d %s %s %d %d", hex(read.model.title).c_str(),
+                read.model.num_classes, spec.height, spec.width, bytes(spec.crop_pct).c_str(),
+                spec.interpolation == rexdeploy::Interpolation::bicubic, bytes(spec.mean).c_str(),
+                bytes(spec.std).c_str(), read.model.input == rexdeploy::InputType::uint8,
+                read.model.gives_probabilities);
+    for (const rexdeploy::Artifact& item : read.artifacts) {
+        const rexdeploy::BatchRange batch = item.batch.value_or(rexdeploy::BatchRange{0, 0, 0});
+        std::printf(" | %s %s %s %s %s %d:%d:%d %s %s", item.kind.c_str(), item.file.c_str(),
+                    item.sha256.c_str(), hex(item.parent_sha256).c_str(),
+                    hex(item.precision).c_str(), batch.min, batch.opt, batch.max,
+                    hex(item.flavor).c_str(), hex(item.command).c_str());
+    }
+    std::printf("\n");
 }
 
 /// Runs the images, then again in several threads at once, which must give the same.
