@@ -164,6 +164,8 @@ class Artifact:
             raise ValueError(f"file '{self.file}' is not a plain name inside the bundle's folder")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise ValueError(f"sha256 of '{self.file}' is not 64 hexadecimal digits")
+        if self.parent_sha256 == self.sha256:
+            raise ValueError(f"{self.file} is said to be made from itself")
 
     @property
     def proof_fault(self) -> str | None:
@@ -202,6 +204,10 @@ class Manifest:
         for artifact in self.artifacts:
             if artifact.parent_sha256 not in hashes:
                 raise ValueError(f"what {artifact.file} was made from is not in the bundle")
+        begun = _with_a_beginning(self.artifacts)
+        for artifact in self.artifacts:
+            if artifact.parent_sha256 not in begun:
+                raise ValueError(f"what {artifact.file} was made from is made from it in a circle")
 
     def find(
         self, kind: Kind, precision: Precision | None = None, sha256: str | None = None
@@ -264,6 +270,20 @@ def judged(artifacts: Iterable[Artifact]) -> set[tuple[str, ...]]:
         for item in artifacts
         if item.kind in ("weights", "onnx", "engine")
     }
+
+
+def _with_a_beginning(artifacts: Iterable[Artifact]) -> set[str | None]:
+    """The hashes that a chain of parents leads from to a file without one; and None."""
+    children: dict[str | None, list[str]] = {}
+    for artifact in artifacts:
+        children.setdefault(artifact.parent_sha256, []).append(artifact.sha256)
+    found: set[str | None] = {None}
+    waiting: list[str | None] = [None]
+    while waiting:
+        reached = children.pop(waiting.pop(), [])
+        found.update(reached)
+        waiting += reached
+    return found
 
 
 def _parents_first(artifacts: list[Artifact]) -> tuple[Artifact, ...]:
