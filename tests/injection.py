@@ -27,18 +27,21 @@ class Disk:
     number: int  # which call fails, from 1; 0: none, they are counted only
     error: int
     kinds: Collection[str]
-    lasting: bool  # every later call fails as well, but for those that make room
+    lasting: bool  # every later call fails as well, but for opening what is there already
     calls: list[str] = field(default_factory=list)
     injected: list[str] = field(default_factory=list)
 
-    def check(self, kind: str, path: str) -> bool:
-        """Raises the error if this call is the one; says whether it is to be a short one."""
+    def check(self, kind: str, path: str, makes: bool = True) -> bool:
+        """Raises the error if this call is the one; says whether it is to be a short one.
+
+        `makes`: it needs room on the disk, as opening a file for reading does not.
+        """
         if kind not in self.kinds or not path.startswith(f"{self.folder}{os.sep}"):
             return False
         self.calls.append(kind)
         if not self.number or len(self.calls) < self.number:
             return False
-        if len(self.calls) > self.number and not self.lasting:
+        if len(self.calls) > self.number and not (self.lasting and makes):
             return False
         self.injected.append(f"{kind} {path}")
         if self.error == SHORT:
@@ -78,8 +81,9 @@ def failing(
             return super().write(view[: max(1, len(view) // 2)] if is_short else view)
 
     def file_open(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
-        disk.check("open", "" if isinstance(file, int) else _path(file))
-        if not set(mode) & set("wax+") or not _path(file).startswith(str(disk.folder)):
+        writes = bool(set(mode) & set("wax+"))
+        disk.check("open", "" if isinstance(file, int) else _path(file), writes)
+        if not writes or not _path(file).startswith(str(disk.folder)):
             return plain_open(file, mode, *rest, **named)
         assert "+" not in mode
         assert not rest
@@ -89,9 +93,9 @@ def failing(
             return buffered
         return io.TextIOWrapper(buffered, named.get("encoding"), newline=named.get("newline"))
 
-    def os_open(path: Any, *rest: Any, **named: Any) -> int:
-        disk.check("open", _path(path))
-        return cast(int, system["open"](path, *rest, **named))
+    def os_open(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        disk.check("open", _path(path), bool(flags & os.O_CREAT))
+        return cast(int, system["open"](path, flags, *rest, **named))
 
     def os_write(descriptor: int, data: Any) -> int:
         view = memoryview(data)
