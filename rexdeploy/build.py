@@ -29,6 +29,7 @@ from rexdeploy.precision import graph_inputs, parse, precision_of, products, rea
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PROOF_REVISION, PrecisionProof, prove
 from rexdeploy.tensorrt_api import BUILD_REVISION, FLAVORS, EngineSettings, Flavor
+from rexdeploy.text import printable
 
 MAX_WORKSPACE_MIB = 1 << 20
 
@@ -170,9 +171,9 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
         input_name=graph_inputs(model)[0].name,
         output_name=model.graph.output[0].name,
         preprocess=Preprocess(height=shapes[0][2], width=shapes[0][3]),
-        weights=WeightsOrigin(path.name, artifact.sha256, trained=True),
+        weights=WeightsOrigin(printable(path.name), artifact.sha256, trained=True),
     )
-    manifest = Manifest(FORMAT, path.stem, spec, (artifact,))
+    manifest = Manifest(FORMAT, printable(path.stem), spec, (artifact,))
     return Source(Bundle(folder, manifest), {artifact.file: data}, is_new=True)
 
 

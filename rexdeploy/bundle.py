@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from rexdeploy.atomic import sync_folder, write_synced
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.manifest import VERIFICATION, Artifact, Manifest, decode, judged, to_json
 
@@ -123,29 +124,42 @@ def commit(
     `merge` runs under the bundle's lock; what it raises leaves the bundle as it was.
     """
     try:
+        is_made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            _finish_interrupted(path)
-            current = _read_manifest(path) if (path / _MANIFEST).exists() else None
-            manifest = replace(
-                merge(current),
-                updated_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-            )
-            _check_targets(path, manifest, is_new=current is None)
-            try:
-                for name, data in files.items():
-                    _write(path / _STAGED.format(name), data)
-                _write(path / _STAGED.format(_MANIFEST), to_json(manifest))
-                os.replace(path / _STAGED.format(_MANIFEST), path / _JOURNAL)
-            except OSError:
-                _remove_staged(path)
-                raise
-            _finish_interrupted(path)
+        try:
+            return _committed(path, merge, files)
+        except BaseException:
+            if is_made:
+                with contextlib.suppress(OSError):  # what holds a bundle by now stays
+                    path.rmdir()
+            raise
     except OSError as error:
         raise RexdeployError(
             f"cannot write the bundle {path} ({error.strerror}); nothing was changed: "
             "free some space, or use another folder"
         ) from None
+
+
+def _committed(
+    path: Path, merge: Callable[[Manifest | None], Manifest], files: Mapping[str, bytes]
+) -> Bundle:
+    with _locked(path):
+        _finish_interrupted(path)
+        current = _read_manifest(path) if (path / _MANIFEST).exists() else None
+        manifest = replace(
+            merge(current),
+            updated_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+        )
+        _check_targets(path, manifest, is_new=current is None)
+        try:
+            for name, data in files.items():
+                write_synced(path / _STAGED.format(name), data)
+            write_synced(path / _STAGED.format(_MANIFEST), to_json(manifest))
+            os.replace(path / _STAGED.format(_MANIFEST), path / _JOURNAL)
+        except OSError:
+            _remove_staged(path)
+            raise
+        _finish_interrupted(path)
     return Bundle(path, manifest)
 
 
@@ -169,15 +183,6 @@ def check_writable(root: Path) -> None:
 def sha256(data: bytes) -> str:
     """The SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the renames in a folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_targets(path: Path, manifest: Manifest, is_new: bool) -> None:
@@ -238,13 +243,13 @@ def _finish_interrupted(path: Path) -> None:
     if not journal.exists():
         _remove_staged(path)
         return
-    manifest = decode(journal.read_bytes(), str(journal))
     if not os.access(path, os.W_OK):
         raise UsageError(
             f"{path} holds the unfinished work of a killed command and cannot be written here; "
             "open it once with the right to write"
         )
     try:
+        manifest = decode(journal.read_bytes(), str(journal))
         for artifact in manifest.artifacts:
             staged = path / _STAGED.format(artifact.file)
             if staged.exists():
@@ -254,17 +259,18 @@ def _finish_interrupted(path: Path) -> None:
         sync_folder(path)
     except OSError as error:
         raise UsageError(
-            f"{path} holds the unfinished work of a killed command, which cannot be finished "
-            f"({error}); make room for its files and try again"
+            f"{path} was changed, and its new files cannot be put in their places "
+            f"({error.strerror}); the next command that opens it does it: make room for them"
         ) from None
 
 
 def _remove_dropped(path: Path, manifest: Manifest) -> None:
     """Deletes files that the old manifest names and the new one does not; never any other."""
+    file = path / _MANIFEST
     try:
-        old = _read_manifest(path)
-    except UsageError:
-        return  # no old manifest, or an unreadable one: then nothing here is known to be ours
+        old = decode(file.read_bytes(), str(file))
+    except (FileNotFoundError, UsageError):
+        return  # no old manifest, or a damaged one: then nothing here is known to be ours
     kept = {artifact.file for artifact in manifest.artifacts}
     for artifact in old.artifacts:
         if artifact.file not in kept:
@@ -275,10 +281,3 @@ def _remove_staged(path: Path) -> None:
     for staged in path.glob(_STAGED.format("*")):
         with contextlib.suppress(OSError):  # a read-only bundle can still be read
             staged.unlink()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -26,7 +26,9 @@ from rexdeploy.bundle import Bundle
 from rexdeploy.compare import softmax
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.images import Images
+from rexdeploy.labels import read_labels
 from rexdeploy.manifest import Artifact, BatchRange
+from rexdeploy.metadata import check_preprocess
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -195,7 +197,7 @@ def load(
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(Path(bundle))
-    labels = _labels(bundle)
+    labels = read_labels(bundle)
     choices = _choices(bundle, backend)
     if not choices:
         raise BackendUnavailable(f"{bundle.path} holds no file for backend {backend}: {_MAKES_ONE}")
@@ -204,30 +206,39 @@ def load(
         if artifact.kind == "engine" and artifact.proof_fault is not None:
             passed_over.append(f"{artifact.file} on {name}: {artifact.proof_fault}; {_AGAIN}")
             continue
+        data = bundle.read(artifact)
         try:
-            model = open_backend(name, bundle.read(artifact), bundle.manifest.model, threads)
+            model = open_backend(name, data, bundle.manifest.model, threads)
         except UsageError as error:
             raise UsageError(f"{bundle.path / artifact.file}: {error}") from None
         except RexdeployError as error:  # missing here, or refused here
             passed_over.append(f"{artifact.file} on {name}: {error}")
             continue
+        try:
+            passed_over += _unlike(bundle, artifact, data)
+        except UsageError:
+            model.close()
+            raise
         return Classifier(bundle, labels, model, artifact, tuple(passed_over))
     raise BackendUnavailable(f"nothing in the bundle can run here: {'; '.join(passed_over)}")
 
 
-def _labels(bundle: Bundle) -> list[str]:
-    """One label a class; "class 7" where the bundle has none."""
-    count = bundle.manifest.model.num_classes
-    artifact = bundle.manifest.find("labels")
-    if artifact is None:
-        return [f"class {index}" for index in range(count)]
-    labels = bundle.read(artifact).decode(errors="replace").splitlines()
-    if len(labels) != count:
-        raise UsageError(
-            f"{bundle.path / artifact.file}: got {len(labels)} labels, expected {count}; "
-            "export again with --labels"
-        )
-    return labels
+def _unlike(bundle: Bundle, running: Artifact, data: bytes) -> list[str]:
+    """Holds the manifest's preprocessing against the graph's own; says why where it cannot.
+
+    `data` is the file that runs. An engine says nothing of its images: the graph that it was built
+    from does. Raises UsageError where the two differ.
+    """
+    graph = running if running.kind == "onnx" else bundle.manifest.find("onnx")
+    if graph is None:
+        return []
+    if graph is not running:
+        try:
+            data = bundle.read(graph)
+        except UsageError as error:
+            return [f"comparing the preprocessing with {graph.file}'s: {error}"]
+    check_preprocess(bundle, graph, data)
+    return []
 
 
 def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:

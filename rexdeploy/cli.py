@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -23,6 +24,7 @@ from rexdeploy.console import (
     progress,
     progress_bar,
     say,
+    secure_streams,
     write_text,
 )
 from rexdeploy.errors import RexdeployError, UsageError
@@ -42,6 +44,7 @@ from rexdeploy.show import (
     show_tuning,
     show_verification,
 )
+from rexdeploy.text import one_line, printable
 
 if TYPE_CHECKING:
     from rexdeploy.bundle import Bundle
@@ -87,6 +90,7 @@ Json = Annotated[
 
 def main() -> NoReturn:
     """Runs the command line; the only place where exceptions become exit codes."""
+    secure_streams()
     signal.signal(signal.SIGINT, _interrupted)
     try:
         code = app(standalone_mode=False, prog_name="rexdeploy")
@@ -109,9 +113,10 @@ def main() -> NoReturn:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "rexdeploy"
         fail(f"{show().rstrip('.')}; see '{command} --help'", 2)
+    code = code if isinstance(code, int) else 0
     if lost_output:
-        fail(lost_output[0], 2)
-    sys.exit(code if isinstance(code, int) else 0)
+        fail(lost_output[0], code or 2)
+    sys.exit(code)
 
 
 def _leave(message: str) -> Callable[[int, object], NoReturn]:
@@ -124,8 +129,9 @@ def _leave(message: str) -> Callable[[int, object], NoReturn]:
     def leave(signal_number: int, frame: object) -> NoReturn:
         del signal_number, frame
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the spinner had hidden it
-        sys.stderr.write(f"{show_cursor}error: interrupted; {message}\n")
-        sys.stderr.flush()
+        line = f"{show_cursor}error: {one_line(f'interrupted; {message}')}\n"
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())  # a stream may be in the middle of another line
         os._exit(EXIT_INTERRUPTED)
 
     return leave
@@ -151,7 +157,7 @@ def rexdeploy(
 
         say(f"rexdeploy {__version__}")
     elif context.invoked_subcommand is None:
-        say(context.get_help())
+        say(*context.get_help().split("\n"))
 
 
 @app.command()
@@ -240,7 +246,7 @@ def export(
     emit(
         json,
         lambda: {
-            "bundle": str(result.bundle.path),
+            "bundle": printable(str(result.bundle.path)),
             "manifest": result.bundle.manifest,
             "comparisons": result.comparisons,
         },
@@ -324,7 +330,7 @@ def build_trt(
     emit(
         json,
         lambda: {
-            "bundle": str(result.bundle.path),
+            "bundle": printable(str(result.bundle.path)),
             "engine": result.engine,
             "reused": result.reused,
         },
@@ -415,17 +421,16 @@ def verify(
     )
     with progress(quiet) as report:
         result = run(opened, options, report)
-    try:
+    if not quiet and json != Path("-"):
+        show_verification(opened, result, every_block=localize)
+    if candidate is None:
+        _store(opened, result)
+    with _only_warned_of(bool(result.failures)):
         emit(json, lambda: result)
         if plot is not None:
             plot_localizations(result.localizations, plot)
-        if not quiet and json != Path("-"):
-            show_verification(opened, result, every_block=localize)
-        if candidate is None:
-            _store(opened, result)
-    finally:  # whatever becomes of the output, the exit code is the verdict's
-        if result.failures:
-            raise VerificationFailed("; ".join(result.failures))
+    if result.failures:
+        raise VerificationFailed("; ".join(result.failures))
 
 
 @app.command("tune-precision")
@@ -465,11 +470,13 @@ def tune_precision(
     opened = Bundle.find(bundle)
     with progress(quiet) as report:
         result = tune(opened, options, report)
-    try:
+    if not quiet and json != Path("-"):
+        show_tuning(result)
+    with _only_warned_of(not result.healed):
         emit(
             json,
             lambda: {
-                "bundle": str(result.bundle.path),
+                "bundle": printable(str(result.bundle.path)),
                 "images": result.images,
                 "healed": result.healed,
                 "limits": result.limits,
@@ -479,17 +486,14 @@ def tune_precision(
                 "ranges": result.ranges,
             },
         )
-        if not quiet and json != Path("-"):
-            show_tuning(result)
-    finally:
-        if not result.healed:
-            raise VerificationFailed(
-                f"no {max_blocks} blocks in float32 bring the FP16 graph within its limits (error "
-                f"{result.limits.error:.2g}, root mean square {result.limits.rms:.2g}); the best "
-                f"found: {', '.join(result.best.float32)}, {result.best.rank:.2g} times its limit; "
-                f"{result.overflowing} blocks hold values beyond float16; "
-                "nothing was written: try more --max-blocks, or build-trt --bf16"
-            )
+    if not result.healed:
+        raise VerificationFailed(
+            f"no {max_blocks} blocks in float32 bring the FP16 graph within its limits (error "
+            f"{result.limits.error:.2g}, root mean square {result.limits.rms:.2g}); the best "
+            f"found: {', '.join(result.best.float32)}, {result.best.rank:.2g} times its limit; "
+            f"{result.overflowing} blocks hold values beyond float16; "
+            "nothing was written: try more --max-blocks, or build-trt --bf16"
+        )
 
 
 @app.command()
@@ -571,7 +575,7 @@ def predict(
         raise UsageError("--force is about the file that --out names: give both")
     from rexdeploy.bundle import Bundle
     from rexdeploy.classify import load
-    from rexdeploy.predictions import classify_files, expand, printable
+    from rexdeploy.predictions import classify_files, expand
     from rexdeploy.results import Header, Results, check_out
 
     if out is not None:
@@ -711,11 +715,6 @@ def bench(
     except KeyboardInterrupt:
         fail("interrupted before the first round was complete", EXIT_INTERRUPTED)
     signal.signal(signal.SIGINT, _interrupted)
-    emit(json, lambda: result)
-    if plot is not None:
-        from rexdeploy.plot import plot_benchmark
-
-        plot_benchmark(result, plot)
     if not quiet and json != Path("-"):
         if table:
             from rexdeploy.models.zoo import paper_rows
@@ -723,6 +722,12 @@ def bench(
             show_published_table(result, paper_rows())
         else:
             show_benchmark(result)
+    with _only_warned_of(bool(result.failures)):
+        emit(json, lambda: result)
+        if plot is not None:
+            from rexdeploy.plot import plot_benchmark
+
+            plot_benchmark(result, plot)
     if result.failures:
         raise VerificationFailed("; ".join(result.failures))
     if result.interrupted:
@@ -781,7 +786,7 @@ def triton(
     emit(
         json,
         lambda: {
-            "repository": str(result.repository),
+            "repository": printable(str(result.repository)),
             "network": result.name,
             "ensemble": result.image_name,
             "version": result.version,
@@ -907,7 +912,7 @@ def _classify_into(
     results: Results, classifier: Classifier, files: Sequence[str], quiet: bool
 ) -> None:
     """Adds the rows of the files that have none yet; Ctrl-C leaves at once, with what is done."""
-    from rexdeploy.predictions import classify_files, printable
+    from rexdeploy.predictions import classify_files
 
     signal.signal(
         signal.SIGINT,
@@ -920,6 +925,20 @@ def _classify_into(
             show(results.rows)
         results.finish()
     signal.signal(signal.SIGINT, _interrupted)
+
+
+@contextlib.contextmanager
+def _only_warned_of(is_error: bool) -> Iterator[None]:
+    """The writing of a result's files, behind its printing: what was found is never lost to it.
+
+    Where the result itself `is_error`, the exit code is the result's.
+    """
+    try:
+        yield
+    except RexdeployError as error:
+        if not is_error:
+            raise
+        say(f"warning: {one_line(str(error))}", to_stderr=True)
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:
@@ -955,7 +974,7 @@ def _fixed_batch(text: str) -> int | None:
 
 def _command() -> str:
     """The command line that is running, as a person would type it again."""
-    return shlex.join(["rexdeploy", *sys.argv[1:]])
+    return printable(shlex.join(["rexdeploy", *sys.argv[1:]]))
 
 
 def _tell(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
@@ -970,4 +989,4 @@ def _store(bundle: Bundle, result: Verification) -> None:
     try:
         store(bundle, result, _command())
     except RexdeployError as error:
-        say(f"warning: verify.json is not stored: {error}", to_stderr=True)
+        say(one_line(f"warning: verify.json is not stored: {error}"), to_stderr=True)

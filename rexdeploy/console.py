@@ -4,20 +4,71 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import typer
 
-from rexdeploy.errors import UsageError
+from rexdeploy.atomic import check_replaceable, replacing
+from rexdeploy.errors import RexdeployError
 from rexdeploy.progress import Report, silent
+from rexdeploy.text import json_text, one_line, plain
 
 _LINE_S = 10.0  # between two lines of progress where there is no terminal
+
+lost_output: list[str] = []
+"""Why what was printed on stdout is lost, if it is: a command that was fine is not fine then."""
+
+
+def secure_streams() -> None:
+    """Makes a closed or full stdout or stderr stop no command, whose exit code is its work's.
+
+    What cannot be written is dropped. `lost_output` keeps why, unless nobody is there to read it
+    (`rexdeploy models | head`, `>&-`) or it was on stderr, which has no results.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Left closed, the next file that is opened would get its number and what is printed.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdout is sys.__stdout__:  # not in a test that takes what is printed
+        sys.stdout = _stream(1, sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _stream(2, sys.stderr)
+
+
+class _Lossy(io.FileIO):
+    """A standard stream whose first failure is its last: from then on, all is dropped."""
+
+    is_lost = False
+
+    def write(self, data: Any, /) -> int:
+        if not self.is_lost:
+            try:
+                while (size := super().write(data)) is None:  # a pipe that does not block is full
+                    select.select((), (self,), ())
+                return size
+            except OSError as error:
+                self.is_lost = True
+                if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                    lost_output.append(f"output: {error.strerror}")
+        return memoryview(data).nbytes
+
+
+def _stream(number: int, before: TextIO | None) -> TextIO:
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Lossy(number, "wb", closefd=False)),
+        encoding=before.encoding if before else "utf-8",
+        errors="backslashreplace",  # a name that this terminal has no letters for
+        line_buffering=before is not None and bool(before.line_buffering),
+    )
 
 
 @contextmanager
@@ -26,12 +77,13 @@ def progress(quiet: bool) -> Iterator[Report]:
     if quiet:
         yield silent
     elif not sys.stderr.isatty():
-        yield lambda message: typer.echo(f"{message} ...", err=True)
+        yield lambda message: say(f"{message} ...", to_stderr=True)
     else:
         from rich.console import Console
+        from rich.text import Text
 
         with Console(stderr=True).status("starting") as status:
-            yield lambda message: status.update(f"{message} ...")
+            yield lambda message: status.update(Text(f"{one_line(message)} ..."))
 
 
 @contextmanager
@@ -56,7 +108,7 @@ def progress_bar(quiet: bool, what: str, done: int, total: int) -> Iterator[Call
             nonlocal told
             if time.monotonic() - told >= _LINE_S:
                 told = time.monotonic()
-                typer.echo(f"{what}: {done} of {total}, {pace(done)} ...", err=True)
+                say(f"{what}: {done} of {total}, {pace(done)} ...", to_stderr=True)
 
         tell(done)
         yield tell
@@ -83,42 +135,25 @@ def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]], wrap: bo
         else:
             table.add_column(column, justify="left" if wrap else "right", no_wrap=not wrap)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(plain, line))
     # Without a terminal, wide enough for every table.
     width = None if sys.stdout.isatty() else 160
-    console = Console(width=width, highlight=False, markup=False, file=io.StringIO())
-    console.print(table)
-    say(console.file.getvalue().rstrip("\n"))  # type: ignore[attr-defined]
+    printed = io.StringIO()
+    Console(width=width, highlight=False, markup=False, emoji=False, file=printed).print(table)
+    say(*printed.getvalue().rstrip("\n").split("\n"))
 
 
 def say(*lines: str | None, to_stderr: bool = False) -> None:
-    """Prints lines, but for those that are None.
-
-    Output that cannot be written (a closed pipe, a full disk) does not stop a command, whose exit
-    code may have something to say: `lost_output` keeps the reason.
-    """
+    """Prints lines, but for those that are None, without what would steer a terminal."""
     for line in lines:
-        if line is None:
-            continue
-        try:
-            typer.echo(line, err=to_stderr)
-        except OSError as error:
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), (sys.stderr if to_stderr else sys.stdout).fileno()
-            )
-            if not isinstance(error, BrokenPipeError):  # `rexdeploy models | head` is no mistake
-                lost_output.append(f"output: {error.strerror}")
-
-
-lost_output: list[str] = []
+        if line is not None:
+            typer.echo(plain(line), err=to_stderr)
 
 
 def check_json(file: Path | None) -> None:
     """Raises UsageError if a result's file cannot be written; call it before the work."""
-    if file is None or file == Path("-"):
-        return
-    if file.is_dir() or not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UsageError(f"cannot write {file}: expected a file in a folder that can be written")
+    if file is not None and file != Path("-"):
+        check_replaceable(file)
 
 
 def emit(file: Path | None, result: Callable[[], object]) -> None:
@@ -127,21 +162,35 @@ def emit(file: Path | None, result: Callable[[], object]) -> None:
         return
     from rexdeploy.manifest import to_json
 
-    write_text(file, to_json(result()).decode())
+    write_text(file, json_text(to_json(result()).decode()))
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes text to a file that the user has named; '-' is stdout."""
+    """Writes text to a file that the user has named, all of it or none; '-' is stdout."""
     if file == Path("-"):
-        say(text.rstrip("\n"))
+        say(*text.rstrip("\n").split("\n"))
         return
+    with output_file(file) as out:
+        out.write(text.encode())
+
+
+@contextmanager
+def output_file(file: Path) -> Iterator[BinaryIO]:
+    """A file that the user has named, to write in the block; raises RexdeployError.
+
+    It is there when the block ends, and if anything fails, what was there before is.
+    """
     try:
-        file.write_text(text, encoding="utf-8")
+        with replacing(file) as out:
+            yield out
     except OSError as error:
-        raise UsageError(f"cannot write {file} ({error.strerror})") from None
+        raise RexdeployError(
+            f"cannot write {file} ({error.strerror or error}); what was there before is "
+            "unchanged: make room, or name another file"
+        ) from None
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Prints one line on stderr and leaves."""
-    typer.echo("error: " + " ".join(message.split()), err=True)
+    """Prints one line on stderr, no longer than a screen, and leaves."""
+    say(f"error: {one_line(message)}", to_stderr=True)
     sys.exit(code)

@@ -23,6 +23,7 @@ from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
 from rexdeploy.image_sets import varied, varied_pixels
 from rexdeploy.interface import PIXELS, PROBABILITIES, wrap
+from rexdeploy.labels import parse_labels
 from rexdeploy.manifest import (
     FORMAT,
     MAX_CLASSES,
@@ -41,6 +42,7 @@ from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, recalibrate_batch_n
 from rexdeploy.models.zoo import fetch_pretrained
 from rexdeploy.parity import float32_limits, float32_noise, run_batches
 from rexdeploy.progress import Report, silent
+from rexdeploy.text import plain, printable
 
 Float32 = npt.NDArray[np.float32]
 
@@ -172,7 +174,10 @@ def _check_options(options: ExportOptions) -> None:
             f"(torch {torch.__version__}'s exporter writes {MIN_OPSET} when asked for less)"
         )
     if options.name is not None and (
-        options.name in ("", ".", "..") or "/" in options.name or options.name.startswith(".")
+        options.name in ("", ".", "..")
+        or "/" in options.name
+        or options.name.startswith(".")
+        or plain(options.name) != options.name
     ):
         raise UsageError(f"name: got '{options.name}', expected a plain folder name")
 
@@ -219,7 +224,7 @@ def _trained(options: ExportOptions, weights: str) -> tuple[Checkpoint, WeightsO
         family: Family = "rexnet_lite" if options.lite else "rexnet"
         path, source = fetch_pretrained(family, 1.0 if options.width is None else options.width)
     else:
-        path, source = Path(weights), Path(weights).name
+        path, source = Path(weights), printable(Path(weights).name)
     checkpoint = load_checkpoint(path)
     _check_agrees(options, checkpoint, path)
     if options.width is not None:  # several widths of lite have one shape: keep the one asked for
@@ -268,10 +273,10 @@ def _labels(options: ExportOptions, num_classes: int) -> list[str] | None:
             return None
         return resources.files("rexdeploy").joinpath("data/imagenet1k.txt").read_text().splitlines()
     try:
-        labels = options.labels.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"labels {options.labels} cannot be read ({reason})") from None
+        data = options.labels.read_bytes()
+    except OSError as error:
+        raise UsageError(f"labels {options.labels} cannot be read ({error.strerror})") from None
+    labels = parse_labels(data, f"labels {options.labels}")
     if len(labels) != num_classes:
         raise UsageError(
             f"labels {options.labels}: got {len(labels)} lines, expected one for each of the "

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rexdeploy.console import check_json
+from rexdeploy.console import check_json, output_file
 from rexdeploy.errors import BackendUnavailable, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from rexdeploy.bench import Benchmark, Latency
     from rexdeploy.localize import Localization
@@ -45,14 +46,14 @@ def plot_benchmark(result: Benchmark, path: Path) -> None:
         _draw_accuracy(axes[0][1], rows, known)
     figure.suptitle(_title(result))
     figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    _save(figure, path)
     pyplot.close(figure)
 
 
 def plot_localizations(results: Sequence[Localization], file: Path) -> None:
     """Draws every walk's error block by block: so far, and each block's own with its limit.
 
-    Infinite errors stand as triangles at the top. Raises UsageError where it cannot be written.
+    Infinite errors stand as triangles at the top. Raises RexdeployError where it cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -87,10 +88,7 @@ def plot_localizations(results: Sequence[Localization], file: Path) -> None:
                 color="red",
             )
         axes.legend(fontsize="small")
-    try:
-        figure.savefig(file, dpi=120)
-    except OSError as error:
-        raise UsageError(f"cannot write {file} ({error.strerror})") from None
+    _save(figure, file)
 
 
 def accuracies(rows: Sequence[Latency]) -> dict[str, tuple[str, float]]:
@@ -150,6 +148,15 @@ def _draw_accuracy(
     axes.set_ylabel("published top-1 accuracy, % (ImageNet-1k)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Draws into the file, whole or not at all."""
+    kind = path.suffix.lower().removeprefix(".")
+    with output_file(path) as file:
+        figure.savefig(
+            file, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None
+        )
 
 
 def _form(row: Latency) -> str:

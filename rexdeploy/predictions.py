@@ -17,6 +17,7 @@ from rexdeploy import images
 from rexdeploy.classify import Classifier, NonFiniteOutput, Prediction
 from rexdeploy.errors import UsageError
 from rexdeploy.images import Images
+from rexdeploy.text import printable
 
 _MAX_BATCH = 64  # of what an engine may take more of: rows should come, and memory stay, small
 _AHEAD = 3  # batches that are decoded or being decoded
@@ -67,11 +68,6 @@ def classify_files(
             yield _classify(classifier, decoded, top)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def printable(name: str) -> str:
-    r"""A file's name as text that can be written: bytes that are not UTF-8 as `\udcNN`."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _decode(classifier: Classifier, file: str) -> Images | str:

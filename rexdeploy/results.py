@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
+import io
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,14 +18,17 @@ from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import msgspec
 
-from rexdeploy.bundle import sha256, sync_folder
+from rexdeploy.atomic import check_replaceable, open_locked, replacing, sync_folder
+from rexdeploy.bundle import sha256
 from rexdeploy.classify import Classifier
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.manifest import to_json
-from rexdeploy.predictions import Row, printable
+from rexdeploy.predictions import Row
+from rexdeploy.text import printable
 
 _SYNC_S = 2.0  # at most so many seconds of work are lost with the machine; with the process, none
 _ROW_GROUP = 10_000  # of Parquet: rows held in memory at once
@@ -64,8 +67,7 @@ def check_out(out: Path) -> None:
     """Raises UsageError for a results file that cannot be written; call it before the work."""
     if out.suffix not in _WRITERS:
         raise UsageError(f"--out: got {out}, expected a name in {', '.join(_WRITERS)}")
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UsageError(f"cannot write {out}: expected a file in a folder that can be written")
+    check_replaceable(out)
     if out.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
@@ -89,12 +91,26 @@ class Results:
         self.done: set[str] = set()  # the files that have had their row since an earlier run
         self.rows = self.errors = 0  # of all runs; errors are rows too
         self.top = header.top
-        self._descriptor = _open_locked(self.path)
+        try:
+            self._descriptor = open_locked(self.path, wait=False)
+        except BlockingIOError:
+            raise UsageError(
+                f"{self.path} is being written by another command: wait for it, or give another "
+                "--out"
+            ) from None
+        except OSError as error:
+            raise self._unbegun(error) from None
         self._synced = time.monotonic()
+        is_new = os.fstat(self._descriptor).st_size == 0
         try:
             self._recover(header, force)
-        except BaseException:
+        except BaseException as error:
+            if is_new:
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
             os.close(self._descriptor)
+            if isinstance(error, OSError):
+                raise self._unbegun(error) from None
             raise
 
     def append(self, rows: Iterable[Row]) -> None:
@@ -103,21 +119,19 @@ class Results:
         for row in rows:
             lines.append(msgspec.json.encode(row) + b"\n")
             self._count(row)
-        self._write(b"".join(lines))
+        try:
+            self._write(b"".join(lines))
+        except OSError as error:
+            raise self._unwritable(self.path, error) from None
 
     def finish(self) -> None:
         """Writes the results file in one atomic step and drops the unfinished one."""
-        staged = self.out.with_name(f".{self.out.name}.staged")
         try:
-            _WRITERS[self.out.suffix](self._rows(), staged, self.top)
-            with open(staged, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(staged, self.out)
+            with replacing(self.out) as file:
+                _WRITERS[self.out.suffix](self._rows(), file, self.top)
             sync_folder(self.out.parent)
             self.path.unlink()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                staged.unlink()
             raise self._unwritable(self.out, error) from None
 
     def close(self) -> None:
@@ -150,6 +164,7 @@ class Results:
                     self.done.add(row.file)
                     self._count(row)
                 os.ftruncate(self._descriptor, end)
+                os.lseek(self._descriptor, end, os.SEEK_SET)
                 return
         torn = len(first) < len(expected) and expected.startswith(first)  # killed at once
         if not torn and not force:
@@ -172,38 +187,23 @@ class Results:
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
-            if time.monotonic() - self._synced > _SYNC_S:
-                os.fsync(self._descriptor)
-                self._synced = time.monotonic()
-        except OSError as error:
-            raise self._unwritable(self.path, error) from None
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
+        if time.monotonic() - self._synced > _SYNC_S:
+            os.fsync(self._descriptor)
+            self._synced = time.monotonic()
+
+    def _unbegun(self, error: OSError) -> RexdeployError:
+        return RexdeployError(
+            f"cannot write {self.path} ({error.strerror or error}); nothing was changed: make "
+            "room, or give another --out"
+        )
 
     def _unwritable(self, file: Path, error: OSError) -> RexdeployError:
         return RexdeployError(
             f"cannot write {file} ({error.strerror or error}); {self.path} keeps what is done: "
             "make room, and the same command goes on"
         )
-
-
-def _open_locked(path: Path) -> int:
-    """Opens the file to append to, and holds its lock: the kernel lets go of it at a kill."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UsageError(
-                f"{path} is being written by another command: wait for it, or give another --out"
-            ) from None
-        except FileNotFoundError:
-            pass  # finished by its owner between opening and locking
-        os.close(descriptor)
 
 
 def _parse(line: bytes) -> Row | None:
@@ -243,24 +243,24 @@ def _cells(row: Row) -> list[str | int | float | None]:
     return cells
 
 
-def _write_csv(rows: Iterable[Row], path: Path, classes: int) -> None:
+def _write_csv(rows: Iterable[Row], file: BinaryIO, classes: int) -> None:
     columns = _columns(classes)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for row in rows:
-            cells = _cells(row)
-            writer.writerow(cells + [None] * (len(columns) - len(cells)))
+    text = io.TextIOWrapper(file, "utf-8", newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        cells = _cells(row)
+        writer.writerow(cells + [None] * (len(columns) - len(cells)))
+    text.detach()  # the file is not ours to close
 
 
-def _write_json_lines(rows: Iterable[Row], path: Path, classes: int) -> None:
+def _write_json_lines(rows: Iterable[Row], file: BinaryIO, classes: int) -> None:
     del classes
-    with open(path, "wb") as file:
-        for row in rows:
-            file.write(msgspec.json.encode(row) + b"\n")
+    for row in rows:
+        file.write(msgspec.json.encode(row) + b"\n")
 
 
-def _write_parquet(rows: Iterable[Row], path: Path, classes: int) -> None:
+def _write_parquet(rows: Iterable[Row], file: BinaryIO, classes: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -268,13 +268,13 @@ def _write_parquet(rows: Iterable[Row], path: Path, classes: int) -> None:
     columns = _columns(classes)
     schema = pa.schema([(name, types.get(name.split("_")[0], pa.string())) for name in columns])
     remaining = iter(rows)
-    with open(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
+    with pq.ParquetWriter(file, schema) as writer:
         while group := list(islice(remaining, _ROW_GROUP)):
             records = [dict(zip(columns, _cells(row), strict=False)) for row in group]
             writer.write_table(pa.Table.from_pylist(records, schema=schema))
 
 
-_WRITERS: dict[str, Callable[[Iterable[Row], Path, int], None]] = {
+_WRITERS: dict[str, Callable[[Iterable[Row], BinaryIO, int], None]] = {
     ".csv": _write_csv,
     ".jsonl": _write_json_lines,
     ".parquet": _write_parquet,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rexdeploy.console import print_table, say
 from rexdeploy.ratios import paired_ratio
+from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
     from rexdeploy.bench import Benchmark, Latency
@@ -74,7 +75,7 @@ def show_inspection(result: Inspection) -> None:
             f"  opset {graph.opset}, {graph.nodes} nodes",
             *(f"  input {line}" for line in graph.inputs),
             *(f"  output {line}" for line in graph.outputs),
-            *(f"  {_one_line(f'{name} = {text}')}" for name, text in graph.metadata.items()),
+            *(f"  {one_line(f'{name} = {text}', 160)}" for name, text in graph.metadata.items()),
         )
     if place is None:
         say("  bundle: in none")
@@ -246,7 +247,8 @@ def show_tuning(result: Tuning) -> None:
 def show_runner(classifier: Classifier, quiet: bool, silent: bool) -> None:
     """What runs, unless `silent`, and on stderr, unless `quiet`, why nothing better does."""
     if not quiet:
-        say(*(f"passed over: {reason}" for reason in classifier.passed_over), to_stderr=True)
+        reasons = (one_line(f"passed over: {reason}") for reason in classifier.passed_over)
+        say(*reasons, to_stderr=True)
     if not silent:
         say(f"{classifier.title} on {classifier.backend}")
 
@@ -254,7 +256,7 @@ def show_runner(classifier: Classifier, quiet: bool, silent: bool) -> None:
 def show_row(row: Row, silent: bool) -> None:
     """One image's classes, unless `silent`; on stderr, why it has none."""
     if row.error is not None:
-        say("error: " + " ".join(f"{row.file}: {row.error}".split()), to_stderr=True)
+        say("error: " + one_line(f"{row.file}: {row.error}"), to_stderr=True)
     elif not silent:
         lines = (f"  {item.probability:7.2%}  {item.label}" for item in row.predictions)
         say(row.file, *lines)
@@ -262,11 +264,9 @@ def show_row(row: Row, silent: bool) -> None:
 
 def show_results(results: Results) -> None:
     """How many rows a results file has, and how many of them are errors."""
-    from rexdeploy.predictions import printable
-
     before = f", {len(results.done)} of them by an earlier run" if results.done else ""
     errors = f"; {results.errors} could not be read: see column error" if results.errors else ""
-    say(f"  {printable(str(results.out))}, {results.rows} rows{before}{errors}")
+    say(f"  {results.out}, {results.rows} rows{before}{errors}")
 
 
 def _kept(trial: Trial) -> str:
@@ -449,13 +449,7 @@ def _milliseconds(value: float | None) -> str:
 def _listed(names: Sequence[str], most: int = 10) -> str:
     """The first names, and how many more there are; --json has them all."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return _one_line(", ".join(names[:most]), 2000) + more
-
-
-def _one_line(text: str, most: int = 160) -> str:
-    """Somebody else's text without what would steer a terminal, cut to a length."""
-    plain = "".join(letter if letter.isprintable() else " " for letter in text)
-    return plain if len(plain) <= most else f"{plain[:most]} ..."
+    return one_line(", ".join(names[:most])) + more
 
 
 def _describe(bundle: Bundle, artifact: Artifact | None) -> str:

@@ -27,6 +27,7 @@ from rexdeploy.manifest import (
     Preprocess,
     to_json,
 )
+from rexdeploy.metadata import check_preprocess
 
 TritonBackend = Literal["tensorrt", "onnxruntime", "python"]
 Role = Literal["network", "preprocess", "ensemble"]
@@ -91,6 +92,8 @@ def deploy(
     chosen, files, reason = _choose(bundle.manifest, backend)
     batch = next((file.batch for file in files if file.batch), DEFAULT_BATCH)
     graph = bundle.manifest.find("onnx")
+    if graph is not None:
+        check_preprocess(bundle, graph, bundle.read(graph))
     is_fixed = graph is not None and graph.batch is not None  # a dimension of 1 is no open one
     if chosen != "python" and (is_fixed or batch.min > 1):
         raise UsageError(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, TensorProto
@@ -25,6 +24,7 @@ from rexdeploy.compare import Compared, Comparison, Limits, Signal, comparable
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.interface import forms
 from rexdeploy.judge import Candidate, Headroom, Judge, Skipped, is_meant, sizes
+from rexdeploy.labels import read_labels
 from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
@@ -35,9 +35,9 @@ from rexdeploy.manifest import (
     BatchRange,
     ModelSpec,
     Precision,
-    Preprocess,
     to_json,
 )
+from rexdeploy.metadata import check_preprocess, preprocess_of
 from rexdeploy.parity import float32_noise, run_batches, walk_room
 from rexdeploy.precision import (
     graph_inputs,
@@ -119,6 +119,7 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
     _check_options(options)
     spec = bundle.manifest.model
     _check_preprocess(bundle)
+    read_labels(bundle)  # for what is wrong with them
     reference_name = _reference_artifact(bundle).file if spec.family == "onnx" else REFERENCE
     candidates = _own(bundle, options, reference_name)
     files = candidates
@@ -362,26 +363,8 @@ def _noise(
 def _check_preprocess(bundle: Bundle) -> None:
     """Raises UsageError if the manifest's preprocessing is not the one that the graph was given."""
     graph = bundle.manifest.find("onnx")
-    if graph is None:
-        return
-    told = {e.key: e.value for e in parse(bundle.read(graph), graph.file).metadata_props}
-    preprocess = bundle.manifest.model.preprocess
-    if _preprocess(told, graph.file) not in (None, preprocess):
-        raise UsageError(
-            f"{bundle.path}: the manifest's preprocessing is not that of {graph.file}; "
-            f"make it again: {graph.command or 'rexdeploy export'}"
-        )
-
-
-def _preprocess(told: Mapping[str, str], name: str) -> Preprocess | None:
-    """What a graph says that it was made for; raises UsageError where that is damaged."""
-    written = told.get("rexdeploy.preprocess")
-    try:
-        return None if written is None else msgspec.json.decode(written, type=Preprocess)
-    except msgspec.MsgspecError as error:
-        raise UsageError(
-            f"{name}: its metadata rexdeploy.preprocess is damaged ({error}); export it again"
-        ) from None
+    if graph is not None:
+        check_preprocess(bundle, graph, bundle.read(graph))
 
 
 def _own(bundle: Bundle, options: VerifyOptions, reference_name: str) -> list[Candidate]:
@@ -472,7 +455,7 @@ def _foreign(path: Path, spec: ModelSpec, options: VerifyOptions, reference_name
             f"candidate {path} is a {family} {width}, expected {spec.family} {spec.width:g}; "
             "name its own bundle"
         )
-    if _preprocess(told, f"candidate {path}") not in (None, spec.preprocess):
+    if preprocess_of(told, f"candidate {path}") not in (None, spec.preprocess):
         raise UsageError(
             f"candidate {path} was made for other preprocessing than {spec.title}'s; "
             "name its own bundle"

@@ -25,8 +25,10 @@ from PIL import Image
 from rexdeploy import gpu, images
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.classify import load
-from rexdeploy.manifest import Artifact, Preprocess, to_json
+from rexdeploy.errors import UsageError
+from rexdeploy.manifest import Preprocess, to_json
 from tests.helpers import ROOT, run_cli
+from tests.test_triton import with_labels
 
 pytestmark = pytest.mark.slow
 
@@ -334,18 +336,51 @@ def test_run_prints_what_predict_prints(
 
 
 def test_labels_are_pythons(release: Programs, v1_bundle: Bundle, photos: Path) -> None:
-    """All kinds of line breaks, and more than ASCII."""
+    """Both kinds of line ends, a byte order mark, and more than ASCII."""
     names = [f"{'äß犬 '[n % 4]}{n}" for n in range(37)]
-    ends = ["\n", "\r\n", "\r", "\x0b", "\x1e", "\x85", "\u2028", "\u2029", "\f"]
-    text = "".join(name + ends[index % 9] for index, name in enumerate(names))
-    bundle = v1_bundle.update(
-        Artifact("labels", "labels.txt", sha256(text.encode())), files={"labels.txt": text.encode()}
-    )
+    text = "\ufeff" + "".join(name + ["\n", "\r\n"][index % 2] for index, name in enumerate(names))
+    bundle = with_labels(v1_bundle, text.encode())
     photo = images.find(photos)[0]
     answer = release.run("run", bundle.path, photo, "--top", "99", "--backend", "onnxruntime")
     with load(bundle, "onnxruntime") as classifier:
         expected = [item.label for item in classifier.classify([photo], 99)[0]]
+    assert sorted(expected) == sorted(names)
     assert [line.split("%  ")[1] for line in answer.out.splitlines()[2:]] == expected
+
+
+_CONTROLS = [
+    text.encode() for text in ("a\x85", "\x9b31m", "\u2028", "\u202e", "b\u2066", "\ufeff")
+]
+
+
+def test_labels_that_python_refuses_are_refused(sanitized: Programs, v1_bundle: Bundle) -> None:
+    """Whatever the defect: the same line of the file is named, and the same reason."""
+    good = [f"name {n}".encode() for n in range(37)]
+    for defect in (b"", b"  ", b"a\0", b"\x1b[2J", b"\t", b"a\rb", b"\x7f", *_CONTROLS):
+        data = b"\n".join([*good[:4], defect, *good[5:]]) + b"\n"
+        bundle = with_labels(v1_bundle, data)
+        with pytest.raises(UsageError) as refusal:
+            load(bundle)
+        assert "line 5 " in str(refusal.value)
+        assert str(refusal.value) in sanitized.refused(bundle.path, "a.png")
+    for data in (b"", b"\xef\xbb\xbf", b"\xff", b"\xed\xa0\x80", b"\xc0\x80", b"a\xe2\x80"):
+        bundle = with_labels(v1_bundle, data)
+        with pytest.raises(UsageError, match="UTF-8|is empty"):
+            load(bundle)
+        refused = sanitized.refused(bundle.path, "a.png")
+        assert "is not UTF-8 text" in refused or "is empty" in refused
+
+
+def test_an_edited_preprocessing_is_refused(
+    sanitized: Programs, v1_bundle: Bundle, photos: Path
+) -> None:
+    file = v1_bundle.path / "manifest.json"
+    for old, new in (("0.229", "0.228"), ('"bicubic"', '"bilinear"'), ("0.875", "0.876")):
+        before = file.read_text()
+        file.write_text(before.replace(old, new))
+        refused = sanitized.refused(v1_bundle.path, images.find(photos)[0])
+        assert "the manifest's preprocessing is not that of the graph; make it again" in refused
+        file.write_text(before)
 
 
 def test_bench_prints_percentiles(release: Programs, v1_original: Bundle) -> None:

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
-#include <cstring>
 #include <numeric>
 #include <utility>
 
@@ -61,34 +60,6 @@ void check(const Options& options) {
     }
 }
 
-/// The length of the line break at `position`, 0 if there is none: those of Python's splitlines.
-std::size_t line_break(const std::string& text, std::size_t position) {
-    for (const char* end : {"\r\n", "\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\xc2\x85",
-                            "\xe2\x80\xa8", "\xe2\x80\xa9"}) {
-        if (text.compare(position, std::strlen(end), end) == 0) {
-            return std::strlen(end);
-        }
-    }
-    return 0;
-}
-
-std::vector<std::string> split_lines(const std::string& text) {
-    std::vector<std::string> lines;
-    std::size_t start = 0;
-    for (std::size_t position = 0; position < text.size();) {
-        const std::size_t length = line_break(text, position);
-        if (length > 0) {
-            lines.push_back(text.substr(start, position - start));
-            start = position + length;
-        }
-        position += std::max<std::size_t>(length, 1);
-    }
-    if (start < text.size()) {
-        lines.push_back(text.substr(start));
-    }
-    return lines;
-}
-
 std::vector<std::string> read_labels(const Bundle& bundle) {
     const auto count = static_cast<std::size_t>(bundle.manifest().model.num_classes);
     const Artifact* artifact = bundle.manifest().find("labels");
@@ -100,11 +71,11 @@ std::vector<std::string> read_labels(const Bundle& bundle) {
         return labels;
     }
     const std::vector<std::uint8_t> data = bundle.read(*artifact);
-    labels = split_lines({data.begin(), data.end()});
+    const std::string name = (bundle.path() / artifact->file).string();
+    labels = parse_labels({reinterpret_cast<const char*>(data.data()), data.size()}, name);
     if (labels.size() != count) {
-        throw Error((bundle.path() / artifact->file).string() + ": got " +
-                    std::to_string(labels.size()) + " labels, expected " + std::to_string(count) +
-                    "; export again with --labels");
+        throw Error(name + ": got " + std::to_string(labels.size()) + " labels, expected " +
+                    std::to_string(count) + "; export again with --labels");
     }
     return labels;
 }

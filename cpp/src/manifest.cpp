@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iomanip>
 #include <locale>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
+#include <tuple>
 
 namespace rexdeploy {
 namespace {
@@ -367,6 +369,35 @@ Manifest read_manifest(const Json& json) {
     return manifest;
 }
 
+bool is_utf8(std::string_view text) {
+    try {
+        Json(std::string(text)).dump();
+    } catch (const Json::type_error&) {
+        return false;
+    }
+    return true;
+}
+
+/// The control character that UTF-8 text begins with, as its code point; -1 if it does not. Those
+/// of STEERING in rexdeploy/text.py.
+int control_character(std::string_view text) {
+    const auto byte = [&](std::size_t index) {
+        return index < text.size() ? static_cast<unsigned char>(text[index]) : 0;
+    };
+    int point = byte(0);
+    if (point == 0xC2) {
+        point = byte(1);
+    } else if ((point & 0xF0) == 0xE0) {
+        point = (point & 0x0F) << 12 | (byte(1) & 0x3F) << 6 | (byte(2) & 0x3F);
+    } else if (point >= 0x80) {
+        return -1;
+    }
+    const bool is_one = point < 0x20 || (point >= 0x7F && point <= 0x9F) ||
+                        (point >= 0x2028 && point <= 0x202E) ||
+                        (point >= 0x2066 && point <= 0x2069) || point == 0xFEFF;
+    return is_one ? point : -1;
+}
+
 }  // namespace
 
 const Artifact* Manifest::find(std::string_view kind) const {
@@ -395,6 +426,63 @@ Manifest parse_manifest(std::string_view json, const std::string& where) {
     throw Error(where + ": got manifest format " + std::to_string(format) +
                 ", this program reads " + std::to_string(kFormat) +
                 "; use the rexdeploy that wrote it, or export again");
+}
+
+void check_preprocess(const std::string& written, const Preprocess& preprocess) {
+    Preprocess told{};
+    try {
+        told = read_preprocess(Json::parse(written));
+    } catch (const std::exception& error) {
+        throw Error(std::string("its metadata rexdeploy.preprocess is damaged (") + error.what() +
+                    "); export it again");
+    }
+    const auto all = [](const Preprocess& item) {
+        return std::tie(item.height, item.width, item.crop_pct, item.interpolation, item.mean,
+                        item.std);
+    };
+    if (all(told) != all(preprocess)) {
+        throw Error(
+            "the manifest's preprocessing is not that of the graph; make it again: rexdeploy "
+            "export");
+    }
+}
+
+std::vector<std::string> parse_labels(std::string_view text, const std::string& where) {
+    constexpr std::string_view kMark = "\xEF\xBB\xBF";
+    if (!is_utf8(text)) {
+        throw Error(where + " is not UTF-8 text; save it as that");
+    }
+    if (text.substr(0, kMark.size()) == kMark) {
+        text.remove_prefix(kMark.size());
+    }
+    if (text.empty()) {
+        throw Error(where + " is empty, expected one class name a line");
+    }
+    std::vector<std::string> labels;
+    while (!text.empty()) {
+        const std::size_t end = std::min(text.find('\n'), text.size());
+        std::string_view line = text.substr(0, end);
+        if (end < text.size() && !line.empty() && line.back() == '\r') {
+            line.remove_suffix(1);
+        }
+        const std::string place = where + ": line " + std::to_string(labels.size() + 1);
+        if (line.find_first_not_of(' ') == std::string_view::npos) {
+            throw Error(place + " is blank, expected one class name a line");
+        }
+        for (std::size_t index = 0; index < line.size(); ++index) {
+            const int point = control_character(line.substr(index));
+            if (point >= 0) {
+                std::ostringstream digits;
+                digits.imbue(std::locale::classic());
+                digits << std::hex << std::uppercase << std::setw(4) << std::setfill('0') << point;
+                throw Error(place + " holds the control character U+" + digits.str() +
+                            ", expected class names without any; take it out");
+            }
+        }
+        labels.emplace_back(line);
+        text.remove_prefix(std::min(end + 1, text.size()));
+    }
+    return labels;
 }
 
 }  // namespace rexdeploy

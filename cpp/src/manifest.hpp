@@ -60,4 +60,12 @@ struct Manifest {
 /// Reads a manifest strictly; `where` is its path. Throws Error that names the first wrong field.
 Manifest parse_manifest(std::string_view json, const std::string& where);
 
+/// Throws Error if the preprocessing that a graph's metadata has written down (JSON) is another one
+/// than the manifest's.
+void check_preprocess(const std::string& written, const Preprocess& preprocess);
+
+/// The class names in a file of labels, by the rule of rexdeploy/labels.py; `where` is its path.
+/// Throws Error that names the first line that breaks it.
+std::vector<std::string> parse_labels(std::string_view text, const std::string& where);
+
 }  // namespace rexdeploy

@@ -70,6 +70,12 @@ class OnnxRuntimeModel final : public Model {
             throw Error("the graph's input or output is of another type than its manifest says");
         }
         check_shapes(input.GetShape(), output.GetShape(), spec);
+        const Ort::AllocatedStringPtr written =
+            session_.GetModelMetadata().LookupCustomMetadataMapAllocated("rexdeploy.preprocess",
+                                                                         allocator);
+        if (written != nullptr) {  // somebody's own graph says nothing
+            check_preprocess(written.get(), spec.preprocess);
+        }
     }
 
     void run(const void* images, int batch, float* output) override {

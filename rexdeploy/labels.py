@@ -1,0 +1,54 @@
+"""The names of a model's classes: one rule for the file that they are read from."""
+
+from __future__ import annotations
+
+from rexdeploy.bundle import Bundle
+from rexdeploy.errors import UsageError
+from rexdeploy.text import STEERING
+
+
+def parse_labels(data: bytes, name: str) -> list[str]:
+    """One class name a line of UTF-8 text, as it stands; `name` is the file's in errors.
+
+    Lines end in a line feed, or a carriage return and one; a byte order mark at the very beginning
+    is no part of the first name. Raises UsageError for anything else: bytes that are not UTF-8, a
+    blank line, and a control character (`text.STEERING`: NUL and tabs among them), of which
+    readers of the file would make other lines, or other names, or a terminal's commands.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{name}: byte {error.start} is not UTF-8, expected text in UTF-8; save it as that"
+        ) from None
+    if not text:
+        raise UsageError(f"{name} is empty, expected one class name a line")
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip(" "):
+            raise UsageError(f"{name}: line {number} is blank, expected one class name a line")
+        control = STEERING.search(line)
+        if control is not None:
+            raise UsageError(
+                f"{name}: line {number} holds the control character U+{ord(control[0]):04X}, "
+                "expected class names without any; take it out"
+            )
+    return lines
+
+
+def read_labels(bundle: Bundle) -> list[str]:
+    """A bundle's label of every class; "class 7" where it has none.
+
+    Raises UsageError for a file that is damaged or breaks the rule, or has another number of names.
+    """
+    count = bundle.manifest.model.num_classes
+    artifact = bundle.manifest.find("labels")
+    if artifact is None:
+        return [f"class {index}" for index in range(count)]
+    name = str(bundle.path / artifact.file)
+    labels = parse_labels(bundle.read(artifact), name)
+    if len(labels) != count:
+        raise UsageError(
+            f"{name}: got {len(labels)} labels, expected {count}; export again with --labels"
+        )
+    return labels
