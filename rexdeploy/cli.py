@@ -7,7 +7,8 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -132,6 +133,18 @@ def _leave(message: str) -> Callable[[int, object], NoReturn]:
 
 
 _interrupted = _leave("no bundle is left half written")
+
+
+@contextmanager
+def _taken_back_on_ctrl_c() -> Iterator[None]:
+    """Within it Ctrl-C unwinds what is under way, where that takes back what it has begun."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted; no model is left half written", EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGINT, _interrupted)
 
 
 @app.callback(invoke_without_command=True)
@@ -738,7 +751,8 @@ def triton(
     backend: Annotated[
         str,
         typer.Option(
-            help="tensorrt, onnxruntime or python; auto: the bundle's TensorRT engine, else ONNX."
+            help="tensorrt, onnxruntime or python; auto: what the model has there, else what this "
+            "machine's tritonserver can run, else the bundle's TensorRT engine or its graph."
         ),
     ] = "auto",
     name: Annotated[
@@ -761,21 +775,31 @@ def triton(
 
     Three models: the network (NAME), the decoding of image files (NAME_preprocess), and both in a
     row (NAME_image). A changed bundle becomes the next version, in one atomic step, which a server
-    that polls takes up without a pause.
+    that polls, as 'rexdeploy serve' does, takes up without a pause.
 
     \b
     Example:
-    rexdeploy triton rexnet_1.5 --backend onnxruntime
+    rexdeploy triton rexnet_1.5
     """
     check_json(json)
     check_json(kserve)
     from rexdeploy.bundle import Bundle
+    from rexdeploy.errors import BackendUnavailable
     from rexdeploy.kserve import check_place, inference_service
-    from rexdeploy.triton import deploy
+    from rexdeploy.serve import Binary, find_server
+    from rexdeploy.triton import backend_here, deploy
 
     check_place(storage_uri, image)
     opened = Bundle.find(bundle)
-    result = deploy(opened, repository, backend, name)
+    try:
+        server: Binary | str = find_server()
+    except BackendUnavailable as error:
+        server = str(error)
+    # A cluster's server is another one.
+    here = server if isinstance(server, Binary) and kserve is None else None
+    with _taken_back_on_ctrl_c():
+        chosen, why = backend_here(backend, repository, name or opened.manifest.name, here)
+        result = deploy(opened, repository, chosen, name, why=why)
     if kserve is not None:
         write_text(kserve, inference_service(result.name, result.backend, storage_uri, image))
     emit(
@@ -791,24 +815,26 @@ def triton(
         },
     )
     if not quiet and Path("-") not in (json, kserve):
-        show_deployment(opened.manifest.model.title, result)
+        show_deployment(opened.manifest.model.title, result, server)
 
 
 @app.command()
 def serve(
-    bundle: BundleArgument = None,
-    repository: Annotated[
+    bundle: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Model repository to add it to and serve [default: a temporary one].",
+        typer.Argument(
+            metavar="[BUNDLE]",
+            help="A bundle to add first, as 'rexdeploy triton' does [default: none; to an empty "
+            "repository the latest one].",
+            show_default=False,
         ),
     ] = None,
+    repository: Annotated[
+        Path, typer.Option(metavar="DIR", help="Model repository to serve.")
+    ] = Path("artifacts/triton"),
     backend: Annotated[
         str,
-        typer.Option(
-            help="tensorrt, onnxruntime or python; auto: python without a GPU, else as in triton."
-        ),
+        typer.Option(help="Of the bundle: tensorrt, onnxruntime or python; auto: as in triton."),
     ] = "auto",
     tritonserver: Annotated[
         Path | None,
@@ -822,17 +848,16 @@ def serve(
     show_log: Annotated[bool, typer.Option("--log", help="Show all of Triton's log.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve a bundle with a real Triton Inference Server, until Ctrl-C or SIGTERM.
+    """Serve a model repository with a real Triton Inference Server, until Ctrl-C or SIGTERM.
 
-    New versions that 'rexdeploy triton' adds to the repository are taken up within seconds. An
-    asked-for end is exit code 0.
+    New versions and models that 'rexdeploy triton' adds to the repository are taken up within
+    seconds. An asked-for end is exit code 0.
 
     \b
     Example:
+    rexdeploy serve
     rexdeploy serve rexnet_1.5 --port 9000
     """
-    from tempfile import TemporaryDirectory
-
     from rexdeploy.bundle import Bundle
     from rexdeploy.serve import (
         Address,
@@ -842,25 +867,43 @@ def serve(
         running,
         stopped_by_signals,
     )
-    from rexdeploy.triton import deploy
+    from rexdeploy.triton import backend_here, deploy, servable
 
-    opened = Bundle.find(bundle)
     server = find_server(tritonserver)
-    chosen, reason = choose_backend(server, backend)
     address = Address(host, port)
     check_ports(address)
-    with TemporaryDirectory(prefix="rexdeploy-models-") as folder:
-        result = deploy(opened, repository or Path(folder), chosen)
-        with (
-            running(server, result.repository, address, show_log_line, show_log) as process,
-            stopped_by_signals(process),
-        ):
-            with progress(quiet) as report:
-                report("starting tritonserver")
-                ready = process.wait_until_ready([result.name, result.image_name])
-            if ready and not quiet:
-                show_serving(opened.manifest.model.title, result, reason, server, address)
-            process.wait()
+    models = servable(repository, server)
+    if bundle is None and models:
+        if backend != "auto":
+            raise UsageError("--backend is for a bundle that is added: name one")
+        served = models[0]
+        title = f"{served.name}, version {served.version}, in {repository}"
+    else:
+        opened = Bundle.find(bundle)
+        chosen, why = backend_here(backend, repository, opened.manifest.name, server)
+        if chosen != "auto":
+            choose_backend(server, chosen)  # raises for one that the server lacks
+        with _taken_back_on_ctrl_c():
+            result = deploy(opened, repository, chosen, why=why)
+        models = servable(repository, server)
+        served = next(model for model in models if model.name == result.name)
+        title = (
+            f"{opened.manifest.model.title}, version {result.version}, {result.backend} backend "
+            f"({result.reason})"
+        )
+    with (
+        running(server, repository, address, show_log_line, show_log) as process,
+        stopped_by_signals(process),
+    ):
+        with progress(quiet) as report:
+            report("starting tritonserver")
+            ready = process.wait_until_ready(
+                [name for model in models for name in (model.name, model.image_name)]
+            )
+        if ready and not quiet:
+            others = [model for model in models if model != served]
+            show_serving(title, served, others, server, address)
+        process.wait()
 
 
 @app.command()
