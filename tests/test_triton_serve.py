@@ -33,7 +33,7 @@ without_gpu = pytest.mark.skipif(gpu.detect() is not None, reason="this machine 
 def readmes_commands(bundle: str) -> list[list[str]]:
     """The commands that README shows under "Serving with Triton", for another bundle."""
     text = (ROOT / "README.md").read_text().partition("## Serving with Triton\n")[2]
-    block = text.partition("\n\n")[2].partition("\n\n")[0]
+    block = text.strip("\n").partition("\n\n")[0]
     lines = [line.partition("#")[0].split() for line in block.splitlines()]
     return [[bundle if word == "rexnet_1.5" else word for word in line[1:]] for line in lines]
 
@@ -99,11 +99,12 @@ def test_what_triton_adds_a_running_server_takes_up(
     before = tree(tmp_path / "artifacts" / "triton")
     with serving(serve, tmp_path) as client:
         assert tree(tmp_path / "artifacts" / "triton") == before  # it serves, and adds nothing
-        assert answers(client, "small_v1", expected(small_v1))
-        changed = with_changed_weights(small_v1)
-        assert np.abs(expected(changed) - expected(small_v1)).max() > 1e-2
+        old = expected(small_v1)
+        assert answers(client, "small_v1", old)
+        new = expected(with_changed_weights(small_v1))
+        assert np.abs(new - old).max() > 1e-2
         assert ": version 2\n" in run_cli(*second, cwd=tmp_path).out
-        assert answers(client, "small_v1", expected(changed))
+        assert answers(client, "small_v1", new)
         assert run_cli("triton", "small_lite", cwd=tmp_path).code == 0
         assert answers(client, "small_lite", expected(small_lite))
 
@@ -185,18 +186,18 @@ def test_settings_stay_from_version_to_version(small_v1: Bundle, tmp_path: Path)
     deploy(small_v1, repository, "python")
     found = Settings(batch=4, delay_us=2500, instances=2)
     assert not deploy(small_v1, repository, "python", settings=found).added
-    assert deploy(with_changed_weights(small_v1), repository, "python").version == 2
+    assert list(config(repository / "small_v1").dynamic_batching.preferred_batch_size) == [4, 8]
+    changed = with_changed_weights(small_v1)  # and without the engine, whose batches are the least
+    assert deploy(changed, repository, "python").version == 2
     assert deployed(repository)[0].settings == found
     network = config(repository / "small_v1")
     assert network.instance_group[0].count == 2
-    assert list(network.dynamic_batching.preferred_batch_size) == [4, 8]
+    assert list(network.dynamic_batching.preferred_batch_size) == [4, 64]
     assert network.dynamic_batching.max_queue_delay_microseconds == 2500
-    # What clients may send is the same.
-    assert network.max_batch_size == 8
-    alone = Settings(batch=1)
-    deploy(small_v1, repository, "python", settings=alone)
+    assert network.max_batch_size == 64  # that clients may send, whatever the settings
+    deploy(changed, repository, "python", settings=Settings(batch=1))
     assert not config(repository / "small_v1").HasField("dynamic_batching")
-    deploy(small_v1, repository, "python", settings=Settings())
+    deploy(changed, repository, "python", settings=Settings())
     assert config(repository / "small_v1").dynamic_batching.max_queue_delay_microseconds == 0
 
 
