@@ -906,6 +906,74 @@ def serve(
         process.wait()
 
 
+@app.command("tune-serving")
+def tune_serving(
+    p99: Annotated[
+        float,
+        typer.Option("--p99", metavar="MS", help="Milliseconds within which 99 of 100 answer."),
+    ],
+    bundle: BundleArgument = None,
+    repository: Annotated[
+        Path, typer.Option(metavar="DIR", help="Model repository to keep it in.")
+    ] = Path("artifacts/triton"),
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Image files to send [default: synthetic photographs]."),
+    ] = None,
+    tritonserver: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The server [default: as in serve].", show_default=False),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the result: .png, .svg or .pdf.")
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Find how to batch requests: the most images a second within a latency.
+
+    Starts servers of its own, one for each way to put requests together (none, batches of two
+    sizes, with and without waiting for more, one copy of the network and several), and sends image
+    files from more and more connections. The best way goes into the repository with the bundle, as
+    'rexdeploy triton' adds it, and later versions keep it. The machine should have nothing else to
+    do. Exit code 3: none is within the latency, and nothing was changed.
+
+    \b
+    Example:
+    rexdeploy tune-serving rexnet_1.5 --p99 50
+    """
+    check_json(json)
+    if plot is not None:
+        from rexdeploy.plot import check_plot, plot_sweep
+
+        check_plot(plot)
+    from rexdeploy.bundle import Bundle
+    from rexdeploy.errors import VerificationFailed
+    from rexdeploy.serve import find_server
+    from rexdeploy.show_serving import show_sweep
+    from rexdeploy.tune_serving import SweepOptions
+    from rexdeploy.tune_serving import tune_serving as run
+
+    opened = Bundle.find(bundle)
+    server = find_server(tritonserver)
+    with _taken_back_on_ctrl_c(), progress(quiet) as report:
+        result = run(opened, repository, server, SweepOptions(p99, images), report)
+    try:
+        emit(json, lambda: result)
+        if plot is not None:
+            plot_sweep(result, plot)
+        if not quiet and json != Path("-"):
+            show_sweep(opened.manifest.model.title, result)
+    finally:
+        if result.kept is None:
+            nearest = min(load.p99_ms for row in result.rows for load in row.loads)
+            raise VerificationFailed(
+                f"no way of serving answers 99 of 100 requests within {p99:g} ms; the nearest took "
+                f"{nearest:.3g} ms; nothing was changed: give a larger --p99, or take a smaller "
+                "network"
+            )
+
+
 @app.command()
 def models(json: Json = None) -> None:
     """Print the published networks and what they cost.

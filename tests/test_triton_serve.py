@@ -222,6 +222,6 @@ def test_the_default_repository_is_one(tmp_path: Path) -> None:
     from rexdeploy import cli
 
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    for command in ("triton", "serve"):
+    for command in ("triton", "serve", "tune-serving"):
         (option,) = (one for one in commands[command].params if one.name == "repository")
         assert option.default in (DEFAULT_REPOSITORY, str(DEFAULT_REPOSITORY))
