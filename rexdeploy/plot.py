@@ -107,17 +107,18 @@ def plot_sweep(result: Sweep, file: Path) -> None:
     axes = figure.add_subplot()
     for index, row in enumerate(result.rows):
         kept = row.settings == result.kept
+        loads = sorted(row.loads, key=lambda load: load.connections)
         axes.plot(
-            [load.per_second for load in row.loads],
-            [load.p99_ms for load in row.loads],
+            [load.per_second for load in loads],
+            [load.p99_ms for load in loads],
             ["o-", "s--", "^:"][index // 10 % 3],  # there are ten colours
             linewidth=3 if kept else 1,
             label=describe(row.settings, result.batch) + (" (kept)" if kept else ""),
         )
-        for load in row.loads:
+        for load in loads:
             axes.annotate(str(load.connections), (load.per_second, load.p99_ms), fontsize=7)
     axes.axhline(result.bound_ms, color="gray", linestyle="--", label="the bound")
-    axes.set_yscale("log")
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("images a second (each point: that many connections)")
     axes.set_ylabel("99th percentile of the latency, ms")
     axes.set_title(f"{result.images}; bound {result.bound_ms:g} ms")
