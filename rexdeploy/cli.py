@@ -873,6 +873,8 @@ def serve(
     address = Address(host, port)
     check_ports(address)
     models = servable(repository, server)
+    if bundle is None and not models and repository.is_dir() and any(repository.iterdir()):
+        raise UsageError(f"{repository} holds no model of rexdeploy's; name a bundle to add to it")
     if bundle is None and models:
         if backend != "auto":
             raise UsageError("--backend is for a bundle that is added: name one")

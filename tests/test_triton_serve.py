@@ -104,8 +104,8 @@ def test_what_triton_adds_a_running_server_takes_up(
         new = expected(with_changed_weights(small_v1))
         assert np.abs(new - old).max() > 1e-2
         assert ": version 2\n" in run_cli(*second, cwd=tmp_path).out
-        assert answers(client, "small_v1", new)
         assert run_cli("triton", "small_lite", cwd=tmp_path).code == 0
+        assert answers(client, "small_v1", new)
         assert answers(client, "small_lite", expected(small_lite))
 
 
@@ -152,6 +152,9 @@ def test_serve_adds_a_bundle_only_where_there_is_nothing(small_v1: Bundle, tmp_p
     (tmp_path / "empty").mkdir()
     result = run_cli("serve", "--port", str(free_port()), cwd=tmp_path / "empty")
     assert_refused(result, "no bundle in artifacts/")
+    (tmp_path / "theirs" / "model").mkdir(parents=True)
+    arguments = ["serve", "--repository", "theirs", "--port", str(free_port())]
+    assert_refused(run_cli(*arguments, cwd=tmp_path), "theirs holds no model of rexdeploy's")
     deploy(small_v1, tmp_path / "artifacts" / "triton", "python")
     result = run_cli("serve", "--backend", "python", "--port", str(free_port()), cwd=tmp_path)
     assert_refused(result, "--backend is for a bundle that is added: name one")
