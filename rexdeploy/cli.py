@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -138,6 +139,18 @@ def _leave(message: str) -> Callable[[int, object], NoReturn]:
 
 
 _interrupted = _leave("no bundle is left half written")
+
+
+@contextmanager
+def _taken_back_on_ctrl_c() -> Iterator[None]:
+    """Within it Ctrl-C unwinds what is under way, where that takes back what it has begun."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted; no model is left half written", EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGINT, _interrupted)
 
 
 @app.callback(invoke_without_command=True)
@@ -743,7 +756,8 @@ def triton(
     backend: Annotated[
         str,
         typer.Option(
-            help="tensorrt, onnxruntime or python; auto: the bundle's TensorRT engine, else ONNX."
+            help="tensorrt, onnxruntime or python; auto: what the model has there, else what this "
+            "machine's tritonserver can run, else the bundle's TensorRT engine or its graph."
         ),
     ] = "auto",
     name: Annotated[
@@ -766,21 +780,31 @@ def triton(
 
     Three models: the network (NAME), the decoding of image files (NAME_preprocess), and both in a
     row (NAME_image). A changed bundle becomes the next version, in one atomic step, which a server
-    that polls takes up without a pause.
+    that polls, as 'rexdeploy serve' does, takes up without a pause.
 
     \b
     Example:
-    rexdeploy triton rexnet_1.5 --backend onnxruntime
+    rexdeploy triton rexnet_1.5
     """
     check_json(json)
     check_json(kserve)
     from rexdeploy.bundle import Bundle
+    from rexdeploy.errors import BackendUnavailable
     from rexdeploy.kserve import check_place, inference_service
-    from rexdeploy.triton import deploy
+    from rexdeploy.serve import Binary, find_server
+    from rexdeploy.triton import backend_here, deploy
 
     check_place(storage_uri, image)
     opened = Bundle.find(bundle)
-    result = deploy(opened, repository, backend, name)
+    try:
+        server: Binary | str = find_server()
+    except BackendUnavailable as error:
+        server = str(error)
+    # A cluster's server is another one.
+    here = server if isinstance(server, Binary) and kserve is None else None
+    with _taken_back_on_ctrl_c():
+        chosen, why = backend_here(backend, repository, name or opened.manifest.name, here)
+        result = deploy(opened, repository, chosen, name, why=why)
     if kserve is not None:
         write_text(kserve, inference_service(result.name, result.backend, storage_uri, image))
     emit(
@@ -796,24 +820,26 @@ def triton(
         },
     )
     if not quiet and Path("-") not in (json, kserve):
-        show_deployment(opened.manifest.model.title, result)
+        show_deployment(opened.manifest.model.title, result, server)
 
 
 @app.command()
 def serve(
-    bundle: BundleArgument = None,
-    repository: Annotated[
+    bundle: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Model repository to add it to and serve [default: a temporary one].",
+        typer.Argument(
+            metavar="[BUNDLE]",
+            help="A bundle to add first, as 'rexdeploy triton' does [default: none; to an empty "
+            "repository the latest one].",
+            show_default=False,
         ),
     ] = None,
+    repository: Annotated[
+        Path, typer.Option(metavar="DIR", help="Model repository to serve.")
+    ] = Path("artifacts/triton"),
     backend: Annotated[
         str,
-        typer.Option(
-            help="tensorrt, onnxruntime or python; auto: python without a GPU, else as in triton."
-        ),
+        typer.Option(help="Of the bundle: tensorrt, onnxruntime or python; auto: as in triton."),
     ] = "auto",
     tritonserver: Annotated[
         Path | None,
@@ -827,17 +853,16 @@ def serve(
     show_log: Annotated[bool, typer.Option("--log", help="Show all of Triton's log.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Serve a bundle with a real Triton Inference Server, until Ctrl-C or SIGTERM.
+    """Serve a model repository with a real Triton Inference Server, until Ctrl-C or SIGTERM.
 
-    New versions that 'rexdeploy triton' adds to the repository are taken up within seconds. An
-    asked-for end is exit code 0.
+    New versions and models that 'rexdeploy triton' adds to the repository are taken up within
+    seconds. An asked-for end is exit code 0.
 
     \b
     Example:
+    rexdeploy serve
     rexdeploy serve rexnet_1.5 --port 9000
     """
-    from tempfile import TemporaryDirectory
-
     from rexdeploy.bundle import Bundle
     from rexdeploy.serve import (
         Address,
@@ -847,25 +872,113 @@ def serve(
         running,
         stopped_by_signals,
     )
-    from rexdeploy.triton import deploy
+    from rexdeploy.triton import backend_here, deploy, servable
+
+    server = find_server(tritonserver)
+    address = Address(host, port)
+    check_ports(address)
+    models = servable(repository, server)
+    if bundle is None and not models and repository.is_dir() and any(repository.iterdir()):
+        raise UsageError(f"{repository} holds no model of rexdeploy's; name a bundle to add to it")
+    if bundle is None and models:
+        if backend != "auto":
+            raise UsageError("--backend is for a bundle that is added: name one")
+        served = models[0]
+        title = f"{served.name}, version {served.version}, in {repository}"
+    else:
+        opened = Bundle.find(bundle)
+        chosen, why = backend_here(backend, repository, opened.manifest.name, server)
+        if chosen != "auto":
+            choose_backend(server, chosen)  # raises for one that the server lacks
+        with _taken_back_on_ctrl_c():
+            result = deploy(opened, repository, chosen, why=why)
+        models = servable(repository, server)
+        served = next(model for model in models if model.name == result.name)
+        title = (
+            f"{opened.manifest.model.title}, version {result.version}, {result.backend} backend "
+            f"({result.reason})"
+        )
+    with (
+        running(server, repository, address, show_log_line, show_log) as process,
+        stopped_by_signals(process),
+    ):
+        with progress(quiet) as report:
+            report("starting tritonserver")
+            ready = process.wait_until_ready(
+                [name for model in models for name in (model.name, model.image_name)]
+            )
+        if ready and not quiet:
+            others = [model for model in models if model != served]
+            show_serving(title, served, others, server, address)
+        process.wait()
+
+
+@app.command("tune-serving")
+def tune_serving(
+    p99: Annotated[
+        float,
+        typer.Option("--p99", metavar="MS", help="Milliseconds within which 99 of 100 answer."),
+    ],
+    bundle: BundleArgument = None,
+    repository: Annotated[
+        Path, typer.Option(metavar="DIR", help="Model repository to keep it in.")
+    ] = Path("artifacts/triton"),
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Image files to send [default: synthetic photographs]."),
+    ] = None,
+    tritonserver: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The server [default: as in serve].", show_default=False),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the result: .png, .svg or .pdf.")
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Find how to batch requests: the most images a second within a latency.
+
+    Starts servers of its own, one for each way to put requests together (none, batches of two
+    sizes, with and without waiting for more, one copy of the network and several), and sends image
+    files from more and more connections. The best way goes into the repository with the bundle, as
+    'rexdeploy triton' adds it, and later versions keep it. The machine should have nothing else to
+    do. Exit code 3: none is within the latency, and nothing was changed.
+
+    \b
+    Example:
+    rexdeploy tune-serving rexnet_1.5 --p99 50
+    """
+    check_json(json)
+    if plot is not None:
+        from rexdeploy.plot import check_plot, plot_sweep
+
+        check_plot(plot)
+    from rexdeploy.bundle import Bundle
+    from rexdeploy.errors import VerificationFailed
+    from rexdeploy.serve import find_server
+    from rexdeploy.show_serving import show_sweep
+    from rexdeploy.tune_serving import SweepOptions
+    from rexdeploy.tune_serving import tune_serving as run
 
     opened = Bundle.find(bundle)
     server = find_server(tritonserver)
-    chosen, reason = choose_backend(server, backend)
-    address = Address(host, port)
-    check_ports(address)
-    with TemporaryDirectory(prefix="rexdeploy-models-") as folder:
-        result = deploy(opened, repository or Path(folder), chosen)
-        with (
-            running(server, result.repository, address, show_log_line, show_log) as process,
-            stopped_by_signals(process),
-        ):
-            with progress(quiet) as report:
-                report("starting tritonserver")
-                ready = process.wait_until_ready([result.name, result.image_name])
-            if ready and not quiet:
-                show_serving(opened.manifest.model.title, result, reason, server, address)
-            process.wait()
+    with _taken_back_on_ctrl_c(), progress(quiet) as report:
+        result = run(opened, repository, server, SweepOptions(p99, images), report)
+    try:
+        emit(json, lambda: result)
+        if plot is not None:
+            plot_sweep(result, plot)
+        if not quiet and json != Path("-"):
+            show_sweep(opened.manifest.model.title, result)
+    finally:
+        if result.kept is None:
+            nearest = min(load.p99_ms for row in result.rows for load in row.loads)
+            raise VerificationFailed(
+                f"no way of serving answers 99 of 100 requests within {p99:g} ms; the nearest took "
+                f"{nearest:.3g} ms; nothing was changed: give a larger --p99, or take a smaller "
+                "network"
+            )
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Pictures: a benchmark's latencies and accuracies, and errors block by block."""
+"""Pictures: a benchmark's latencies and accuracies, errors block by block, ways of serving."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rexdeploy.bench import Benchmark, Latency
     from rexdeploy.localize import Localization
+    from rexdeploy.tune_serving import Sweep
 
 FORMATS = (".png", ".svg", ".pdf")
 _MIN_NETWORKS = 4  # fewer points of accuracy against latency say nothing
@@ -89,6 +90,42 @@ def plot_localizations(results: Sequence[Localization], file: Path) -> None:
             )
         axes.legend(fontsize="small")
     _save(figure, file)
+
+
+def plot_sweep(result: Sweep, file: Path) -> None:
+    """Draws every way of serving: latency against images a second, a point for each load.
+
+    Raises UsageError where it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    from rexdeploy.tune_serving import describe
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.add_subplot()
+    for index, row in enumerate(result.rows):
+        kept = row.settings == result.kept
+        loads = sorted(row.loads, key=lambda load: load.connections)
+        axes.plot(
+            [load.per_second for load in loads],
+            [load.p99_ms for load in loads],
+            ["o-", "s--", "^:"][index // 10 % 3],  # there are ten colours
+            linewidth=3 if kept else 1,
+            label=describe(row.settings, result.batch) + (" (kept)" if kept else ""),
+        )
+        for load in loads:
+            axes.annotate(str(load.connections), (load.per_second, load.p99_ms), fontsize=7)
+    axes.axhline(result.bound_ms, color="gray", linestyle="--", label="the bound")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("images a second (each point: that many connections)")
+    axes.set_ylabel("99th percentile of the latency, ms")
+    axes.set_title(f"{result.images}; bound {result.bound_ms:g} ms")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    try:
+        figure.savefig(file, dpi=120)
+    except OSError as error:
+        raise UsageError(f"cannot write {file} ({error.strerror})") from None
 
 
 def accuracies(rows: Sequence[Latency]) -> dict[str, tuple[str, float]]:

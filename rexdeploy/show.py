@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rexdeploy.models.zoo import Cost, PaperRow, Published
     from rexdeploy.predictions import Row
     from rexdeploy.ranges import Ranges
+    from rexdeploy.repository import Deployed
     from rexdeploy.results import Results
     from rexdeploy.serve import Address, Binary
     from rexdeploy.triton import Deployment
@@ -395,8 +397,21 @@ def show_models(rows: Sequence[tuple[Published, Cost, bool]]) -> None:
     )
 
 
-def show_deployment(title: str, result: Deployment) -> None:
-    """Where a bundle went in a model repository, and how to serve it."""
+def show_deployment(title: str, result: Deployment, server: Binary | str) -> None:
+    """Where a bundle went in a model repository, and how to serve it.
+
+    `server` is this machine's, or why there is none.
+    """
+    from rexdeploy.repository import DEFAULT_REPOSITORY
+
+    if isinstance(server, str):
+        step = f"not served here: {server}"
+    elif server.backends and result.backend not in server.backends:
+        step = f"not served here: no {result.backend} backend in the tritonserver {server.origin}"
+    elif result.repository == DEFAULT_REPOSITORY:
+        step = "next: rexdeploy serve"
+    else:
+        step = f"next: rexdeploy serve --repository {shlex.quote(str(result.repository))}"
     version = (
         f"version {result.version}" if result.added else f"unchanged, version {result.version}"
     )
@@ -405,25 +420,27 @@ def show_deployment(title: str, result: Deployment) -> None:
         f"  {result.name}: {result.backend} backend ({result.reason}), batches up to "
         f"{result.batch.max}",
         f"  {result.image_name}: the same, of image files",
-        f"next: tritonserver --model-repository {result.repository}",
+        step,
     )
 
 
 def show_serving(
-    title: str, result: Deployment, reason: str, server: Binary, address: Address
+    title: str, result: Deployed, others: Sequence[Deployed], server: Binary, address: Address
 ) -> None:
-    """Where a server answers, and a command to try it."""
+    """Where a server answers for a model, which others it has, and a command to try it."""
+    beside = ", ".join(f"{other.image_name} (version {other.version})" for other in others)
+    output = result.signature.output_name
     header = (
         f'{{"inputs":[{{"name":"image","datatype":"UINT8","shape":[1,\'$n\'],'
         f'"parameters":{{"binary_data_size":\'$n\'}}}}],'
-        f'"outputs":[{{"name":"{result.output}","parameters":{{"classification":5}}}}]}}'
+        f'"outputs":[{{"name":"{output}","parameters":{{"classification":5}}}}]}}'
     )
     say(
-        f"{title}, version {result.version}, {result.backend} backend ({reason or result.reason}), "
-        f"tritonserver {server.origin}",
+        f"{title}, tritonserver {server.origin}",
         f"  HTTP     {address.http}/v2/models/{result.image_name}",
         f"  gRPC     {address.grpc}",
         f"  metrics  {address.metrics}",
+        f"  and      {beside}" if others else None,
         "the five best classes of photo.jpg:",
         f"  n=$(wc -c < photo.jpg); h='{header}'",
         '  { printf %s "$h"; cat photo.jpg; } | curl -s --data-binary @- \\',

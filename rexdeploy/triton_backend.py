@@ -7,6 +7,7 @@ need this package, numpy, pillow and one runtime in Triton's Python, and no torc
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,7 @@ class Network:
         self._utils = import_module("triton_python_backend_utils")  # exists inside Triton only
         # Threads that spin take the cores from those that decode the next images: with a number of
         # threads, none of them spins (`load_session` has what it costs).
-        self._classifier = load(_version_folder(args), threads=_cores())
+        self._classifier = load(_version_folder(args), threads=_share(args))
         self._spec = self._classifier.spec
         for reason in self._classifier.passed_over:
             self._utils.Logger.log_warn(f"passed over: {reason}")
@@ -119,6 +120,12 @@ def decode(data: bytes, index: int, spec: ModelSpec) -> UInt8:
 def _cores() -> int:
     """How many this process may run on: of a container's, not of its machine's."""
     return len(os.sched_getaffinity(0))
+
+
+def _share(args: dict[str, str]) -> int:
+    """How many threads one of the model's instances gets, so that all have the cores' number."""
+    groups: list[dict[str, int]] = json.loads(args["model_config"])["instance_group"]
+    return max(1, _cores() // sum(group["count"] for group in groups))
 
 
 def _version_folder(args: dict[str, str]) -> Path:

@@ -23,6 +23,7 @@ COMMANDS = [
     "bench",
     "triton",
     "serve",
+    "tune-serving",
     "models",
     "doctor",
 ]

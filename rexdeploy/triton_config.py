@@ -1,0 +1,191 @@
+"""The config.pbtxt texts of the three models, and what rexdeploy reads back from its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from rexdeploy.manifest import BatchRange, InputForm, OutputForm, Preprocess
+
+TritonBackend = Literal["tensorrt", "onnxruntime", "python"]
+Role = Literal["network", "preprocess", "ensemble"]
+
+CONFIG = "config.pbtxt"
+LABELS = "labels.txt"
+_MARKER = "rexdeploy_"  # and a role: the parameter of config.pbtxt by which we know our own models
+_SETTINGS = "settings"  # of a network, in the place of a role
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the clients of a model rely on: equal in every version that has its name."""
+
+    backend: TritonBackend
+    input: InputForm
+    input_name: str
+    output: OutputForm
+    output_name: str
+    num_classes: int
+    preprocess: Preprocess
+    labels: str | None  # the SHA-256 of their file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How Triton puts requests together: what a version may change without its clients noticing."""
+
+    batch: _Positive | None = None  # to run together where as many wait; None: the file's best
+    delay_us: Annotated[int, msgspec.Meta(ge=0)] = 0  # for which a request may wait for others
+    instances: _Positive = 1  # copies of the network that run side by side
+
+
+DEFAULTS = Settings()
+
+
+def network_config(name: str, signature: Signature, batch: BatchRange, settings: Settings) -> str:
+    """Of the network itself; `batch` is what its file takes."""
+    image = _image_tensor(signature)
+    warmup = "".join(
+        f"""
+model_warmup {{
+  name: "batch {size}"
+  batch_size: {size}
+  inputs {{ key: {_quoted(signature.input_name)} value {{ {image} zero_data: true }} }}
+}}"""
+        for size in sorted({1, batch.opt})
+    )
+    kept = "" if settings == DEFAULTS else "\n" + _marker(_SETTINGS, settings)
+    # The Python backend's model looks for a GPU itself; for the others Triton places instances.
+    kind = {"python": "KIND_CPU", "tensorrt": "KIND_GPU", "onnxruntime": "KIND_AUTO"}
+    accelerator = (
+        """
+# TensorFloat-32 rounds products to 10 bits: not the network's logits.
+optimization { execution_accelerators { gpu_execution_accelerator [
+  { name: "cuda" parameters { key: "use_tf32" value: "0" } }
+] } }"""
+        if signature.backend == "onnxruntime"
+        else ""
+    )
+    return f"""name: {_quoted(name)}
+backend: "{signature.backend}"
+max_batch_size: {batch.max}
+input [ {{ name: {_quoted(signature.input_name)} {image} }} ]
+{_output(signature)}
+# Only the newest version answers; an older one is a folder to go back to, by removing newer ones.
+version_policy {{ latest {{ num_versions: 1 }} }}
+instance_group [ {{ kind: {kind[signature.backend]} count: {settings.instances} }} ]
+{_batching(batch, settings)}{warmup}{accelerator}
+{_marker("network", signature)}{kept}
+"""
+
+
+def _batching(batch: BatchRange, settings: Settings) -> str:
+    """How requests become batches, within what the network's file takes."""
+    best = min(settings.batch or batch.opt, batch.max)
+    if settings.batch == 1:
+        return "# Each request runs by itself, as tune-serving found best."
+    preferred = sorted({best, batch.max} - {1})
+    sizes = f" preferred_batch_size: {preferred}" if preferred else ""
+    if settings.delay_us:
+        delay = f"max_queue_delay_microseconds: {settings.delay_us}"
+        return f"# As tune-serving found best.\ndynamic_batching {{{sizes} {delay} }}"
+    return (
+        "# No delay: while one batch runs, the next one forms, and a lone request waits for nobody."
+        f"\ndynamic_batching {{{sizes} }}"
+    )
+
+
+def preprocess_config(name: str, signature: Signature, batch: BatchRange) -> str:
+    """Of what makes the network's input of image files."""
+    return f"""name: {_quoted(name)}
+backend: "python"
+max_batch_size: {batch.max}
+# The bytes of one image file, and zeros after it.
+input [ {{ name: "image" data_type: TYPE_UINT8 dims: [ -1 ] allow_ragged_batch: true }} ]
+output [ {{ name: "preprocessed" {_image_tensor(signature)} }} ]
+instance_group [ {{ kind: KIND_CPU count: 1 }} ]
+# What has queued up is decoded in parallel, and reaches the network together.
+dynamic_batching {{ }}
+{_marker("preprocess", signature)}
+"""
+
+
+def ensemble_config(name: str, signature: Signature, batch: BatchRange) -> str:
+    """Of the two in a row; `name` is the network's."""
+    return f"""name: {_quoted(name + "_image")}
+platform: "ensemble"
+max_batch_size: {batch.max}
+# The bytes of one image file; the shorter ones of a batch are filled up with zeros.
+input [ {{ name: "image" data_type: TYPE_UINT8 dims: [ -1 ] }} ]
+{_output(signature)}
+ensemble_scheduling {{
+  step [
+    {{
+      model_name: {_quoted(name + "_preprocess")}
+      model_version: -1
+      input_map {{ key: "image" value: "image" }}
+      output_map {{ key: "preprocessed" value: "preprocessed" }}
+    }},
+    {{
+      model_name: {_quoted(name)}
+      model_version: -1
+      input_map {{ key: {_quoted(signature.input_name)} value: "preprocessed" }}
+      output_map {{
+        key: {_quoted(signature.output_name)} value: {_quoted(signature.output_name)}
+      }}
+    }}
+  ]
+}}
+{_marker("ensemble", signature)}
+"""
+
+
+def _image_tensor(signature: Signature) -> str:
+    kind = "TYPE_UINT8" if signature.input == "uint8" else "TYPE_FP32"
+    return f"data_type: {kind} dims: {list(signature.preprocess.shape(signature.input))}"
+
+
+def _output(signature: Signature) -> str:
+    labels = f' label_filename: "{LABELS}"' if signature.labels else ""
+    return (
+        f"output [ {{ name: {_quoted(signature.output_name)} data_type: TYPE_FP32 "
+        f"dims: [ {signature.num_classes} ]{labels} }} ]"
+    )
+
+
+def _marker(what: str, value: Signature | Settings) -> str:
+    text = msgspec.json.encode(value).decode()
+    return f'parameters {{ key: "{_MARKER}{what}" value {{ string_value: {_quoted(text)} }} }}'
+
+
+def _quoted(text: str) -> str:
+    """Text as protobuf's text format writes it, whose escapes are JSON's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def signature_in(config: str, role: Role) -> Signature | None:
+    """The signature in a config.pbtxt of ours; None if it is not ours, or of another role."""
+    return _marked(config, role, Signature)
+
+
+def settings_in(config: str) -> Settings:
+    """The settings in a network's config.pbtxt; the usual ones where none can be read there."""
+    return _marked(config, _SETTINGS, Settings) or DEFAULTS
+
+
+_Marked = TypeVar("_Marked", Signature, Settings)
+
+
+def _marked(config: str, what: str, kind: type[_Marked]) -> _Marked | None:
+    found = re.search(rf'key: "{_MARKER}{what}" value {{ string_value: ("(?:[^"\\]|\\.)*")', config)
+    if found is None:
+        return None
+    try:
+        return msgspec.json.decode(json.loads(found[1]), type=kind)
+    except (ValueError, msgspec.DecodeError):
+        return None
