@@ -9,7 +9,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -141,7 +140,7 @@ def _leave(message: str) -> Callable[[int, object], NoReturn]:
 _interrupted = _leave("no bundle is left half written")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _taken_back_on_ctrl_c() -> Iterator[None]:
     """Within it Ctrl-C unwinds what is under way, where that takes back what it has begun."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

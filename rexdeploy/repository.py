@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rexdeploy.bundle import sync_folder
+from rexdeploy.atomic import sync_folder
 from rexdeploy.errors import RexdeployError
 from rexdeploy.triton_config import (
     CONFIG,

@@ -12,6 +12,7 @@ from rexdeploy.backends import engines
 from rexdeploy.bundle import Bundle, is_bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.manifest import DEFAULT_BATCH, Artifact, BatchRange, Manifest, to_json
+from rexdeploy.metadata import check_preprocess
 from rexdeploy.repository import Deployed, Model, changing, config_of, deployed, publish
 from rexdeploy.serve import Binary, choose_backend
 from rexdeploy.triton_config import (
@@ -25,7 +26,6 @@ from rexdeploy.triton_config import (
     settings_in,
     signature_in,
 )
-from rexdeploy.metadata import check_preprocess
 
 BACKENDS: tuple[TritonBackend, ...] = ("tensorrt", "onnxruntime", "python")
 

@@ -14,7 +14,8 @@ import pytest
 from rexdeploy import images
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import UsageError
-from rexdeploy.predictions import expand, printable
+from rexdeploy.predictions import expand
+from rexdeploy.text import printable
 from tests.helpers import run_cli
 from tests.test_cpp import Programs, built, release, sanitized
 
