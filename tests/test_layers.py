@@ -14,10 +14,21 @@ PACKAGE = Path(rexdeploy.__path__[0])
 
 # A module imports lower levels only: steps meet through the bundle, not through calls.
 LEVELS = [
-    {"errors", "progress", "gpu", "proof", "ratios"},
-    {"manifest", "rounds"},
-    {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api"},
-    {"models", "graph", "console", "blocks", "interface", "image_sets", "rounding"},
+    {"errors", "progress", "gpu", "proof", "ratios", "text", "strict_json"},
+    {"manifest", "rounds", "atomic", "image_limits", "loadgen"},
+    {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api", "triton_config"},
+    {
+        "models",
+        "graph",
+        "console",
+        "blocks",
+        "interface",
+        "image_sets",
+        "rounding",
+        "labels",
+        "metadata",
+        "repository",
+    },
     {"backends"},
     {"parity", "peers", "roofline", "walk", "forms"},
     {"answers", "probes"},
@@ -26,8 +37,10 @@ LEVELS = [
     {"export", "build", "verify", "bench", "classify", "doctor", "inspection", "tune"},
     {"predictions"},
     {"results"},
-    {"triton", "serve", "triton_backend", "kserve"},
-    {"__init__", "show", "plot"},
+    {"serve"},
+    {"triton", "triton_backend", "kserve"},
+    {"tune_serving"},
+    {"__init__", "show", "show_serving", "plot"},
     {"cli"},
     {"__main__"},
 ]

@@ -34,7 +34,7 @@ def loads(*numbers: tuple[int, float, float]) -> tuple[Load, ...]:
     return tuple(Load(count, 400, rate, 0.7 * p99, p99) for count, rate, p99 in numbers)
 
 
-# V1 1.0 through nvidia-pytriton's server on two cores: connections, images a second, p99 ms.
+# Made up, in the shape of a sweep: connections, images a second, p99 ms.
 RECORDED = (
     Row(BATCHED, loads((1, 38.1, 34.0), (2, 47.9, 55.2), (4, 54.0, 97.1), (3, 50.2, 80.4))),
     Row(ALONE, loads((1, 39.5, 31.8), (2, 45.1, 58.3), (4, 46.8, 112.0))),
