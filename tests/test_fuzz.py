@@ -26,19 +26,9 @@ FOUND = sorted((DATA / "fuzz").iterdir())
 COUNTS = {"manifest": 4000, "graph": 2000, "engine": 4000, "labels": 1000, "weights": 600}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        # Until the branch that mends it is merged: then these lines are to go.
-        pytest.param(
-            name, marks=pytest.mark.xfail(not hasattr(precision, "NotOnnx"), reason="soon")
-        )
-        if name == "graph"
-        else name
-        for name in TARGETS
-    ],
-)
+@pytest.mark.parametrize("name", TARGETS)
 def test_damage_is_refused_in_one_line(name: str) -> None:
+    _pending(name)
     rng = random.Random(name)
     count = COUNTS.get(name, 1500)
     refused = sum(bool(run(TARGETS[name], damaged(TARGETS[name], rng))) for _ in range(count))
@@ -53,7 +43,15 @@ def test_the_files_that_are_damaged_are_good(name: str) -> None:
 
 @pytest.mark.parametrize("file", FOUND, ids=lambda file: file.name)
 def test_what_fell_once_does_not_again(file: Path) -> None:
-    run(TARGETS[file.name.split("-")[0]], file.read_bytes())
+    name = file.name.split("-")[0]
+    _pending(name)
+    run(TARGETS[name], file.read_bytes())
+
+
+def _pending(name: str) -> None:
+    """Until the branch that mends it is merged: then this is to go."""
+    if name == "graph" and not hasattr(precision, "NotOnnx"):
+        pytest.xfail("ONNX's odd element types")
 
 
 @pytest.mark.slow
