@@ -109,7 +109,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     with suppress(SyntaxError, ValueError, struct.error):
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     # Not ImageOps.exif_transpose: it writes all of EXIF anew, in Python.
-    if orientation in _UPRIGHT:
+    if isinstance(orientation, int) and orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # the same colours; straight to RGB, Pillow warns

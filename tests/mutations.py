@@ -151,15 +151,16 @@ def mutated_message(message: Any, rng: random.Random) -> None:
             places.append(place)
             for field, value in place.ListFields():
                 if field.message_type is not None:
-                    pending += value if field.is_repeated else [value]
+                    pending += value if hasattr(value, "extend") else [value]
         _change(rng.choice(places), rng)
 
 
 def _change(message: Any, rng: random.Random) -> None:
     field = rng.choice(message.DESCRIPTOR.fields)
+    is_list = hasattr(getattr(message, field.name), "extend")
     odd: tuple[Any, ...]
     if field.message_type is not None:
-        if field.is_repeated:
+        if is_list:
             entries = getattr(message, field.name)
             if entries and rng.random() < 0.5:
                 entries.add().CopyFrom(rng.choice(entries))
@@ -181,7 +182,7 @@ def _change(message: Any, rng: random.Random) -> None:
             odd += (-1, -(2**31))
         if field.cpp_type == field.CPPTYPE_INT64:
             odd += (2**62, -(2**63))
-    if field.is_repeated:
+    if is_list:
         entries = getattr(message, field.name)
         if entries and rng.random() < 0.7:
             entries[rng.randrange(len(entries))] = rng.choice(odd)

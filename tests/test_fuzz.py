@@ -9,30 +9,26 @@ import random
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from rexdeploy import precision
+from rexdeploy import images, precision
+from rexdeploy.errors import UsageError
+from tests.cpp_probe import probe
 from tests.fuzz_targets import TARGETS, damaged, run, run_cpp
 from tests.helpers import DATA, ROOT
+from tests.mutations import mutated_image
+
+PNG, JPEG = b"\x89PNG", b"\xff\xd8\xff"
 
 FOUND = sorted((DATA / "fuzz").iterdir())
 """What fell once: the target's name, and a part of the input's hash."""
 COUNTS = {"manifest": 4000, "graph": 2000, "engine": 4000, "labels": 1000, "weights": 600}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        # Until the branch that mends it is merged: then these lines are to go.
-        pytest.param(
-            name, marks=pytest.mark.xfail(not hasattr(precision, "NotOnnx"), reason="soon")
-        )
-        if name == "graph"
-        else name
-        for name in TARGETS
-    ],
-)
+@pytest.mark.parametrize("name", TARGETS)
 def test_damage_is_refused_in_one_line(name: str) -> None:
+    _pending(name)
     rng = random.Random(name)
     count = COUNTS.get(name, 1500)
     refused = sum(bool(run(TARGETS[name], damaged(TARGETS[name], rng))) for _ in range(count))
@@ -47,13 +43,45 @@ def test_the_files_that_are_damaged_are_good(name: str) -> None:
 
 @pytest.mark.parametrize("file", FOUND, ids=lambda file: file.name)
 def test_what_fell_once_does_not_again(file: Path) -> None:
-    run(TARGETS[file.name.split("-")[0]], file.read_bytes())
+    name = file.name.split("-")[0]
+    _pending(name)
+    run(TARGETS[name], file.read_bytes())
+
+
+def _pending(name: str) -> None:
+    """Until the branch that mends it is merged: then this is to go."""
+    if name == "graph" and not hasattr(precision, "NotOnnx"):
+        pytest.xfail("ONNX's odd element types")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpp-image", "cpp-manifest"])
 def test_damage_does_no_harm_in_cpp(name: str, tmp_path: Path) -> None:
     assert 0 < run_cpp(name, 600, random.Random(name), tmp_path) < 600
+
+
+@pytest.mark.slow
+def test_damaged_images_that_both_languages_read_are_the_same(tmp_path: Path) -> None:
+    """But for what cpp/README.md says of JPEG: a scan that is missing is smoothed over."""
+    seeds = [data for data in TARGETS["image"].seeds() if data.startswith((PNG, JPEG))]
+    rng = random.Random(0)
+    calls = [(tmp_path / f"{index}.rgb", tmp_path / str(index)) for index in range(1000)]
+    for _, file in calls:
+        file.write_bytes(mutated_image(rng.choice(seeds), rng))
+    both = 0
+    for (raw, file), line in zip(calls, probe("decode", calls), strict=True):
+        try:
+            wanted = np.asarray(images.load(file))
+        except UsageError:
+            continue
+        if line.startswith("error: "):
+            continue
+        both += 1
+        assert line == f"{wanted.shape[1]} {wanted.shape[0]}", file
+        got = np.fromfile(raw, np.uint8).reshape(wanted.shape)
+        most = 0 if file.read_bytes().startswith(PNG) else 8
+        assert np.abs(got.astype(int) - wanted).max() <= most, file
+    assert both > 200
 
 
 def test_the_script_runs_every_target() -> None:

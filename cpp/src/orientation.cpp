@@ -1,4 +1,6 @@
 // Image sizes that are refused, and orientations in EXIF and XMP.
+#include <algorithm>
+#include <iterator>
 #include <string>
 
 #include "decoders.hpp"
@@ -45,7 +47,9 @@ int exif_orientation(std::string_view exif) {
     while (exif.substr(0, kPrefix.size()) == kPrefix) {
         exif.remove_prefix(kPrefix.size());
     }
-    if (exif.substr(0, 2) != "II" && exif.substr(0, 2) != "MM") {
+    constexpr std::string_view kMagics[] = {{"II*\0", 4}, {"II\0*", 4}, {"MM\0*", 4},
+                                            {"MM*\0", 4}, {"MM\0+", 4}};  // that Pillow takes
+    if (std::find(std::begin(kMagics), std::end(kMagics), exif.substr(0, 4)) == std::end(kMagics)) {
         return 0;
     }
     const Tiff tiff(exif);

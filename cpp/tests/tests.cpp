@@ -140,6 +140,8 @@ TEST_CASE("orientations: both byte orders, and nothing read beyond the end") {
     CHECK(exif_orientation(big) == 8);
     CHECK(exif_orientation(std::string("Exif\0\0", 6) += little) == 6);
     CHECK(exif_orientation("MM") == 0);
+    CHECK(exif_orientation(std::string("MMx*") += big.substr(4)) == 0);
+    CHECK(exif_orientation(std::string("II+\0", 4) += little.substr(4)) == 0);
     CHECK(exif_orientation("II*\0\xff\xff\xff\xff") == 0);
     CHECK(exif_orientation("") == 0);
     CHECK(xmp_orientation("<x tiff:Orientation=\"3\">") == 3);
