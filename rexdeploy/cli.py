@@ -819,28 +819,45 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP; gRPC and metrics take the next two.")] = 8000,
+    max_request: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB",
+            help="Largest request [default: 16, or a full batch of tensors if that is more].",
+        ),
+    ] = None,
+    open_api: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--open",
+            metavar="API",
+            help="Let every client use shared-memory, model-repository, trace or logging.",
+        ),
+    ] = None,
     show_log: Annotated[bool, typer.Option("--log", help="Show all of Triton's log.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Serve a bundle with a real Triton Inference Server, until Ctrl-C or SIGTERM.
 
-    New versions that 'rexdeploy triton' adds to the repository are taken up within seconds. An
-    asked-for end is exit code 0.
+    New versions that 'rexdeploy triton' adds to the repository are taken up within seconds. A
+    server that fails is started again. An asked-for end is exit code 0, and what is in flight is
+    answered first; a second Ctrl-C ends at once.
 
     \b
     Example:
     rexdeploy serve rexnet_1.5 --port 9000
     """
-    from tempfile import TemporaryDirectory
-
     from rexdeploy.bundle import Bundle
+    from rexdeploy.leftovers import workplace
     from rexdeploy.serve import (
         Address,
+        Guard,
         check_ports,
         choose_backend,
         find_server,
+        request_bytes,
         running,
-        stopped_by_signals,
+        stop_signals,
     )
     from rexdeploy.triton import deploy
 
@@ -849,18 +866,21 @@ def serve(
     chosen, reason = choose_backend(server, backend)
     address = Address(host, port)
     check_ports(address)
-    with TemporaryDirectory(prefix="rexdeploy-models-") as folder:
-        result = deploy(opened, repository or Path(folder), chosen)
-        with (
-            running(server, result.repository, address, show_log_line, show_log) as process,
-            stopped_by_signals(process),
-        ):
+    apis = tuple(open_api or ())
+    Guard(opened=apis)  # before anything is written
+    with stop_signals() as stop, workplace() as place:
+        result = deploy(opened, repository or place.folder / "models", chosen)
+        limit = request_bytes(max_request, opened.manifest.model, result.batch)
+        guard = Guard(limit, apis)
+        with running(
+            server, result.repository, address, show_log_line, show_log, guard, place, stop
+        ) as process:
             with progress(quiet) as report:
                 report("starting tritonserver")
                 ready = process.wait_until_ready([result.name, result.image_name])
             if ready and not quiet:
-                show_serving(opened.manifest.model.title, result, reason, server, address)
-            process.wait()
+                show_serving(opened.manifest.model.title, result, reason, server, address, guard)
+            process.wait(result.image_name)
 
 
 @app.command()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rexdeploy.predictions import Row
     from rexdeploy.ranges import Ranges
     from rexdeploy.results import Results
-    from rexdeploy.serve import Address, Binary
+    from rexdeploy.serve import Address, Binary, Guard
     from rexdeploy.triton import Deployment
     from rexdeploy.tune import Trial, Tuning
     from rexdeploy.verify import Verification
@@ -410,23 +410,33 @@ def show_deployment(title: str, result: Deployment) -> None:
 
 
 def show_serving(
-    title: str, result: Deployment, reason: str, server: Binary, address: Address
+    title: str, result: Deployment, reason: str, server: Binary, address: Address, guard: Guard
 ) -> None:
-    """Where a server answers, and a command to try it."""
+    """Where a server answers, what it exposes, and a command to try it."""
     header = (
         f'{{"inputs":[{{"name":"image","datatype":"UINT8","shape":[1,\'$n\'],'
         f'"parameters":{{"binary_data_size":\'$n\'}}}}],'
         f'"outputs":[{{"name":"{result.output}","parameters":{{"classification":5}}}}]}}'
     )
+    opened = f"; open to every client: {', '.join(guard.opened)}" if guard.opened else ""
     say(
         f"{title}, version {result.version}, {result.backend} backend ({reason or result.reason}), "
         f"tritonserver {server.origin}",
         f"  HTTP     {address.http}/v2/models/{result.image_name}",
         f"  gRPC     {address.grpc}",
         f"  metrics  {address.metrics}",
+        f"  limit    {guard.request_bytes / 2**20:.0f} MiB a request{opened}",
+    )
+    if not address.is_local:
+        say(
+            f"  exposed  whoever reaches {address.host} can classify images and read models' "
+            "configurations, statistics and metrics, without a password and unencrypted"
+        )
+    say(
         "the five best classes of photo.jpg:",
         f"  n=$(wc -c < photo.jpg); h='{header}'",
         '  { printf %s "$h"; cat photo.jpg; } | curl -s --data-binary @- \\',
+        "  -H 'Content-Type: application/octet-stream' \\",
         f'  -H "Inference-Header-Content-Length: ${{#h}}" '
         f"{address.http}/v2/models/{result.image_name}/infer",
         "Ctrl-C ends it",
