@@ -1,7 +1,7 @@
 """One HTTP client of a served network: a request is checked, read whole, passed on and answered.
 
 Triton 2.51 itself reads bodies of any size, unpacks gzip without a bound, and copies a form's
-fields to the stack of a thread, whose end is the server's.
+fields to the stack of a thread, whose end is the server's; `front_json` has what JSON does to it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rexdeploy.front_json import checked
+
 HEAD_BYTES = 2**16
 CLOSED = b"Connection: close\r\n"
 # What a proxy does not pass on (RFC 9110, 7.6.1), and what is written anew here.
@@ -25,6 +27,7 @@ _REQUEST = re.compile(rb"([A-Z]+) ([!-~]+) HTTP/1\.([01])")
 _ANSWER = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: .*)?")
 _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*)")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+_JSON_BYTES = b"inference-header-content-length"  # of the body's first part; tensors follow it
 _FORM = b"application/x-www-form-urlencoded"
 _BODY_S = 60.0  # a body must have come by then
 _WAIT_S = 30.0  # how long a body waits for others to be answered before it is read
@@ -143,16 +146,18 @@ class Connection:
         if request.size is not None and request.size > limit:
             raise _too_large(limit)
         if self._gate.sockets is None:
-            raise Refused("503 Service Unavailable", "the server is starting again")
+            raise _starting()
         held = limit if request.size is None else request.size
         try:
             await asyncio.wait_for(self._gate.budget.take(held), _WAIT_S)
         except asyncio.TimeoutError:
             raise Refused("503 Service Unavailable", "too many large requests at once") from None
         try:
-            if request.waits and self._gate.sockets is not None:
+            if request.waits:
                 self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             body = await self._body(request)
+            if body:
+                body = _checked(request.headers, body)
             reader, status, headers = await self._pass_on(request, body)
         finally:
             self._gate.budget.give(held)
@@ -178,14 +183,8 @@ class Connection:
         self, request: _Request, body: bytes
     ) -> tuple[asyncio.StreamReader, bytes, Headers]:
         """Sends the request; the server's connection, and its answer's first line and headers."""
-        if self._gate.sockets is None:
-            raise Refused("503 Service Unavailable", "the server is starting again")
+        reader, writer = await self._connected()
         try:
-            if self._server is None or self._server[0].at_eof():
-                self._server = await asyncio.open_unix_connection(
-                    self._gate.sockets / self._socket, limit=HEAD_BYTES
-                )
-            reader, writer = self._server
             first = b"%b %b HTTP/1.1\r\n" % (request.method, request.target)
             headers = [*request.headers]
             if body or request.method not in (b"GET", b"HEAD"):
@@ -199,6 +198,18 @@ class Connection:
             raise Refused(
                 "503 Service Unavailable", "the server ended while it had this request"
             ) from None
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._server is None or self._server[0].at_eof():
+            try:
+                if self._gate.sockets is None:
+                    raise FileNotFoundError
+                self._server = await asyncio.open_unix_connection(
+                    self._gate.sockets / self._socket, limit=HEAD_BYTES
+                )
+            except OSError:
+                raise _starting() from None
+        return self._server
 
     async def _relay(
         self,
@@ -251,6 +262,28 @@ class Connection:
             self._writer.write_eof()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(_discard(self._reader), _DISCARD_S)
+
+
+def _checked(headers: Headers, body: bytes) -> bytes:
+    """The body with its JSON checked and written anew; its size in the headers is kept right."""
+    places = [n for n, (name, _) in enumerate(headers) if name.lower() == _JSON_BYTES]
+    size = len(body)
+    if places:
+        value = headers[places[0]][1]
+        if len(places) > 1 or not re.fullmatch(rb"[0-9]{1,9}", value) or int(value) > size:
+            raise Refused(
+                "400 Bad Request", "Inference-Header-Content-Length: expected bytes of this body"
+            )
+        size = int(value)
+    if not size:  # the file alone
+        return body
+    try:
+        text = checked(body[:size])
+    except ValueError as error:
+        raise Refused("400 Bad Request", str(error)) from None
+    if places:
+        headers[places[0]] = (headers[places[0]][0], b"%d" % len(text))
+    return text + body[size:]
 
 
 async def _discard(reader: asyncio.StreamReader) -> None:
@@ -336,6 +369,10 @@ def _headers(lines: list[bytes]) -> Headers:
 
 def _joined(headers: Headers) -> bytes:
     return b"".join(b"%b: %b\r\n" % pair for pair in headers)
+
+
+def _starting() -> Refused:
+    return Refused("503 Service Unavailable", "the server is being started")
 
 
 def _too_large(limit: int) -> Refused:

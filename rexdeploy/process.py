@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 # In what Triton 2.51 writes where it has no GPU, or listens at a socket in the file system.
 _USUAL = (
@@ -26,7 +27,7 @@ _LOGGED_ERROR = re.compile(r'E\d{4} [^\]]*\] "?(.*?)(\\n.*)?"?')
 _CRASHED = re.compile(r"Signal \(\d+\) received\.")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LEAST_STACK = 2**26
-_GONE_S = 1.0  # how long killed processes may take to go, or what started us to notice it
+_GONE_S = 5.0  # how long killed processes may take to go
 
 
 def start(
@@ -69,15 +70,22 @@ def end(process: subprocess.Popen[str], patience: float) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
     # It leads a group of its own, in which its children outlive it.
-    deadline = time.monotonic() + _GONE_S
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            break
-        process.poll()
-        time.sleep(0.02)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + _GONE_S
+    while _runs(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _runs(group: int) -> bool:
+    """Whether a process of the group still runs; one that nobody has waited for does not."""
+    for path in Path("/proc").glob("[1-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if its_group == str(group) and state not in ("Z", "X"):
+                return True
+    return False
 
 
 class TritonLog(threading.Thread):

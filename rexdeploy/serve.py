@@ -344,6 +344,7 @@ class Server:
     def _has_ended(self) -> bool:
         if self._process.poll() is None:
             return False
+        self._front.serve_from(None)
         end(self._process, 0)  # its children hold its log open
         self._log.join(_STOP_SECONDS)
         return True

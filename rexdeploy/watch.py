@@ -98,7 +98,7 @@ class Watch(threading.Thread):
 
     def _look(self) -> str | None:
         """A process that was wrong in this look and the last one, while its model is ready."""
-        if self._is_stopped(self._pid):
+        if self._server_stands(self._pid):
             return "tritonserver is stopped"
         states = stubs(self._pid)
         well = {_key(stub) for stub, state in states.items() if state not in (*_STOPPED, *_GONE)}
@@ -117,7 +117,7 @@ class Watch(threading.Thread):
         self._suspects = wrong
         return again[0] if again else None
 
-    def _is_stopped(self, pid: int) -> bool:
+    def _server_stands(self, pid: int) -> bool:
         """Whether the server itself is, in this look and after another while."""
         return (
             _state(pid) in _STOPPED and not self._stopped.wait(_LOOK_S) and _state(pid) in _STOPPED
