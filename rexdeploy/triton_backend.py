@@ -31,6 +31,7 @@ Float32 = npt.NDArray[np.float32]
 
 # What holds photographs, of all that Pillow reads: these bytes come from anybody.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_MOST_BYTES = 2**26  # of one file; `rexdeploy serve` takes less, other servers do not ask
 _LARGE = 2**24  # pixels: 48 MiB decoded, and several copies of it on the way to the network
 
 _USED = ctypes.c_char_p(b"used_dltensor")  # how a consumer names a DLPack capsule; kept alive here
@@ -123,6 +124,10 @@ def decode(data: bytes, index: int, spec: ModelSpec) -> UInt8:
     `index` is the image's place in its request. Large images are decoded one at a time, so that
     many together cannot exhaust the memory.
     """
+    if len(data) > _MOST_BYTES:
+        raise UsageError(
+            f"image {index}: got {len(data)} bytes, expected at most {_MOST_BYTES}; send it smaller"
+        )
     with images.opened(BytesIO(data), f"image {index}", _FORMATS) as image:
         large = image.width * image.height > _LARGE
         with _one_large if large else contextlib.nullcontext():

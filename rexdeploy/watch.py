@@ -86,11 +86,13 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         looked = time.monotonic()
-        while not self._stopped.wait(_LOOK_S) and self.fault is None:
+        while self.fault is None:
             self.fault = self._look()
             if self.fault is None and time.monotonic() - looked > _PROBE_S:
                 self.fault = self._probe()
                 looked = time.monotonic()
+            if self._stopped.wait(_LOOK_S):
+                return
 
     def stop(self) -> None:
         """Ends it."""

@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 
+from rexdeploy.bundle import Bundle
+from rexdeploy.errors import UsageError
 from rexdeploy.front import Front, budget
 from rexdeploy.front_json import checked
+from rexdeploy.triton_backend import decode
 from tests.test_serve import free_port
 
 LIMIT = 1000
@@ -35,7 +38,8 @@ class Behind(BaseHTTPRequestHandler):
         length = int(self.headers["Content-Length"])
         body = self.rfile.read(length)
         if self.path == "/ends":
-            return self.connection.shutdown(socket.SHUT_RDWR)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         if self.path == "/slow":
             self.go.wait(20)
         answer = json.dumps({"headers": dict(self.headers), "body": body.decode("latin-1")})
@@ -45,12 +49,11 @@ class Behind(BaseHTTPRequestHandler):
             self.end_headers()
             for part in (answer[:5], answer[5:], ""):
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part.encode()))
-            return None
+            return
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer.encode())
-        return None
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -166,7 +169,7 @@ def test_a_body_in_chunks_is_counted_and_put_together(port: int) -> None:
         (b"nonsense\r\n\r\n", 400),
         (b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nabc\r\n0\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nInference-Header-Content-Length: 9\r\nContent-Length: 2\r\n\r\n{}", 400),
+        (b"A / HTTP/1.1\r\nInference-Header-Content-Length: 9\r\nContent-Length: 1\r\n\r\n{", 400),
         (b"POST /x HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415),
         (b"POST /x HTTP/1.1\r\nA: " + b"b" * 2**17 + b"\r\n\r\n", 431),
     ],
@@ -275,3 +278,15 @@ def test_bodies_share_a_budget_that_holds_the_largest(monkeypatch: pytest.Monkey
     monkeypatch.setattr("os.statvfs", lambda path: Small)
     assert budget(2**20) == 2**24
     assert budget(2**25) == 2**25
+
+
+def test_a_file_of_too_many_bytes_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch, small_v1_original: Bundle
+) -> None:
+    """For servers without this front."""
+    monkeypatch.setattr("rexdeploy.triton_backend._MOST_BYTES", 10)
+    spec = small_v1_original.manifest.model
+    with pytest.raises(UsageError, match="image 3: got 11 bytes, expected at most 10"):
+        decode(b"x" * 11, 3, spec)
+    with pytest.raises(UsageError, match="image 3: not an image"):
+        decode(b"x" * 10, 3, spec)
