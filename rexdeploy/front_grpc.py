@@ -20,6 +20,7 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _EVERY_STREAM = 2**31 - 1
 _RESOURCE_EXHAUSTED, _UNIMPLEMENTED = 8, 12  # of gRPC
 _SOCKET_BYTES = 2**18
+_START_S, _LOOK_S = 15.0, 0.05
 
 
 @dataclass
@@ -71,11 +72,7 @@ class Connection:
         """Passes frames on, both ways, until either side ends."""
         server: asyncio.StreamWriter | None = None
         try:
-            if self._gate.sockets is None or self._gate.draining:
-                return
-            reader, server = await asyncio.open_unix_connection(
-                self._gate.sockets / self._socket, limit=_SOCKET_BYTES
-            )
+            reader, server = await self._connected()
             ways = [
                 asyncio.ensure_future(way)
                 for way in (self._to_server(server), self._to_client(reader))
@@ -95,6 +92,25 @@ class Connection:
             self._writer.close()
             if server is not None:
                 server.close()
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Waits for a server that is being started; raises OSError if there is none in time.
+
+        A client of gRPC that is sent away fails for seconds after the server is there again.
+        """
+        looks = int(_START_S / _LOOK_S)
+        while True:
+            try:
+                if self._gate.sockets is None:
+                    raise FileNotFoundError
+                return await asyncio.open_unix_connection(
+                    self._gate.sockets / self._socket, limit=_SOCKET_BYTES
+                )
+            except OSError:
+                looks -= 1
+                if self._gate.draining or looks < 0:
+                    raise
+                await asyncio.sleep(_LOOK_S)
 
     def go_away(self) -> None:
         """Tells the client to make no new request here; those under way are answered."""

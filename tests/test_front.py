@@ -281,11 +281,11 @@ def test_bodies_share_a_budget_that_holds_the_largest(monkeypatch: pytest.Monkey
 
 
 def test_a_file_of_too_many_bytes_is_not_decoded(
-    monkeypatch: pytest.MonkeyPatch, small_v1_original: Bundle
+    monkeypatch: pytest.MonkeyPatch, small_pixels_original: Bundle
 ) -> None:
     """For servers without this front."""
     monkeypatch.setattr("rexdeploy.triton_backend._MOST_BYTES", 10)
-    spec = small_v1_original.manifest.model
+    spec = small_pixels_original.manifest.model
     with pytest.raises(UsageError, match="image 3: got 11 bytes, expected at most 10"):
         decode(b"x" * 11, 3, spec)
     with pytest.raises(UsageError, match="image 3: not an image"):
