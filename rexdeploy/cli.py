@@ -849,13 +849,29 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP; gRPC and metrics take the next two.")] = 8000,
+    max_request: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB",
+            help="Largest request [default: 16, or a full batch of tensors if that is more].",
+        ),
+    ] = None,
+    open_api: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--open",
+            metavar="API",
+            help="Let every client use shared-memory, model-repository, trace or logging.",
+        ),
+    ] = None,
     show_log: Annotated[bool, typer.Option("--log", help="Show all of Triton's log.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Serve a model repository with a real Triton Inference Server, until Ctrl-C or SIGTERM.
 
     New versions and models that 'rexdeploy triton' adds to the repository are taken up within
-    seconds. An asked-for end is exit code 0.
+    seconds. A server that fails is started again. An asked-for end is exit code 0, and what is in
+    flight is answered first; a second Ctrl-C ends at once.
 
     \b
     Example:
@@ -863,19 +879,25 @@ def serve(
     rexdeploy serve rexnet_1.5 --port 9000
     """
     from rexdeploy.bundle import Bundle
+    from rexdeploy.leftovers import workplace
     from rexdeploy.serve import (
         Address,
+        Guard,
         check_ports,
         choose_backend,
         find_server,
+        request_bytes,
         running,
-        stopped_by_signals,
+        stop_signals,
     )
     from rexdeploy.triton import backend_here, deploy, servable
 
     server = find_server(tritonserver)
     address = Address(host, port)
     check_ports(address)
+    apis = tuple(open_api or ())
+    Guard(opened=apis)  # before anything is written
+    request_bytes(max_request, [])
     models = servable(repository, server)
     if bundle is None and not models and repository.is_dir() and any(repository.iterdir()):
         raise UsageError(f"{repository} holds no model of rexdeploy's; name a bundle to add to it")
@@ -897,9 +919,14 @@ def serve(
             f"{opened.manifest.model.title}, version {result.version}, {result.backend} backend "
             f"({result.reason})"
         )
+    limit = request_bytes(max_request, [model.tensor_bytes for model in models])
+    guard = Guard(limit, apis)
     with (
-        running(server, repository, address, show_log_line, show_log) as process,
-        stopped_by_signals(process),
+        stop_signals() as stop,
+        workplace() as place,
+        running(
+            server, repository, address, show_log_line, show_log, guard, place, stop
+        ) as process,
     ):
         with progress(quiet) as report:
             report("starting tritonserver")
@@ -908,8 +935,8 @@ def serve(
             )
         if ready and not quiet:
             others = [model for model in models if model != served]
-            show_serving(title, served, others, server, address)
-        process.wait()
+            show_serving(title, served, others, server, address, guard)
+        process.wait(served.image_name)
 
 
 @app.command("tune-serving")

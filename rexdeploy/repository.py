@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import shutil
 import time
@@ -19,6 +20,7 @@ from rexdeploy.triton_config import (
     Role,
     Settings,
     Signature,
+    max_batch_in,
     settings_in,
     signature_in,
 )
@@ -38,6 +40,14 @@ class Deployed:
     version: int  # the one that answers
     signature: Signature
     settings: Settings
+    max_batch: int
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The size of its largest batch of preprocessed images."""
+        signature = self.signature
+        image = math.prod(signature.preprocess.shape(signature.input))
+        return self.max_batch * image * (1 if signature.input == "uint8" else 4)
 
     @property
     def image_name(self) -> str:
@@ -153,7 +163,7 @@ def _deployed(folder: Path) -> Deployed | None:
     latest = _latest(folder)
     if config is None or signature is None or not latest:
         return None
-    return Deployed(folder.name, latest, signature, settings_in(config))
+    return Deployed(folder.name, latest, signature, settings_in(config), max_batch_in(config))
 
 
 def _latest(folder: Path) -> int:

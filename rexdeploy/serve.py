@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import importlib.util
+import ipaddress
 import os
-import re
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,22 @@ from types import FrameType
 
 from rexdeploy import gpu
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.front import SOCKETS, Front
+from rexdeploy.leftovers import Workplace, workplace
+from rexdeploy.process import TritonLog, end, start
+from rexdeploy.watch import Watch, ask
 
 POLL_SECONDS = 2  # how long a new version waits before it is loaded
+REQUEST_BYTES = 2**24  # a photograph of 16 MiB
+# What lets a client read and write other programs' memory, load models, or change what is logged.
+CLOSED_APIS = ("shared-memory", "model-repository", "trace", "logging")
+DRAIN_SECONDS = 25.0  # less than the 30 that Kubernetes waits between SIGTERM and SIGKILL
 _START_SECONDS = 600  # an engine for a large GPU may take minutes to load and warm up
-# Triton ends when every connection is closed or after this: idle clients hold theirs open.
-_GRACE_SECONDS = 5
-# In what Triton 2.51 writes on every machine without a GPU.
-_NO_GPU = ("CudaDriverHelper", "unable to create stream", "Failed to initialize NVML")
-# E1123 07:56:26.000000 123 file.cc:45] "what\n\nAt:\n  where"
-_LOGGED = re.compile(r"[IWEF]\d{4} ")
-_LOGGED_ERROR = re.compile(r'E\d{4} [^\]]*\] "?(.*?)(\\n.*)?"?')
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MOST_MIB = 1024
+_STOP_SECONDS = 5  # nothing is in flight by then
+_LOOK_SECONDS = 0.1
+# A server that has to be started again so often within that time is left to who started us.
+_STARTS, _STARTS_SECONDS = 5, 600.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,14 @@ class Address:
     def metrics(self) -> str:
         """The URL of the Prometheus metrics."""
         return f"http://{self._reached}:{self.port + 2}/metrics"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     @property
     def _reached(self) -> str:
@@ -166,14 +178,82 @@ def check_ports(address: Address) -> None:
             ) from None
 
 
-class Server:
-    """A running tritonserver."""
+@dataclass(frozen=True)
+class Guard:
+    """What clients may do."""
 
-    def __init__(self, process: subprocess.Popen[str], address: Address, log: _Log) -> None:
-        self.address = address
-        self._process = process
-        self._log = log
-        self._stopping = False
+    request_bytes: int = REQUEST_BYTES  # the most that one request may have
+    opened: tuple[str, ...] = ()  # of CLOSED_APIS
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.opened if name not in CLOSED_APIS]
+        if unknown:
+            raise UsageError(f"open: got '{unknown[0]}', expected one of {', '.join(CLOSED_APIS)}")
+
+    @property
+    def closed(self) -> list[str]:
+        """The APIs that nobody can use."""
+        return [name for name in CLOSED_APIS if name not in self.opened]
+
+
+def request_bytes(wanted_mib: int | None, full_batches: Sequence[int]) -> int:
+    """The most that a request may have: what is wanted, or what photographs and tensors need.
+
+    `full_batches` are the bytes of the largest batch of each model. Raises UsageError where what is
+    wanted is no size.
+    """
+    if wanted_mib is None:
+        return max(REQUEST_BYTES, *(size + 2**16 for size in full_batches), 0)
+    if not 1 <= wanted_mib <= _MOST_MIB:
+        raise UsageError(f"max-request: got {wanted_mib}, expected 1 to {_MOST_MIB}, in mebibytes")
+    return wanted_mib * 2**20
+
+
+class Stop:
+    """How often the end was asked for: once, to answer what is in flight; twice, to end at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def ask(self) -> None:
+        """Asks for it."""
+        self.count += 1
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Within it, Ctrl-C and SIGTERM ask for the end and do not end this process."""
+    stop = Stop()
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        stop.ask()
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Server:
+    """A tritonserver behind its front; it is started again when it fails."""
+
+    def __init__(
+        self,
+        run: Callable[[Path], tuple[subprocess.Popen[str], TritonLog]],
+        place: Workplace,
+        front: Front,
+        stop: Stop,
+        show: Callable[[str], None] | None,
+    ) -> None:
+        self._run, self._place, self._front, self._stop = run, place, front, stop
+        self._show = show or _silent
+        self._starts: deque[float] = deque(maxlen=_STARTS)
+        self._models: Sequence[str] = ()
+        self._number = 0
+        self._begin()
 
     @property
     def pid(self) -> int:
@@ -185,18 +265,17 @@ class Server:
 
         Raises RexdeployError, with the server's own reason, if it ends before.
         """
+        self._models = models
         deadline = time.monotonic() + _START_SECONDS
         paths = ["/v2/health/ready", *(f"/v2/models/{name}/ready" for name in models)]
         while time.monotonic() < deadline:
-            if self._stopping:
+            if self._stop.count:
                 return False
-            if self._process.poll() is not None:
-                self._log.join()
-                said = self._log.first_error or self._log.outside  # the loader's: no such library
-                reason = said or f"exit code {self._process.returncode}"
-                raise RexdeployError(f"tritonserver ended while starting: {reason}")
-            if all(self._answers(path) for path in paths):
+            if self._has_ended():
+                raise RexdeployError(f"tritonserver ended while starting: {self._log.first_words}")
+            if all(self._is_ready(path) for path in paths):
                 self._log.shows_errors = True
+                self._front.serve_from(self._sockets)
                 return True
             time.sleep(0.05)
         raise RexdeployError(
@@ -204,34 +283,91 @@ class Server:
             f"{self._log.first_error or 'it logged no error'}; see --log"
         )
 
-    def wait(self) -> None:
-        """Returns when the server has ended after `stop`; raises RexdeployError otherwise."""
-        code = self._process.wait()
-        if not self._stopping:
-            self._log.join()
-            raise RexdeployError(
-                f"tritonserver ended with code {code}; "
-                f"its last error: {self._log.last_error or 'none'}"
+    def wait(self, image_model: str) -> None:
+        """Serves until `stop`, starts the server again when it fails, and ends it.
+
+        What is in flight at the end is answered, for DRAIN_SECONDS or until a second `stop`. Raises
+        RexdeployError where the server fails again and again.
+        """
+        while not self._stop.count:
+            watch = Watch(self.pid, self._sockets / SOCKETS["http"], image_model)
+            watch.start()
+            try:
+                fault = self._wait_for_fault(watch)
+            finally:
+                watch.stop()
+            if fault is not None:
+                self._heal(fault)
+        if self._front.in_flight:
+            self._show(
+                f"answering what is in flight ({self._front.in_flight}), for {DRAIN_SECONDS:.0f} s "
+                "at most; once more ends it now"
             )
+        left = self._front.drain(
+            lambda seconds: (
+                seconds > DRAIN_SECONDS or self._stop.count > 1 or self._process.poll() is not None
+            )
+        )
+        if left:
+            self._show(f"{left} requests were not answered")
 
     def stop(self) -> None:
-        """Asks the server to answer what is in flight and to end; it need not run any more."""
-        self._stopping = True
-        self._log.shows_errors = False  # clients that stay connected are no error at the end
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        """Asks for the end, as Ctrl-C does."""
+        self._stop.ask()
 
-    def _answers(self, path: str) -> bool:
-        connection = http.client.HTTPConnection(
-            self.address.http.removeprefix("http://"), timeout=2
-        )
+    def end(self) -> None:
+        """Ends the server and its processes, whatever is in flight."""
+        self._log.shows_errors = False  # clients that stay connected are no error at the end
+        end(self._process, _STOP_SECONDS + 5)
+        self._place.clear_memory()
+
+    def _begin(self) -> None:
+        self._number += 1
+        self._sockets = self._place.folder / f"start-{self._number}"
+        self._sockets.mkdir()
+        self._process, self._log = self._run(self._sockets)
+
+    def _wait_for_fault(self, watch: Watch) -> str | None:
+        """What is wrong with the server; None: it was asked to stop."""
+        while not self._stop.count:
+            if self._has_ended():
+                return f"tritonserver {self._log.how_it_ended}"
+            if watch.fault is not None:
+                return watch.fault
+            time.sleep(_LOOK_SECONDS)
+        return None
+
+    def _has_ended(self) -> bool:
+        if self._process.poll() is None:
+            return False
+        self._front.serve_from(None)
+        end(self._process, 0)  # its children hold its log open
+        self._log.join(_STOP_SECONDS)
+        return True
+
+    def _heal(self, fault: str) -> None:
+        """Starts the server again; raises RexdeployError if that was done too often."""
+        self._front.serve_from(None)
+        now = time.monotonic()
+        if len(self._starts) == _STARTS and now - self._starts[0] < _STARTS_SECONDS:
+            raise RexdeployError(
+                f"{fault}; it was started again {_STARTS} times within the last "
+                f"{_STARTS_SECONDS / 60:.0f} minutes, so this ends"
+            )
+        self._starts.append(now)
+        self._show(f"{fault}; starting it again")
+        self._log.shows_errors = False
+        end(self._process, 0)
+        self._place.clear_memory()
+        self._begin()
+        if self.wait_until_ready(self._models):
+            self._show(f"tritonserver serves again, after {time.monotonic() - now:.1f} s")
+
+    def _is_ready(self, path: str) -> bool:
         try:
-            connection.request("GET", path)
-            return connection.getresponse().status == 200
+            return ask(self._sockets / SOCKETS["http"], path, 2)[0] == 200
         except (OSError, http.client.HTTPException):
             return False
-        finally:
-            connection.close()
 
 
 @contextlib.contextmanager
@@ -241,111 +377,80 @@ def running(
     address: Address,
     show: Callable[[str], None] | None = None,
     whole_log: bool = False,
+    guard: Guard | None = None,
+    place: Workplace | None = None,
+    stop: Stop | None = None,
 ) -> Iterator[Server]:
     """A server over the repository, ended when the block is left.
 
     `show` is given what goes wrong while it serves, or the `whole_log`, line by line. Raises
     RexdeployError where it cannot be started.
     """
-    with tempfile.TemporaryDirectory(prefix="rexdeploy-triton-") as folder:
-        command = [str(binary.path), *_arguments(repository, address)]
+    guard = guard or Guard()
+    with contextlib.ExitStack() as stack:
+        place = place or stack.enter_context(workplace())
+        backends = place.folder / "backends"
         if binary.python_backend:
-            backend = Path(folder) / "backends" / "python"
-            backend.mkdir(parents=True)
+            (backends / "python").mkdir(parents=True)
             for file in binary.python_backend:  # the backend looks for its stub beside itself
-                (backend / file.name).symlink_to(file)
-            command.append(f"--backend-directory={backend.parent}")
-        try:
-            process = subprocess.Popen(
-                command,
-                env=_environment(binary),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
-                preexec_fn=_die_with_parent,
-            )
-        except OSError as error:
-            raise RexdeployError(
-                f"{binary.path} ({binary.origin}) cannot be started ({error.strerror})"
-            ) from None
-        server = Server(process, address, _Log(process, show, whole_log))
-        try:
-            yield server
-        finally:
-            server.stop()
+                (backends / "python" / file.name).symlink_to(file)
+        options = _arguments(repository, place, guard)
+        if binary.python_backend:
+            options.append(f"--backend-directory={backends}")
+
+        limit = guard.request_bytes
+
+        def run(sockets: Path) -> tuple[subprocess.Popen[str], TritonLog]:
+            listening = [
+                f"--{name}-address=unix:{sockets / socket_name.partition(':')[0]}"
+                for name, socket_name in SOCKETS.items()
+            ]
             try:
-                process.wait(_GRACE_SECONDS + 5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                process = start(
+                    [str(binary.path), *options, *listening],
+                    _environment(binary),
+                    2 * limit,
+                )
+            except OSError as error:
+                raise RexdeployError(
+                    f"{binary.path} ({binary.origin}) cannot be started ({error.strerror})"
+                ) from None
+            return process, TritonLog(process, show, whole_log)
+
+        front = Front(address.host, address.port, limit)
+        try:
+            front.start()
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {address.host}:{address.port} and the next two "
+                f"({error.strerror}); choose another --port or --host"
+            ) from None
+        stack.callback(front.close)
+        server = Server(run, place, front, stop or Stop(), show)
+        stack.callback(server.end)
+        stack.callback(front.close)  # first: Triton waits for connections
+        yield server
 
 
-@contextlib.contextmanager
-def stopped_by_signals(server: Server) -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM end the server and not this process."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        server.stop()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Log(threading.Thread):
-    """Reads a server's log as it is written; keeps its first and last error.
-
-    `outside` is the first line that is not in the log's form, but for known ones.
-    """
-
-    def __init__(
-        self, process: subprocess.Popen[str], show: Callable[[str], None] | None, whole: bool
-    ) -> None:
-        super().__init__(daemon=True)
-        self.first_error: str | None = None
-        self.last_error: str | None = None
-        self.outside: str | None = None
-        self.shows_errors = False
-        self._process, self._show, self._whole = process, show, whole
-        self.start()
-
-    def run(self) -> None:
-        for line in self._process.stderr or ():
-            line = line.rstrip()
-            known = any(part in line for part in _NO_GPU)
-            error = None if known else _LOGGED_ERROR.fullmatch(line)
-            if error is not None:
-                self.last_error = error[1]
-                self.first_error = self.first_error or self.last_error
-            elif self.outside is None and line and not known and not _LOGGED.match(line):
-                self.outside = line
-            if self._show is not None and self._whole:
-                self._show(line)
-            elif self._show is not None and error is not None and self.shows_errors:
-                self._show(f"tritonserver: {self.last_error}")
-
-
-def _arguments(repository: Path, address: Address) -> list[str]:
+def _arguments(repository: Path, place: Workplace, guard: Guard) -> list[str]:
+    """Triton's options but for its addresses."""
     options = {
-        "model-repository": repository,
+        "model-repository": repository.resolve(),
         # Explicit control would let every client load models, with code of its own.
         "model-control-mode": "poll",
         "repository-poll-secs": POLL_SECONDS,
-        "http-address": address.host,
-        "grpc-address": address.host,
-        "metrics-address": address.host,
-        "http-port": address.port,
-        "grpc-port": address.port + 1,
-        "metrics-port": address.port + 2,
-        "exit-timeout-secs": _GRACE_SECONDS,
+        # Of sockets in the file system, the numbers are a part of gRPC's name only.
+        "http-port": 2,
+        "grpc-port": SOCKETS["grpc"].partition(":")[2],
+        "metrics-port": 3,
+        "exit-timeout-secs": _STOP_SECONDS,
+        "backend-config": f"python,shm-region-prefix-name={place.mark}",
     }
+    if guard.closed:
+        # Nobody is told the key.
+        key = f"{','.join(guard.closed)}:rexdeploy={secrets.token_hex(16)}"
+        options["http-restricted-api"] = key
+        options["grpc-restricted-protocol"] = key
     return [f"--{name}={value}" for name, value in options.items()]
 
 
@@ -367,7 +472,5 @@ def _environment(binary: Binary) -> dict[str, str]:
     return environment
 
 
-def _die_with_parent() -> None:
-    """Runs in the server's process: a killed `rexdeploy serve` leaves no server behind."""
-    with contextlib.suppress(OSError, AttributeError):  # Linux only
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _silent(line: str) -> None:
+    del line

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rexdeploy.ranges import Ranges
     from rexdeploy.repository import Deployed
     from rexdeploy.results import Results
-    from rexdeploy.serve import Address, Binary
+    from rexdeploy.serve import Address, Binary, Guard
     from rexdeploy.triton import Deployment
     from rexdeploy.tune import Trial, Tuning
     from rexdeploy.verify import Verification
@@ -425,9 +425,14 @@ def show_deployment(title: str, result: Deployment, server: Binary | str) -> Non
 
 
 def show_serving(
-    title: str, result: Deployed, others: Sequence[Deployed], server: Binary, address: Address
+    title: str,
+    result: Deployed,
+    others: Sequence[Deployed],
+    server: Binary,
+    address: Address,
+    guard: Guard,
 ) -> None:
-    """Where a server answers for a model, which others it has, and a command to try it."""
+    """Where a server answers, which other models it has, what it exposes, a command to try it."""
     beside = ", ".join(f"{other.image_name} (version {other.version})" for other in others)
     output = result.signature.output_name
     header = (
@@ -435,15 +440,25 @@ def show_serving(
         f'"parameters":{{"binary_data_size":\'$n\'}}}}],'
         f'"outputs":[{{"name":"{output}","parameters":{{"classification":5}}}}]}}'
     )
+    opened = f"; open to every client: {', '.join(guard.opened)}" if guard.opened else ""
     say(
         f"{title}, tritonserver {server.origin}",
         f"  HTTP     {address.http}/v2/models/{result.image_name}",
         f"  gRPC     {address.grpc}",
         f"  metrics  {address.metrics}",
         f"  and      {beside}" if others else None,
+        f"  limit    {guard.request_bytes / 2**20:.0f} MiB a request{opened}",
+    )
+    if not address.is_local:
+        say(
+            f"  exposed  whoever reaches {address.host} can classify images and read models' "
+            "configurations, statistics and metrics, without a password and unencrypted"
+        )
+    say(
         "the five best classes of photo.jpg:",
         f"  n=$(wc -c < photo.jpg); h='{header}'",
         '  { printf %s "$h"; cat photo.jpg; } | curl -s --data-binary @- \\',
+        "  -H 'Content-Type: application/octet-stream' \\",
         f'  -H "Inference-Header-Content-Length: ${{#h}}" '
         f"{address.http}/v2/models/{result.image_name}/infer",
         "Ctrl-C ends it",

@@ -27,6 +27,8 @@ from rexdeploy.manifest import ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 
+_MOST_BYTES = 2**26  # of one file; `rexdeploy serve` takes less, other servers do not ask
+
 _USED = ctypes.c_char_p(b"used_dltensor")  # how a consumer names a DLPack capsule; kept alive here
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
 _set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -113,6 +115,10 @@ def decode(data: bytes, index: int, spec: ModelSpec) -> UInt8:
 
     `index` is the image's place in its request.
     """
+    if len(data) > _MOST_BYTES:
+        raise UsageError(
+            f"image {index}: got {len(data)} bytes, expected at most {_MOST_BYTES}; send it smaller"
+        )
     with images.opened(data, f"image {index}") as image:
         return images.crop(images.to_rgb(image), spec.preprocess)
 

@@ -178,6 +178,12 @@ def settings_in(config: str) -> Settings:
     return _marked(config, _SETTINGS, Settings) or DEFAULTS
 
 
+def max_batch_in(config: str) -> int:
+    """The largest batch in a network's config.pbtxt; 1 where none can be read there."""
+    found = re.search(r"^max_batch_size: ([0-9]{1,6})$", config, re.MULTILINE)
+    return int(found[1]) if found else 1
+
+
 _Marked = TypeVar("_Marked", Signature, Settings)
 
 

@@ -1,0 +1,227 @@
+"""Watches a Triton server's processes: says when one is gone, stopped, or answers no more.
+
+Triton 2.51 calls a model ready whose Python process has died, and answers 500 to each request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_LOOK_S = 1.0
+_PROBE_S = 10.0  # between two looks at whether images are answered
+_ANSWER_S = 30.0  # a probe that is not answered by then, while nobody else is either, is a fault
+# A white pixel as PNG: the smallest image.
+_PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49"
+    "44415478da63f80f00010101001cb08c990000000049454e44ae426082"
+)
+_STOPPED = ("T", "t")  # as `ps` shows it
+_GONE = ("Z", "X")
+_PROGRAM = b"triton_python_backend_stub"
+
+
+class LocalConnection(http.client.HTTPConnection):
+    """HTTP over a socket in the file system."""
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def ask(
+    path: Path,
+    target: str,
+    timeout: float,
+    body: bytes = b"",
+    headers: dict[str, str] | None = None,
+) -> tuple[int, bytes]:
+    """A GET, or a POST of the body; the status and the body of the answer.
+
+    Raises OSError or HTTPException where there is none.
+    """
+    connection = LocalConnection(path, timeout)
+    try:
+        connection.request("POST" if body else "GET", target, body or None, headers or {})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A process of Triton's Python backend, which runs one instance of one version of a model."""
+
+    pid: int
+    model: str
+    version: str
+    instance: str
+
+
+class Watch(threading.Thread):
+    """Looks after a server's processes until `stop`; `fault` is what is wrong, or None."""
+
+    def __init__(self, pid: int, socket_path: Path, image_model: str) -> None:
+        super().__init__(daemon=True)
+        self.fault: str | None = None
+        self._pid, self._socket, self._model = pid, socket_path, image_model
+        self._stopped = threading.Event()
+        self._known: dict[tuple[str, str, str], Stub] = {}
+        self._suspects: dict[tuple[str, str, str], str] = {}  # wrong when last looked at
+        self._answered = -1
+
+    def run(self) -> None:
+        looked = time.monotonic()
+        while self.fault is None:
+            self.fault = self._look()
+            if self.fault is None and time.monotonic() - looked > _PROBE_S:
+                self.fault = self._probe()
+                looked = time.monotonic()
+            if self._stopped.wait(_LOOK_S):
+                return
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._stopped.set()
+
+    def _look(self) -> str | None:
+        """A process that was wrong in this look and the last one, while its model is ready."""
+        if self._server_stands(self._pid):
+            return "tritonserver is stopped"
+        states = stubs(self._pid)
+        well = {_key(stub) for stub, state in states.items() if state not in (*_STOPPED, *_GONE)}
+        self._known.update({_key(stub): stub for stub in states})
+        wrong: dict[tuple[str, str, str], str] = {}
+        for key, stub in list(self._known.items()):
+            if key in well:
+                continue
+            if not self._is_ready(stub):  # unloaded, as an older version is
+                del self._known[key]
+                continue
+            state = states.get(stub, "X")
+            what = "is stopped" if state in _STOPPED else f"has ended{_by_what(stub.pid)}"
+            wrong[key] = f"the process of {stub.model}, version {stub.version} ({stub.pid}), {what}"
+        again = [text for key, text in wrong.items() if key in self._suspects]
+        self._suspects = wrong
+        return again[0] if again else None
+
+    def _server_stands(self, pid: int) -> bool:
+        """Whether the server itself is, in this look and after another while."""
+        return (
+            _state(pid) in _STOPPED and not self._stopped.wait(_LOOK_S) and _state(pid) in _STOPPED
+        )
+
+    def _is_ready(self, stub: Stub) -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            target = f"/v2/models/{stub.model}/versions/{stub.version}/ready"
+            return ask(self._socket, target, 5)[0] == 200
+        return True  # it does not even say so
+
+    def _probe(self) -> str | None:
+        """Sends an image, unless others' were answered since the last time."""
+        before, answered = self._answered, self._count()
+        self._answered = answered
+        if answered != before and before >= 0:
+            return None
+        header = json.dumps(
+            {
+                "inputs": [
+                    {
+                        "name": "image",
+                        "datatype": "UINT8",
+                        "shape": [1, len(_PIXEL)],
+                        "parameters": {"binary_data_size": len(_PIXEL)},
+                    }
+                ]
+            }
+        ).encode()
+        failure = "did not answer"
+        for _ in range(2):
+            try:
+                status, body = ask(
+                    self._socket,
+                    f"/v2/models/{self._model}/infer",
+                    _ANSWER_S,
+                    header + _PIXEL,
+                    {"Inference-Header-Content-Length": str(len(header))},
+                )
+            except (OSError, http.client.HTTPException):
+                break
+            if status == 200:
+                self._answered = self._count()
+                return None
+            failure = f"answers {status}: {body[:200].decode(errors='replace')}"
+            if self._stopped.wait(_LOOK_S):
+                return None
+        if self._count() not in (answered, -1):  # it is slow, and answers others
+            return None
+        return f"{self._model} {failure} to an image of one pixel"
+
+    def _count(self) -> int:
+        """How many images the server has answered; -1: it does not say."""
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, LookupError):
+            _, body = ask(self._socket, f"/v2/models/{self._model}/stats", 5)
+            statistics = json.loads(body)["model_stats"]
+            return sum(int(entry["inference_stats"]["success"]["count"]) for entry in statistics)
+        return -1
+
+
+def stubs(server: int) -> dict[Stub, str]:
+    """The Python backend's processes of a server, and the state of each, as in `ps`."""
+    found = {}
+    for path in Path(f"/proc/{server}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for pid in path.read_text().split():
+                stub = _stub(int(pid))
+                if stub is not None:
+                    found[stub] = _state(int(pid))
+    return found
+
+
+def _stub(pid: int) -> Stub | None:
+    """What a child of the server runs; None: it is none of these, or it has ended."""
+    with contextlib.suppress(OSError):
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        # PROGRAM MODEL.PY MEMORY SIZE GROWTH SERVER BACKEND HANDLE INSTANCE ...
+        if arguments[0].endswith(_PROGRAM) and len(arguments) > 8:
+            path = Path(os.fsdecode(arguments[1]))
+            model, instance = path.parent.parent.name, os.fsdecode(arguments[8])
+            if instance != model:  # else it looks at the model's configuration, and ends
+                return Stub(pid, model, path.parent.name, instance)
+    return None
+
+
+def _key(stub: Stub) -> tuple[str, str, str]:
+    return stub.model, stub.version, stub.instance
+
+
+def _state(pid: int) -> str:
+    """A process's state, as `ps` shows it; X: there is none."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "X"
+
+
+def _by_what(pid: int) -> str:
+    """How a process has ended, where the kernel still knows it."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        # Field 52 of proc(5), as waitpid gives it; the first after the name is the third.
+        status = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[49])
+        if number := status & 0x7F:
+            return f" ({signal.Signals(number).name})"
+        return f" (exit code {status >> 8})"
+    return ""
