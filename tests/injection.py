@@ -88,12 +88,13 @@ def failing(
         errors: str | None = None,
         newline: str | None = None,
         closefd: bool = True,
+        opener: Any = None,
     ) -> Any:
         writes = bool(set(mode) & set("wax+"))
         disk.check("open", "" if isinstance(file, int) else _path(file), writes)
         if not writes or "+" in mode or not _path(file).startswith(str(disk.folder)):
-            return plain_open(file, mode, buffering, encoding, errors, newline, closefd)
-        buffered = io.BufferedWriter(Raw(file, mode.strip("bt"), closefd))
+            return plain_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
+        buffered = io.BufferedWriter(Raw(file, mode.strip("bt"), closefd, opener))
         return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
 
     def os_open(path: Any, flags: int, *rest: Any, **named: Any) -> int:
