@@ -80,18 +80,22 @@ def failing(
             is_short = disk.check("write", _path(self.fileno()))
             return super().write(view[: max(1, len(view) // 2)] if is_short else view)
 
-    def file_open(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
+    def file_open(
+        file: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        closefd: bool = True,
+        opener: Any = None,
+    ) -> Any:
         writes = bool(set(mode) & set("wax+"))
         disk.check("open", "" if isinstance(file, int) else _path(file), writes)
-        if not writes or not _path(file).startswith(str(disk.folder)):
-            return plain_open(file, mode, *rest, **named)
-        assert "+" not in mode
-        assert not rest
-        raw = Raw(file, mode.replace("b", "").replace("t", ""), named.get("closefd", True))
-        buffered = io.BufferedWriter(raw)
-        if "b" in mode:
-            return buffered
-        return io.TextIOWrapper(buffered, named.get("encoding"), newline=named.get("newline"))
+        if not writes or "+" in mode or not _path(file).startswith(str(disk.folder)):
+            return plain_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
+        buffered = io.BufferedWriter(Raw(file, mode.strip("bt"), closefd, opener))
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding, errors, newline)
 
     def os_open(path: Any, flags: int, *rest: Any, **named: Any) -> int:
         disk.check("open", _path(path), bool(flags & os.O_CREAT))
