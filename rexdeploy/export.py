@@ -20,6 +20,7 @@ from rexdeploy.backends import open_backend
 from rexdeploy.bundle import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
 from rexdeploy.compare import Array, Compared, Comparison, Signal, comparable, compare
 from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.files import sha256_of
 from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
 from rexdeploy.image_sets import varied, varied_pixels
 from rexdeploy.interface import PIXELS, PROBABILITIES, wrap
@@ -224,7 +225,7 @@ def _trained(options: ExportOptions, weights: str) -> tuple[Checkpoint, WeightsO
     _check_agrees(options, checkpoint, path)
     if options.width is not None:  # several widths of lite have one shape: keep the one asked for
         checkpoint = replace(checkpoint, width=options.width)
-    return checkpoint, WeightsOrigin(source, sha256(path.read_bytes()), trained=True)
+    return checkpoint, WeightsOrigin(source, sha256_of(path), trained=True)
 
 
 def _check_agrees(options: ExportOptions, checkpoint: Checkpoint, path: Path) -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(rexdeploy.__path__[0])
 # A module imports lower levels only: steps meet through the bundle, not through calls.
 LEVELS = [
     {"errors", "progress", "gpu", "proof", "ratios"},
-    {"manifest", "rounds"},
+    {"manifest", "rounds", "files", "bounds", "memory"},
     {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api"},
     {"models", "graph", "console", "blocks", "interface", "image_sets", "rounding"},
     {"backends"},
@@ -43,6 +43,7 @@ HEAVY = {
         "shortcuts",
         "interface",
         "blocks",
+        "bounds",
         "walk",
         "forms",
         "parity",
