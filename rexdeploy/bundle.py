@@ -19,6 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.files import MAX_TEXT_BYTES, read_plain
 from rexdeploy.manifest import VERIFICATION, Artifact, Manifest, decode, judged, to_json
 
 DEFAULT_ROOT = Path("artifacts")
@@ -73,7 +74,7 @@ class Bundle:
         with _readable(self.path):
             changed = artifact not in _read_manifest(self.path).artifacts
             try:
-                data = (self.path / artifact.file).read_bytes()
+                data = read_plain(self.path / artifact.file)
             except OSError as error:
                 raise UsageError(
                     f"{self.path / artifact.file} cannot be read ({error.strerror}); "
@@ -226,7 +227,7 @@ def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def _read_manifest(path: Path) -> Manifest:
     file = path / _MANIFEST
     try:
-        data = file.read_bytes()
+        data = read_plain(file, MAX_TEXT_BYTES)
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror}); export again") from None
     return decode(data, str(file))
@@ -238,7 +239,7 @@ def _finish_interrupted(path: Path) -> None:
     if not journal.exists():
         _remove_staged(path)
         return
-    manifest = decode(journal.read_bytes(), str(journal))
+    manifest = decode(read_plain(journal, MAX_TEXT_BYTES), str(journal))
     if not os.access(path, os.W_OK):
         raise UsageError(
             f"{path} holds the unfinished work of a killed command and cannot be written here; "
@@ -255,7 +256,7 @@ def _finish_interrupted(path: Path) -> None:
     except OSError as error:
         raise UsageError(
             f"{path} holds the unfinished work of a killed command, which cannot be finished "
-            f"({error}); make room for its files and try again"
+            f"({error.strerror}); make room for its files and try again"
         ) from None
 
 

@@ -26,6 +26,7 @@ from rexdeploy.console import (
     write_text,
 )
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.memory import bounded
 from rexdeploy.show import (
     show_benchmark,
     show_build,
@@ -89,6 +90,7 @@ def main() -> NoReturn:
     """Runs the command line; the only place where exceptions become exit codes."""
     signal.signal(signal.SIGINT, _interrupted)
     try:
+        _check_not_empty(sys.argv[1:])
         code = app(standalone_mode=False, prog_name="rexdeploy")
     except RexdeployError as error:
         fail(str(error), error.exit_code)
@@ -101,6 +103,8 @@ def main() -> NoReturn:
         fail(f"{package} {what}: pip install 'rexdeploy[{EXTRA_OF[package]}]'", 2)
     except OSError as error:  # a folder that cannot be read, a name too long, no working folder
         fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
+    except MemoryError:
+        fail("there is not enough memory; give fewer or smaller images, or a smaller model", 2)
     except Exception as error:
         # click's usage errors, without its three-line "Usage:" preface. Anything else is our bug.
         show = getattr(error, "format_message", None)
@@ -114,7 +118,15 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _leave(message: str) -> Callable[[int, object], NoReturn]:
+def _check_not_empty(arguments: Sequence[str]) -> None:
+    """Raises UsageError for an empty argument: a shell's unset variable, and as a path `.`."""
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        if not argument or (argument.startswith("--") and argument.find("=") == len(argument) - 1):
+            name = argument[:-1] or (before if before.startswith("-") else "an argument")
+            raise UsageError(f"{name}: got '', expected a value; is a variable of the shell unset?")
+
+
+def _leave(message: str = "") -> Callable[[int, object], NoReturn]:
     """A handler that leaves at once on Ctrl-C, with a message.
 
     A KeyboardInterrupt inside torch's exporter (2.15) ends in std::terminate, and what commands
@@ -124,14 +136,15 @@ def _leave(message: str) -> Callable[[int, object], NoReturn]:
     def leave(signal_number: int, frame: object) -> NoReturn:
         del signal_number, frame
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the spinner had hidden it
-        sys.stderr.write(f"{show_cursor}error: interrupted; {message}\n")
+        sys.stderr.write(f"{show_cursor}error: interrupted{message}\n")
         sys.stderr.flush()
         os._exit(EXIT_INTERRUPTED)
 
     return leave
 
 
-_interrupted = _leave("no bundle is left half written")
+_interrupted = _leave()
+_WRITE_BUNDLES = ("export", "build-trt", "tune-precision", "verify")
 
 
 @app.callback(invoke_without_command=True)
@@ -146,6 +159,8 @@ def rexdeploy(
     rexdeploy build-trt --fp16         a TensorRT engine, proven to be FP16
     rexdeploy verify                   every file's logits against the network's
     """
+    if context.invoked_subcommand in _WRITE_BUNDLES:
+        signal.signal(signal.SIGINT, _leave("; no bundle is left half written"))
     if version:
         from rexdeploy import __version__
 
@@ -235,7 +250,7 @@ def export(
         out=out,
         command=_command(),
     )
-    with progress(quiet) as report:
+    with bounded(), progress(quiet) as report:
         result = run(options, report)
     emit(
         json,
@@ -318,8 +333,8 @@ def build_trt(
         force=force,
         command=_command(),
     )
-    source = import_onnx(onnx, out, options) if onnx else Bundle.find(bundle, out)
-    with progress(quiet) as report:
+    with bounded(), progress(quiet) as report:
+        source = import_onnx(onnx, out, options) if onnx else Bundle.find(bundle, out)
         result = run(source, options, report)
     emit(
         json,
@@ -413,7 +428,7 @@ def verify(
         localize=localize,
         precision=_precision(precision, candidate),
     )
-    with progress(quiet) as report:
+    with bounded(), progress(quiet) as report:
         result = run(opened, options, report)
     try:
         emit(json, lambda: result)
@@ -463,7 +478,7 @@ def tune_precision(
 
     options = TuneOptions(images, samples, max_blocks, backend, _command())
     opened = Bundle.find(bundle)
-    with progress(quiet) as report:
+    with bounded(), progress(quiet) as report:
         result = tune(opened, options, report)
     try:
         emit(
@@ -510,7 +525,7 @@ def inspect(
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.inspection import inspect as run
 
-    with progress(quiet) as report:
+    with bounded(), progress(quiet) as report:
         result = run(file, report)
     emit(json, lambda: result)
     if not quiet and json != Path("-"):
@@ -911,7 +926,7 @@ def _classify_into(
 
     signal.signal(
         signal.SIGINT,
-        _leave(f"{results.path} keeps what is done, and the same command goes on"),
+        _leave(f"; {results.path} keeps what is done, and the same command goes on"),
     )
     left = [file for file in files if printable(file) not in results.done]
     with progress_bar(quiet, "classifying", results.rows, results.rows + len(left)) as show:

@@ -20,7 +20,7 @@ from rexdeploy.backends import open_backend
 from rexdeploy.bundle import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
 from rexdeploy.compare import Array, Compared, Comparison, Signal, comparable, compare
 from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.files import sha256_of
+from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sha256_of
 from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
 from rexdeploy.image_sets import varied, varied_pixels
 from rexdeploy.interface import PIXELS, PROBABILITIES, wrap
@@ -269,7 +269,7 @@ def _labels(options: ExportOptions, num_classes: int) -> list[str] | None:
             return None
         return resources.files("rexdeploy").joinpath("data/imagenet1k.txt").read_text().splitlines()
     try:
-        labels = options.labels.read_text(encoding="utf-8").splitlines()
+        labels = read_plain(options.labels, MAX_TEXT_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"labels {options.labels} cannot be read ({reason})") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_GRAPH_BYTES = (1 << 31) - 1  # of an ONNX graph with its weights: protobuf holds no more
+MAX_TEXT_BYTES = 64 << 20  # of a manifest or of labels: a million names have some 20 MB
 MAX_FILE_BYTES = 4 << 30  # of anything that is read whole, engines of several GPUs among it
 
 _CHUNK = 1 << 20
