@@ -9,13 +9,17 @@ import onnx
 from onnx import ModelProto
 
 from rexdeploy import gpu, tensorrt_api
+from rexdeploy.bounds import check_memory
 from rexdeploy.bundle import Bundle, check_writable, commit, sha256
-from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
+from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed, first_line
 from rexdeploy.forms import Source, engine_form
 from rexdeploy.interface import interface_nodes
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
     FORMAT,
+    MAX_BATCH,
+    MAX_CLASSES,
+    MAX_IMAGE_SIZE,
     TYPE_NAMES,
     Artifact,
     BatchRange,
@@ -25,7 +29,14 @@ from rexdeploy.manifest import (
     Preprocess,
     WeightsOrigin,
 )
-from rexdeploy.precision import graph_inputs, parse, precision_of, products, read_with_external_data
+from rexdeploy.precision import (
+    graph_inputs,
+    parse,
+    precision_of,
+    products,
+    read_with_external_data,
+    type_name,
+)
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PROOF_REVISION, PrecisionProof, prove
 from rexdeploy.tensorrt_api import BUILD_REVISION, FLAVORS, EngineSettings, Flavor
@@ -33,6 +44,9 @@ from rexdeploy.text import printable
 
 MAX_WORKSPACE_MIB = 1 << 20
 
+_OUTPUT_TYPES = frozenset(
+    getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
+)
 _PRECISION_TITLES = {"Half": "FP16", "BFloat16": "BF16", "Float": "float32"}
 
 
@@ -133,13 +147,22 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
     `[N, 3, H, W]` and one output of logits `[N, classes]`, or where another model has its name.
     """
     check_writable(root)
-    if not path.is_file():
-        raise UsageError(f"ONNX graph {path}: no file there")
     if path.stem.startswith("."):
         raise UsageError(f"ONNX graph {path}: give the file a name, which its bundle will have")
-    data = read_with_external_data(path)
-    model = onnx.shape_inference.infer_shapes(parse(data, str(path)))
+    try:
+        data = read_with_external_data(path)
+    except OSError as error:
+        raise UsageError(f"ONNX graph {path} cannot be read ({error.strerror})") from None
+    model = parse(data, f"ONNX graph {path}")
+    try:
+        model = onnx.shape_inference.infer_shapes(model)
+    except onnx.shape_inference.InferenceError as error:
+        raise UsageError(
+            f"ONNX graph {path}: its types and shapes contradict each other ({first_line(error)})"
+        ) from None
     shapes = _check_classifier(model, path)
+    rows = shapes[0][0] or _batch(options.batch, None).opt
+    check_memory(model, rows, shapes[0][1:], f"ONNX graph {path}")
     artifact = Artifact(
         "onnx",
         "model.onnx",
@@ -183,18 +206,30 @@ def _check_classifier(model: ModelProto, path: Path) -> list[list[int]]:
     values = [*inputs, *model.graph.output]
     shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values]
     types = [value.type.tensor_type.elem_type for value in values]
+    if len(shapes) == 2 and [len(shape) for shape in shapes] == [4, 2]:
+        for what, size, most in (
+            ("a fixed batch", shapes[0][0], MAX_BATCH),
+            ("images with a side", shapes[0][2], MAX_IMAGE_SIZE),
+            ("images with a side", shapes[0][3], MAX_IMAGE_SIZE),
+            ("a number of classes", shapes[1][1], MAX_CLASSES),
+        ):
+            if not 0 <= size <= most:
+                raise UsageError(
+                    f"{path} has {what} of {size}, expected 1 to {most}; export it with another"
+                )
     if (
         len(inputs) != 1
         or [len(shape) for shape in shapes] != [4, 2]
         or types[0] != onnx.TensorProto.FLOAT
+        or types[1] not in _OUTPUT_TYPES
         or shapes[0][1] != 3
         or not all(shapes[0][2:] + shapes[1][1:])
     ):
-        names = [onnx.TensorProto.DataType.Name(kind).lower() for kind in types]
+        names = [type_name(kind).lower() for kind in types]
         got = ", ".join(f"{kind} {shape}" for kind, shape in zip(names, shapes, strict=True))
         raise UsageError(
             f"{path} has inputs and outputs {got} (0 is dynamic), expected one float input "
-            "[N, 3, height, width] and one output [N, classes]"
+            "[N, 3, height, width] and one floating output [N, classes]"
         )
     last = next((n for n in model.graph.node if model.graph.output[0].name in n.output), None)
     if last is not None and last.op_type in ("Softmax", "LogSoftmax"):
@@ -311,6 +346,12 @@ def _check_precision(proof: PrecisionProof) -> None:
     if proof.holds and not (proof.wanted == "Float" and others):
         return
     asked = _PRECISION_TITLES.get(proof.wanted or "", "in its graph's types")
+    if not others and not proof.differing and proof.not_found:
+        raise VerificationFailed(
+            f"the engine cannot be proven to be {asked}: of the graph's convolutions and matrix "
+            f"products, {len(proof.not_found)} are in no layer that its build reported "
+            f"(first: {', '.join(proof.not_found[:3])}); nothing was written"
+        )
     odd = f"layers in another type: {', '.join(proof.differing[:3]) or 'none'}"
     if proof.not_found:
         odd += f"; not found in the engine: {', '.join(proof.not_found[:3])}"

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rexdeploy.atomic import sync_folder, write_synced
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.files import MAX_TEXT_BYTES, read_plain
 from rexdeploy.manifest import VERIFICATION, Artifact, Manifest, decode, judged, to_json
 
 DEFAULT_ROOT = Path("artifacts")
@@ -74,7 +75,7 @@ class Bundle:
         with _readable(self.path):
             changed = artifact not in _read_manifest(self.path).artifacts
             try:
-                data = (self.path / artifact.file).read_bytes()
+                data = read_plain(self.path / artifact.file)
             except OSError as error:
                 raise UsageError(
                     f"{self.path / artifact.file} cannot be read ({error.strerror}); "
@@ -231,7 +232,7 @@ def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def _read_manifest(path: Path) -> Manifest:
     file = path / _MANIFEST
     try:
-        data = file.read_bytes()
+        data = read_plain(file, MAX_TEXT_BYTES)
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror}); export again") from None
     return decode(data, str(file))
@@ -249,7 +250,7 @@ def _finish_interrupted(path: Path) -> None:
             "open it once with the right to write"
         )
     try:
-        manifest = decode(journal.read_bytes(), str(journal))
+        manifest = decode(read_plain(journal, MAX_TEXT_BYTES), str(journal))
         for artifact in manifest.artifacts:
             staged = path / _STAGED.format(artifact.file)
             if staged.exists():

@@ -28,6 +28,7 @@ from rexdeploy.console import (
     write_text,
 )
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.memory import bounded
 from rexdeploy.show import (
     show_benchmark,
     show_build,
@@ -93,6 +94,7 @@ def main() -> NoReturn:
     secure_streams()
     signal.signal(signal.SIGINT, _interrupted)
     try:
+        _check_not_empty(sys.argv[1:])
         code = app(standalone_mode=False, prog_name="rexdeploy")
     except RexdeployError as error:
         fail(str(error), error.exit_code)
@@ -105,6 +107,8 @@ def main() -> NoReturn:
         fail(f"{package} {what}: pip install 'rexdeploy[{EXTRA_OF[package]}]'", 2)
     except OSError as error:  # a folder that cannot be read, a name too long, no working folder
         fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
+    except MemoryError:
+        fail("there is not enough memory; give fewer or smaller images, or a smaller model", 2)
     except Exception as error:
         # click's usage errors, without its three-line "Usage:" preface. Anything else is our bug.
         show = getattr(error, "format_message", None)
@@ -119,7 +123,15 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _leave(message: str) -> Callable[[int, object], NoReturn]:
+def _check_not_empty(arguments: Sequence[str]) -> None:
+    """Raises UsageError for an empty argument: a shell's unset variable, and as a path `.`."""
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        if not argument or (argument.startswith("--") and argument.find("=") == len(argument) - 1):
+            name = argument[:-1] or (before if before.startswith("-") else "an argument")
+            raise UsageError(f"{name}: got '', expected a value; is a variable of the shell unset?")
+
+
+def _leave(message: str = "") -> Callable[[int, object], NoReturn]:
     """A handler that leaves at once on Ctrl-C, with a message.
 
     A KeyboardInterrupt inside torch's exporter (2.15) ends in std::terminate, and what commands
@@ -129,7 +141,7 @@ def _leave(message: str) -> Callable[[int, object], NoReturn]:
     def leave(signal_number: int, frame: object) -> NoReturn:
         del signal_number, frame
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the spinner had hidden it
-        line = f"{show_cursor}error: {one_line(f'interrupted; {message}')}\n"
+        line = f"{show_cursor}error: {one_line(f'interrupted{message}')}\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())  # a stream may be in the middle of another line
         os._exit(EXIT_INTERRUPTED)
@@ -137,7 +149,8 @@ def _leave(message: str) -> Callable[[int, object], NoReturn]:
     return leave
 
 
-_interrupted = _leave("no bundle is left half written")
+_interrupted = _leave()
+_WRITE_BUNDLES = ("export", "build-trt", "tune-precision", "verify")
 
 
 @contextlib.contextmanager
@@ -164,6 +177,8 @@ def rexdeploy(
     rexdeploy build-trt --fp16         a TensorRT engine, proven to be FP16
     rexdeploy verify                   every file's logits against the network's
     """
+    if context.invoked_subcommand in _WRITE_BUNDLES:
+        signal.signal(signal.SIGINT, _leave("; no bundle is left half written"))
     if version:
         from rexdeploy import __version__
 
@@ -253,7 +268,7 @@ def export(
         out=out,
         command=_command(),
     )
-    with progress(quiet) as report:
+    with bounded(), progress(quiet) as report:
         result = run(options, report)
     emit(
         json,
@@ -336,8 +351,8 @@ def build_trt(
         force=force,
         command=_command(),
     )
-    source = import_onnx(onnx, out, options) if onnx else Bundle.find(bundle, out)
-    with progress(quiet) as report:
+    with bounded(), progress(quiet) as report:
+        source = import_onnx(onnx, out, options) if onnx else Bundle.find(bundle, out)
         result = run(source, options, report)
     emit(
         json,
@@ -431,7 +446,7 @@ def verify(
         localize=localize,
         precision=_precision(precision, candidate),
     )
-    with progress(quiet) as report:
+    with bounded(), progress(quiet) as report:
         result = run(opened, options, report)
     if not quiet and json != Path("-"):
         show_verification(opened, result, every_block=localize)
@@ -480,7 +495,7 @@ def tune_precision(
 
     options = TuneOptions(images, samples, max_blocks, backend, _command())
     opened = Bundle.find(bundle)
-    with progress(quiet) as report:
+    with bounded(), progress(quiet) as report:
         result = tune(opened, options, report)
     if not quiet and json != Path("-"):
         show_tuning(result)
@@ -526,7 +541,7 @@ def inspect(
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.inspection import inspect as run
 
-    with progress(quiet) as report:
+    with bounded(), progress(quiet) as report:
         result = run(file, report)
     emit(json, lambda: result)
     if not quiet and json != Path("-"):
@@ -1055,7 +1070,7 @@ def _classify_into(
 
     signal.signal(
         signal.SIGINT,
-        _leave(f"{results.path} keeps what is done, and the same command goes on"),
+        _leave(f"; {results.path} keeps what is done, and the same command goes on"),
     )
     left = [file for file in files if printable(file) not in results.done]
     with progress_bar(quiet, "classifying", results.rows, results.rows + len(left)) as show:

@@ -20,6 +20,7 @@ from rexdeploy.backends import open_backend
 from rexdeploy.bundle import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
 from rexdeploy.compare import Array, Compared, Comparison, Signal, comparable, compare
 from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sha256_of
 from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
 from rexdeploy.image_sets import varied, varied_pixels
 from rexdeploy.interface import PIXELS, PROBABILITIES, wrap
@@ -229,7 +230,7 @@ def _trained(options: ExportOptions, weights: str) -> tuple[Checkpoint, WeightsO
     _check_agrees(options, checkpoint, path)
     if options.width is not None:  # several widths of lite have one shape: keep the one asked for
         checkpoint = replace(checkpoint, width=options.width)
-    return checkpoint, WeightsOrigin(source, sha256(path.read_bytes()), trained=True)
+    return checkpoint, WeightsOrigin(source, sha256_of(path), trained=True)
 
 
 def _check_agrees(options: ExportOptions, checkpoint: Checkpoint, path: Path) -> None:
@@ -273,7 +274,7 @@ def _labels(options: ExportOptions, num_classes: int) -> list[str] | None:
             return None
         return resources.files("rexdeploy").joinpath("data/imagenet1k.txt").read_text().splitlines()
     try:
-        data = options.labels.read_bytes()
+        data = read_plain(options.labels, MAX_TEXT_BYTES)
     except OSError as error:
         raise UsageError(f"labels {options.labels} cannot be read ({error.strerror})") from None
     labels = parse_labels(data, f"labels {options.labels}")

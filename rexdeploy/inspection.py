@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rexdeploy import gpu, tensorrt_api
 from rexdeploy.backends import has_onnxruntime_cuda
@@ -14,10 +15,17 @@ from rexdeploy.errors import (
     UsageError,
     VerificationFailed,
 )
+from rexdeploy.files import read_plain, sha256_of
 from rexdeploy.manifest import TYPE_NAMES, Artifact
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
 from rexdeploy.tensorrt_api import PlanHeader
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+_AN_IMAGE = (3, 224, 224)  # where a graph leaves open what it takes
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ def inspect(path: Path, report: Report = silent) -> Inspection:
 
 def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
     except IsADirectoryError:
         raise UsageError(
             f"{path} is a folder, expected a file: an ONNX graph or an engine"
@@ -150,12 +158,18 @@ def _engine(path: Path, data: bytes, place: Place | None) -> Inspection:
 
 
 def _graph(path: Path, place: Place | None, report: Report) -> Inspection:
-    from rexdeploy.precision import describe, parse, products, read_with_external_data
+    from rexdeploy.precision import (
+        NotOnnx,
+        describe,
+        parse,
+        products,
+        read_with_external_data,
+    )
 
-    data = read_with_external_data(path)
     try:
+        data = read_with_external_data(path)
         model = parse(data, str(path))
-    except UsageError as error:
+    except NotOnnx as error:
         raise UsageError(f"{error}, and no TensorRT engine either") from None
     report("counting its arithmetic")
     found = products(model)
@@ -165,7 +179,7 @@ def _graph(path: Path, place: Place | None, report: Report) -> Inspection:
         file=str(path),
         kind="ONNX graph",
         size_bytes=path.stat().st_size,
-        sha256=sha256(path.read_bytes()),
+        sha256=sha256_of(path),
         header=None,
         graph=GraphFacts(
             opset=next((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), 0),
@@ -177,20 +191,22 @@ def _graph(path: Path, place: Place | None, report: Report) -> Inspection:
         place=place,
         proof=prove(found, found, TYPE_NAMES[precision] if precision else None),
         proof_of="the types of its convolutions and products",
-        runners=tuple(_graph_runners(data, report)),
+        runners=tuple(_graph_runners(data, model, report)),
     )
 
 
-def _graph_runners(model: bytes, report: Report) -> list[Runner]:
+def _graph_runners(data: bytes, model: ModelProto, report: Report) -> list[Runner]:
     """Whether ONNX Runtime takes the graph; CUDA only where its onnxruntime is installed."""
     from rexdeploy.backends.onnxrt import load_session
+    from rexdeploy.bounds import check_memory
 
     names = ["onnxruntime", *(["onnxruntime-cuda"] if has_onnxruntime_cuda() else [])]
     runners = []
     for name in names:
         report(f"loading it into {name}")
         try:
-            load_session(model, cuda=name == "onnxruntime-cuda")
+            check_memory(model, 1, _AN_IMAGE, "the graph")
+            load_session(data, cuda=name == "onnxruntime-cuda")
             runners.append(Runner(name, True, ""))
         except RexdeployError as error:
             runners.append(Runner(name, False, str(error)))

@@ -59,6 +59,8 @@ def wrap(core: ModelProto, spec: ModelSpec) -> ModelProto:
 def unwrap(model: ModelProto) -> ModelProto:
     """The core of a graph that `wrap` has made; any other graph as it is."""
     before, after = _parts(model)
+    if not before and not after:
+        return model
     image, logits = model.graph.input[0], model.graph.output[0]
     if before:
         height, width = (dim.dim_value for dim in image.type.tensor_type.shape.dim[1:3])
@@ -66,8 +68,6 @@ def unwrap(model: ModelProto) -> ModelProto:
     if after:
         classes = logits.type.tensor_type.shape.dim[1].dim_value
         logits = _like(logits, after[0].input[0], TensorProto.FLOAT, (classes,))
-    if not before and not after:
-        return model
     core = ModelProto()
     core.CopyFrom(model)
     ours = interface_nodes(model)
@@ -142,7 +142,7 @@ def _parts(model: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
         ):
             before += found
     stored = {item.name for item in graph.initializer}
-    is_first = bool(graph.input) and graph.input[0].name == PIXELS
+    is_first = bool(graph.input) and graph.input[0].name == PIXELS and _rank(graph.input[0]) == 4
     if len(before) != len(chain) or not is_first or not stored.issuperset(_WEIGHTS):
         before = []
     after = [
@@ -151,6 +151,7 @@ def _parts(model: ModelProto) -> tuple[list[NodeProto], list[NodeProto]]:
         if node.op_type == "Softmax"
         and list(node.output) == [PROBABILITIES]
         and [value.name for value in graph.output] == [PROBABILITIES]
+        and _rank(graph.output[0]) == 2
         and readers[node.input[0]] == 1
     ]
     return before, after
@@ -193,6 +194,10 @@ def _replace(
     kept = [ValueInfoProto.FromString(v.SerializeToString()) for v in inner if v.name not in known]
     del graph.value_info[:]
     graph.value_info.extend(kept)
+
+
+def _rank(value: ValueInfoProto) -> int:
+    return len(value.type.tensor_type.shape.dim)
 
 
 def _like(value: ValueInfoProto, name: str, kind: int, shape: tuple[int, ...]) -> ValueInfoProto:

@@ -122,10 +122,7 @@ def plot_sweep(result: Sweep, file: Path) -> None:
     axes.set_title(f"{result.images}; bound {result.bound_ms:g} ms")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    try:
-        figure.savefig(file, dpi=120)
-    except OSError as error:
-        raise UsageError(f"cannot write {file} ({error.strerror})") from None
+    _save(figure, file)
 
 
 def accuracies(rows: Sequence[Latency]) -> dict[str, tuple[str, float]]:

@@ -17,10 +17,16 @@ import numpy.typing as npt
 import onnx
 import onnx.version_converter
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnx.external_data_helper import uses_external_data
+from onnx.external_data_helper import (
+    ExternalDataInfo,
+    load_external_data_for_model,
+    uses_external_data,
+)
 from onnx.inliner import inline_local_functions
 
+from rexdeploy.bounds import check_functions
 from rexdeploy.errors import UsageError, VerificationFailed, first_line
+from rexdeploy.files import MAX_GRAPH_BYTES, file_size, open_plain, read_plain
 from rexdeploy.manifest import TYPE_NAMES, Precision
 from rexdeploy.proof import Product
 
@@ -45,6 +51,10 @@ FP16_REVISION = "1"
 """Of `to_fp16`: raise it with every change of what the conversion makes."""
 BF16_REVISION = "1"
 """Of `to_bf16`, likewise."""
+
+
+class NotOnnx(UsageError):
+    """Bytes that are no ONNX model, or none that the standard allows."""
 
 
 def to_fp16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
@@ -113,14 +123,17 @@ def emulate_bf16(model: ModelProto) -> ModelProto:
 
 
 def parse(data: bytes, name: str) -> ModelProto:
-    """Reads and checks an ONNX model; raises UsageError that names the file."""
+    """Reads and checks an ONNX model; raises UsageError, or NotOnnx, that names the file."""
     try:
         model = onnx.load_from_string(data)
+        check_functions(model, name)
         onnx.checker.check_model(model)
+    except UsageError:
+        raise
     except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, and more
         reason = first_line(error, "not a protobuf")
-        raise UsageError(f"{name} is not a valid ONNX model ({reason})") from None
-    if any(uses_external_data(tensor) for tensor in _tensors(model.graph)):
+        raise NotOnnx(f"{name} is not a valid ONNX model ({reason})") from None
+    if any(uses_external_data(tensor) for tensor in _tensors(model)):
         raise UsageError(
             f"{name} keeps weights in another file, which no hash of it covers; expected one file "
             "(onnx.load and onnx.save make it one)"
@@ -128,24 +141,59 @@ def parse(data: bytes, name: str) -> ModelProto:
     return model
 
 
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    for part in _with_branches(graph):
-        yield from part.initializer
-        for node in part.node:
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor that the model holds, of its functions and its sparse ones too."""
+    for nodes, graph in (
+        *((part.node, part) for part in _with_branches(model.graph)),
+        *((function.node, None) for function in model.functions),
+    ):
+        sparse = list(graph.sparse_initializer) if graph else []
+        yield from graph.initializer if graph else ()
+        for node in nodes:
             for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
+                yield from (attribute.t, *attribute.tensors)
+                sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
+        for tensor in sparse:
+            yield from (tensor.values, tensor.indices)
 
 
 def read_with_external_data(path: Path) -> bytes:
-    """The model at `path` in one piece; weights that lie in a file beside it are taken in."""
-    data = path.read_bytes()
+    """The model at `path` in one piece; weights that lie in a file beside it are taken in.
+
+    Raises OSError where `path` cannot be read, UsageError where the file beside it cannot, or holds
+    more than one graph can.
+    """
+    data = read_plain(path, MAX_GRAPH_BYTES)
     try:
-        model = onnx.load(path)
-        external = onnx.load_from_string(data) != model
-    except Exception:  # not a model, or its data is missing: parse() says which
+        model = onnx.load_from_string(data)
+        infos = [
+            ExternalDataInfo(tensor) for tensor in _tensors(model) if uses_external_data(tensor)
+        ]
+    except Exception:  # not a model, or its data is nowhere: parse() says which
         return data
-    return model.SerializeToString() if external else data
+    if not infos:
+        return data
+    needed = 0
+    for info in infos:
+        beside = path.parent / info.location
+        try:
+            with open_plain(beside) as file:
+                needed += info.length or max(0, file_size(file) - (info.offset or 0))
+        except OSError as error:
+            raise UsageError(
+                f"{path} keeps weights in {beside}, which cannot be read ({error.strerror})"
+            ) from None
+    if needed > MAX_GRAPH_BYTES:
+        raise UsageError(
+            f"{path} keeps {needed} bytes of weights in other files, expected at most "
+            f"{MAX_GRAPH_BYTES}: one ONNX file holds no more"
+        )
+    try:
+        load_external_data_for_model(model, str(path.parent))
+        data = model.SerializeToString()
+    except Exception:  # outside of the folder, or too short: parse() says that it is not here
+        pass
+    return data
 
 
 def precision_of(model: ModelProto) -> Precision | None:
@@ -159,9 +207,15 @@ def products(model: ModelProto) -> list[Product]:
 
     TensorRT's parser calls a nameless node after its first output, and so are they here.
     """
-    if model.functions:
-        model = inline_local_functions(model)
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    try:
+        if model.functions:
+            model = inline_local_functions(model)
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception as error:  # InferenceError, and what the inliner raises
+        raise UsageError(
+            f"the graph's types and shapes contradict each other ({first_line(error)}); export it "
+            "again"
+        ) from None
     found = []
     types: dict[str, int] = {}
     for part in _with_branches(graph):  # a branch may read what is around it
@@ -187,7 +241,7 @@ def describe(model: ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
     def line(value: onnx.ValueInfoProto) -> str:
         tensor = value.type.tensor_type
         sizes = [str(dim.dim_value or dim.dim_param or "?") for dim in tensor.shape.dim]
-        kind = TensorProto.DataType.Name(tensor.elem_type).lower()
+        kind = type_name(tensor.elem_type).lower()
         return f"{value.name} {kind} [{', '.join(sizes)}]"
 
     inputs, outputs = graph_inputs(model), model.graph.output
@@ -206,6 +260,12 @@ def element_types(graph: GraphProto) -> dict[str, int]:
     for value in [*graph.input, *graph.value_info, *graph.output]:
         types[value.name] = value.type.tensor_type.elem_type
     return types
+
+
+def type_name(kind: int) -> str:
+    """ONNX's name of an element type: `FLOAT`, or `type 99` where there is no such type."""
+    known = kind in TensorProto.DataType.values()
+    return str(TensorProto.DataType.Name(kind)) if known else f"type {kind}"
 
 
 def node_name(node: NodeProto) -> str:
@@ -227,7 +287,13 @@ def _converted(model: ModelProto, low: int, keep: Collection[str] = ()) -> Model
     converted = ModelProto()
     converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
     _Conversion(converted, low, keep).run()
-    onnx.checker.check_model(converted, full_check=True)
+    try:
+        onnx.checker.check_model(converted, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UsageError(
+            f"the graph's {_LOW_TYPES[low][0]} form is not valid ({first_line(error)}); are its "
+            "own types and shapes right?"
+        ) from None
     return converted
 
 
@@ -401,7 +467,7 @@ def _stored_type(name: str, types: dict[str, int], producers: dict[str, NodeProt
     if producer is not None and producer.op_type == "DequantizeLinear":
         name = producer.input[0]
     kind = types.get(name, 0)
-    return _TYPE_NAMES.get(kind) or str(TensorProto.DataType.Name(kind))
+    return _TYPE_NAMES.get(kind) or type_name(kind)
 
 
 def _macs(node: NodeProto, shapes: dict[str, list[int]]) -> int | None:

@@ -230,8 +230,13 @@ def read_header(plan: bytes) -> PlanHeader:
                 f"a truncated TensorRT engine: got {len(plan)} bytes; copy or build it again"
             )
         return PlanHeader("tensorrt", version if is_known else None, ())
+    if len(plan) < _RTX_HEADER_BYTES:
+        raise UsageError(
+            f"a truncated TensorRT-RTX engine: got {len(plan)} bytes, expected at "
+            f"least {_RTX_HEADER_BYTES}; copy or build it again"
+        )
     size = int.from_bytes(plan[16:24], "little")
-    if len(plan) < _RTX_HEADER_BYTES or len(plan) != size:
+    if len(plan) != size:
         raise UsageError(
             f"a truncated TensorRT-RTX engine: got {len(plan)} bytes, expected {size}; "
             "copy or build it again"

@@ -19,9 +19,11 @@ from rexdeploy.backends import (
     has_onnxruntime_cuda,
     open_backend,
 )
+from rexdeploy.bounds import check_memory
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.compare import Compared, Comparison, Limits, Signal, comparable
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.files import read_plain
 from rexdeploy.interface import forms
 from rexdeploy.judge import Candidate, Headroom, Judge, Skipped, is_meant, sizes
 from rexdeploy.labels import read_labels
@@ -40,16 +42,18 @@ from rexdeploy.manifest import (
 from rexdeploy.metadata import check_preprocess, preprocess_of
 from rexdeploy.parity import float32_noise, run_batches, walk_room
 from rexdeploy.precision import (
+    NotOnnx,
     graph_inputs,
     parse,
     precision_of,
     products,
     read_with_external_data,
+    type_name,
 )
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PrecisionProof, prove
 from rexdeploy.rounding import sixteen_bit_types
-from rexdeploy.tensorrt_api import RTX_MAGIC
+from rexdeploy.tensorrt_api import RTX_MAGIC, is_plan
 from rexdeploy.walk import GraphWalk, TorchWalk, Walk
 
 if TYPE_CHECKING:
@@ -59,6 +63,10 @@ Float32 = npt.NDArray[np.float32]
 
 REFERENCE = "torch"
 MIN_SAMPLES, MAX_SAMPLES = 2, 4096
+MAX_LOGITS = 1 << 25
+"""Rows times classes: each takes some 200 bytes while two files are compared, 6 GiB in all."""
+MAX_VALUES = 5 << 27
+"""Of all images together: each takes 13 bytes while they are prepared, 8 GiB in all."""
 MAX_DISTINCT = 256  # images at the most; larger batches draw them in random order
 _REFERENCE_BATCH = 16
 _NOISE_IMAGES = 16  # synthetic ones are of every kind by then
@@ -130,6 +138,7 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         candidates = [item for item in candidates if item.file != reference_name]
     otherwise = _range_of(candidates)
     rows = max((sizes(item, otherwise)[-1] for item in candidates if item.backends), default=0)
+    _check_sizes(files, otherwise, max(options.samples, rows), spec)
     pool, described = image_sets.pool(
         options.images, options.samples, spec.preprocess, min(rows, MAX_DISTINCT)
     )
@@ -307,6 +316,30 @@ def _check_options(options: VerifyOptions) -> None:
             raise UsageError(f"backend: got '{name}', expected one of {', '.join(known)}")
 
 
+def _check_sizes(
+    files: Sequence[Candidate], otherwise: BatchRange, rows: int, spec: ModelSpec
+) -> None:
+    """Raises UsageError for what takes too much memory: the graphs, the images, the logits."""
+    for item in files:
+        if item.kind == "onnx":
+            most = max(_REFERENCE_BATCH, sizes(item, otherwise)[-1])
+            size = item.batch.opt if item.batch else most
+            check_memory(item.graph, size, item.spec.input_shape, item.file)
+    logits = rows * spec.num_classes
+    if logits > MAX_LOGITS:
+        raise UsageError(
+            f"{rows} rows of {spec.num_classes} classes are {logits} logits, expected at most "
+            f"{MAX_LOGITS}; give fewer --samples, or files of smaller batches"
+        )
+    values = rows * 3 * spec.preprocess.height * spec.preprocess.width
+    if values > MAX_VALUES:
+        raise UsageError(
+            f"{rows} images of {spec.preprocess.width} x {spec.preprocess.height} pixels are "
+            f"{values} values, expected at most {MAX_VALUES}; give fewer --samples, or files of "
+            "smaller batches"
+        )
+
+
 def _reference_artifact(bundle: Bundle) -> Artifact:
     """The weights of our network, or somebody's graph as it came; raises UsageError."""
     spec = bundle.manifest.model
@@ -426,10 +459,17 @@ def _by_its_types(
 def _foreign(path: Path, spec: ModelSpec, options: VerifyOptions, reference_name: str) -> Candidate:
     """A candidate from elsewhere: what it is, it must tell itself."""
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
     except OSError as error:
         raise UsageError(f"candidate {path} cannot be read ({error.strerror})") from None
-    if data[:4] == RTX_MAGIC or path.suffix in _ENGINE_SUFFIXES:
+    if not data:
+        raise UsageError(f"candidate {path} is empty; copy it again")
+    if path.suffix in _ENGINE_SUFFIXES and not is_plan(data):
+        raise UsageError(
+            f"candidate {path} begins as no engine of TensorRT or TensorRT-RTX does; copy or "
+            "build it again, or give a graph a name that ends in .onnx"
+        )
+    if is_plan(data):
         backend = "tensorrt-rtx" if data[:4] == RTX_MAGIC else "tensorrt"
         return Candidate(
             path.name,
@@ -446,7 +486,9 @@ def _foreign(path: Path, spec: ModelSpec, options: VerifyOptions, reference_name
     try:
         data = read_with_external_data(path)
         model = parse(data, f"candidate {path}")
-    except UsageError as error:
+    except OSError as error:
+        raise UsageError(f"candidate {path} cannot be read ({error.strerror})") from None
+    except NotOnnx as error:
         raise UsageError(f"{error}, and no TensorRT engine either") from None
     told = {entry.key: entry.value for entry in model.metadata_props}
     family, width = told.get("rexdeploy.family"), told.get("rexdeploy.width")
@@ -481,9 +523,9 @@ def _fixed_batch(model: ModelProto, path: Path) -> BatchRange | None:
     inputs = graph_inputs(model)
     dimensions = inputs[0].type.tensor_type.shape.dim if inputs else []
     size = dimensions[0].dim_value if dimensions else 0
-    if size > MAX_BATCH:
+    if not 0 <= size <= MAX_BATCH:
         raise UsageError(
-            f"candidate {path} takes batches of exactly {size}, expected at most {MAX_BATCH}; "
+            f"candidate {path} takes batches of exactly {size}, expected 1 to {MAX_BATCH}; "
             "export it with a dynamic batch"
         )
     return BatchRange(size, size, size) if size > 0 else None
@@ -574,9 +616,9 @@ def _types_fault(graph: ModelProto, claimed: Precision | None) -> str | None:
     """
     given = graph.graph.output[0].type.tensor_type.elem_type
     if given != TensorProto.FLOAT:
-        return f"it gives {TensorProto.DataType.Name(given)}, expected FLOAT"
+        return f"it gives {type_name(given)}, expected FLOAT"
     others = sixteen_bit_types(graph) - _CLAIMED_TYPES[claimed]
-    names = sorted(TensorProto.DataType.Name(kind) for kind in others)
+    names = sorted(map(type_name, others))
     return f"it rounds to {', '.join(names)} inside" if names else None
 
 

@@ -67,7 +67,8 @@ class GraphWalk:
         self.model = model = unwrap(model)  # so that both walks begin with the same images
         self.blocks = find_blocks(model)
         self.weights = {tensor.name for tensor in model.graph.initializer}
-        self.batch: int = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0: any
+        dims = model.graph.input[0].type.tensor_type.shape.dim
+        self.batch: int = dims[0].dim_value if dims else 0  # 0: any
 
     def outputs(self, images: Float32) -> list[Float32]:
         names = [block.output for block in self.blocks]

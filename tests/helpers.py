@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -118,6 +119,51 @@ def run_python(
         timeout=300,
         check=False,
     )
+
+
+_MEASURED = """
+import contextlib, io, json, resource, sys
+import rexdeploy.cli as cli
+import rexdeploy.export, rexdeploy.verify, rexdeploy.build, rexdeploy.inspection, onnxruntime
+resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # the machine's, where a bound fails
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+answers = []
+for arguments in json.load(sys.stdin):
+    before, said, code = peak(), io.StringIO(), 0
+    sys.argv = ["rexdeploy", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        except BaseException as error:
+            code, _ = 1, said.write(repr(error))
+    lines = [line for line in said.getvalue().splitlines() if not line.endswith(" ...")]
+    answers.append([code, lines, peak() - before])
+json.dump(answers, sys.stdout)
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a command said, and the MiB by which it raised its process's peak."""
+
+    code: int
+    lines: list[str]  # on stderr, beside the progress
+    grown_mib: int
+
+
+def run_measured(*commands: Sequence[str | Path]) -> list[Measured]:
+    """Runs command lines one after the other in one fresh process, which may take 12 GiB."""
+    answer = subprocess.run(
+        [sys.executable, "-c", _MEASURED],
+        input=json.dumps([[str(argument) for argument in command] for command in commands]),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return [Measured(*item) for item in json.loads(answer.stdout)]
 
 
 def folder_state(folder: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ PACKAGE = Path(rexdeploy.__path__[0])
 # A module imports lower levels only: steps meet through the bundle, not through calls.
 LEVELS = [
     {"errors", "progress", "gpu", "proof", "ratios", "text", "strict_json"},
-    {"manifest", "rounds", "atomic", "image_limits", "loadgen"},
+    {"manifest", "rounds", "atomic", "image_limits", "loadgen", "files", "bounds", "memory"},
     {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api", "triton_config"},
     {
         "models",
@@ -60,6 +60,7 @@ HEAVY = {
         "shortcuts",
         "interface",
         "blocks",
+        "bounds",
         "walk",
         "forms",
         "parity",

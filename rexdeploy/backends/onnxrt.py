@@ -122,7 +122,7 @@ def load_session(
             "on a machine with an NVIDIA GPU"
         ) from None
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about its own optimisations
+    options.log_severity_level = 4  # its warnings are about its own work, its errors are raised
     if threads is not None:
         options.intra_op_num_threads = threads
         # Threads that spin on after a run would take the cores from whatever runs next.

@@ -13,7 +13,7 @@ from rexdeploy.backends.cuda import Gpu
 from rexdeploy.backends.trt_load import check_version, deserialize
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import Images
-from rexdeploy.manifest import BatchRange, ModelSpec
+from rexdeploy.manifest import MAX_BATCH, BatchRange, ModelSpec
 from rexdeploy.tensorrt_api import Flavor, Log, captured_log, load, start
 
 Float32 = npt.NDArray[np.float32]
@@ -234,6 +234,11 @@ def _read_tensors(trt: Any, engine: Any, spec: ModelSpec) -> _Tensors:
     sizes = [fixed] * 3
     if fixed <= 0:
         sizes = [shape[0] for shape in engine.get_tensor_profile_shape(inputs[0], 0)]
+    if not 1 <= sizes[0] <= sizes[1] <= sizes[2] <= MAX_BATCH:
+        raise UsageError(
+            f"the engine takes batches of {':'.join(map(str, sizes))}, expected 1 to {MAX_BATCH}; "
+            "build another"
+        )
     return _Tensors(
         input=inputs[0],
         output=outputs[0],

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from rexdeploy.errors import UsageError
+from rexdeploy.errors import UsageError, first_line
+from rexdeploy.files import MAX_GRAPH_BYTES, open_plain
+from rexdeploy.manifest import MAX_CLASSES
+from rexdeploy.models.archives import check_archive, check_legacy
 from rexdeploy.models.rexnet import (
     CONFIGS,
     MAX_WIDTH,
@@ -33,6 +34,7 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged w
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_NESTING = 8
+_MAX_WEIGHTS_BYTES = MAX_GRAPH_BYTES  # in float32: what an ONNX graph of the network could hold
 _COUNTER = "num_batches_tracked"  # unused in evaluation, and missing in some files
 
 
@@ -66,41 +68,60 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """A file's tensors by name, unwrapped and without prefixes; runs no code from the file."""
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no file there"
-        raise UsageError(f"weights {path}: {what}; expected a .pth, .pt or .safetensors file")
-    with open(path, "rb") as file:
-        head = file.read(9)
+    """A file's tensors by name, unwrapped and without prefixes; runs no code from the file.
+
+    They are plain ones on the CPU. A `.pth` archive's are mapped, not read: what is not used of a
+    training checkpoint takes no memory.
+    """
+    try:
+        with open_plain(path) as file:
+            return _strip_prefixes(_plain(_unwrap(_read(file, path), path), path))
+    except FileNotFoundError:
+        what = "no file there"
+    except IsADirectoryError:
+        what = "a folder"
+    except OSError as error:
+        what = error.strerror or str(error)
+    raise UsageError(f"weights {path}: {what}; expected a .pth, .pt or .safetensors file")
+
+
+def _read(file: BinaryIO, path: Path) -> object:
+    head = file.read(9)
+    file.seek(0)
     if not head:
         raise UsageError(f"weights {path}: the file is empty; copy it again")
     # By content, not by extension: after eight bytes of length, safetensors starts with '{'.
     if head[8:] == b"{":
-        return _strip_prefixes(_unwrap(_read_safetensors(path), path))
+        return _read_safetensors(file, path)
     if not head.startswith((b"PK", b"\x80")):  # a zip archive, or torch's older bare pickle
         raise UsageError(
             f"weights {path}: not a checkpoint; expected a .pth, .pt or .safetensors file"
         )
-    return _strip_prefixes(_unwrap(_read_pickle(path), path))
+    return _read_pickle(file, path, is_archive=head.startswith(b"PK"))
 
 
-def _read_safetensors(path: Path) -> StateDict:
+def _read_safetensors(file: BinaryIO, path: Path) -> StateDict:
     try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, json.JSONDecodeError, OSError, ValueError) as error:
+        return safetensors.torch.load_file(_name_of(file))
+    except Exception as error:  # SafetensorError, and built-in types for types that torch lacks
         raise UsageError(
-            f"weights {path}: a damaged safetensors file ({error}); copy it again"
+            f"weights {path}: a damaged safetensors file ({first_line(error)}); copy it again"
         ) from None
 
 
-def _read_pickle(path: Path) -> object:
+def _read_pickle(file: BinaryIO, path: Path, is_archive: bool) -> object:
     try:
-        # An open file, since torch.load goes by the extension of a path.
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript archives; refused below
+            (check_archive if is_archive else check_legacy)(file, f"weights {path}")
+            file.seek(0)
             # timm's train.py saves its arguments beside the weights; a Namespace runs no code.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(file, map_location="cpu", weights_only=True)
+                # Mapped, a storage cannot be longer than its file, whatever the pickle says.
+                source = _name_of(file) if is_archive else file
+                return torch.load(source, map_location="cpu", weights_only=True, mmap=is_archive)
+    except UsageError:
+        raise
     except pickle.UnpicklingError as error:
         match = re.search(r"(?:GLOBAL|class|call) (\S+\.\S+)", str(error))
         if match:
@@ -113,6 +134,11 @@ def _read_pickle(path: Path) -> object:
         raise _not_a_checkpoint(path, error) from None
 
 
+def _name_of(file: BinaryIO) -> str:
+    """The open file's name for libraries that open it themselves: the same file, no extension."""
+    return f"/proc/self/fd/{file.fileno()}"
+
+
 def _not_a_checkpoint(path: Path, error: Exception) -> UsageError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not line.startswith(("Weights only load", "Please file"))]
@@ -123,12 +149,14 @@ def _not_a_checkpoint(path: Path, error: Exception) -> UsageError:
     )
 
 
-def _unwrap(loaded: object, path: Path, depth: int = 0) -> Mapping[Any, Any]:
-    if isinstance(loaded, Mapping):
+def _unwrap(loaded: object, path: Path, depth: int = 0) -> dict[Any, Any]:
+    if isinstance(loaded, dict):
+        # The class's own methods: a pickle can hide them behind attributes of an OrderedDict.
         for key in _WRAPPERS:
-            if isinstance(loaded.get(key), Mapping) and depth < _MAX_NESTING:
-                return _unwrap(loaded[key], path, depth + 1)
-        if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
+            inner = dict.get(loaded, key)
+            if isinstance(inner, dict) and depth < _MAX_NESTING:
+                return _unwrap(inner, path, depth + 1)
+        if loaded and all(isinstance(value, Tensor) for value in dict.values(loaded)):
             return loaded
     raise UsageError(
         f"weights {path}: got {type(loaded).__name__} without a state dict in it, expected one "
@@ -136,8 +164,23 @@ def _unwrap(loaded: object, path: Path, depth: int = 0) -> Mapping[Any, Any]:
     )
 
 
-def _strip_prefixes(state_dict: Mapping[Any, Any]) -> StateDict:
-    stripped = {str(name): tensor for name, tensor in state_dict.items()}
+def _plain(state_dict: dict[Any, Any], path: Path) -> StateDict:
+    """Tensors that hold values, without what a pickle can hang on them: attributes, a class."""
+    plain = {}
+    for key, tensor in dict.items(state_dict):
+        name = str(key)
+        if tensor.is_nested or tensor.device.type != "cpu":
+            what = "nested" if tensor.is_nested else f"on the device '{tensor.device.type}'"
+            raise UsageError(
+                f"weights {path}: {name} is {what}, expected a plain tensor with values; save "
+                "the state dict of a model that is on the CPU"
+            )
+        plain[name] = Tensor.detach(tensor)
+    return plain
+
+
+def _strip_prefixes(state_dict: Mapping[str, Tensor]) -> StateDict:
+    stripped = dict(state_dict)
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in stripped)), None):
         stripped = {name.removeprefix(prefix): tensor for name, tensor in stripped.items()}
     return stripped
@@ -172,10 +215,10 @@ def _width_of(family: Family, state_dict: StateDict, path: Path) -> tuple[float,
     last = "output.4.weight" if family == "rexnet_lite" else "output.1.weight"
     classifier = state_dict[last]
     num_classes = classifier.shape[0] if classifier.ndim == 4 else 0
-    if num_classes < 1:
+    if not 1 <= num_classes <= MAX_CLASSES:
         raise UsageError(
             f"weights {path}: {last} has shape {list(classifier.shape)}, expected "
-            "[classes, channels, 1, 1]"
+            f"[classes, channels, 1, 1] with 1 to {MAX_CLASSES} classes"
         )
     seen = _channels(state_dict)
     best: tuple[int, float, RexNetConfig] | None = None
@@ -205,7 +248,7 @@ def _channels(state_dict: StateDict) -> dict[str, int]:
         projections = [
             name
             for name in state_dict
-            if re.fullmatch(rf"features\.{index}\.out\.\d+\.weight", name)
+            if re.fullmatch(rf"features\.{index}\.out\.\d{{1,3}}\.weight", name)
         ]
         convolutions = [name for name in projections if state_dict[name].ndim == 4]
         if convolutions:
@@ -246,19 +289,34 @@ def _complete(state_dict: StateDict, config: RexNetConfig, path: Path) -> StateD
             f"weights {path}: {len(wrong)} tensors have the wrong shape (first: {wrong[0]}, got "
             f"{list(state_dict[wrong[0]].shape)}, expected {list(expected[wrong[0]].shape)})"
         )
+    needed = sum(4 * tensor.numel() for tensor in expected.values())
+    if needed > _MAX_WEIGHTS_BYTES:
+        raise UsageError(
+            f"weights {path}: a {config.family} of these channels and {config.num_classes} classes "
+            f"takes {needed} bytes in float32, expected at most {_MAX_WEIGHTS_BYTES}: an ONNX "
+            "graph holds no more"
+        )
     complete = {}
     for name, tensor in expected.items():
-        found = state_dict.get(name, torch.zeros(tensor.shape))
         if name.endswith(_COUNTER):
-            found = torch.zeros((), dtype=tensor.dtype)
-        elif found.dtype not in _FLOATS or found.layout != torch.strided:
+            complete[name] = torch.zeros((), dtype=tensor.dtype)
+            continue
+        found = state_dict[name]
+        if found.dtype not in _FLOATS or found.layout != torch.strided:
             raise UsageError(
                 f"weights {path}: {name} has type {found.dtype}, {found.layout}; expected dense "
                 "float32 (or float16, bfloat16, float64): quantised weights are another network"
             )
-        elif not found.isfinite().all():
+        stored = found.untyped_storage().nbytes() // found.element_size()
+        if stored < found.numel():  # the same values over and over
+            raise UsageError(
+                f"weights {path}: {name} has shape {list(found.shape)} and only {stored} values; "
+                "save it whole: tensor.contiguous()"
+            )
+        if not found.isfinite().all():
             raise UsageError(f"weights {path}: {name} has NaN or infinite values")
-        complete[name] = found.to(tensor.dtype).contiguous()
+        # A copy: the file is mapped, and may change from here on.
+        complete[name] = found.to(tensor.dtype, copy=True).contiguous()
     return complete
 
 
@@ -285,7 +343,7 @@ def _published_name(name: str, state_dict: StateDict) -> str | None:
     ):
         if match := re.fullmatch(pattern, name):
             return template.format(match.group(1))
-    match = re.fullmatch(r"features\.(\d+)\.(.+)", name)
+    match = re.fullmatch(r"features\.(\d{1,3})\.(.+)", name)
     if not match:
         return None
     block, rest = int(match.group(1)), match.group(2)

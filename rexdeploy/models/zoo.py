@@ -12,8 +12,8 @@ from typing import Any, Literal, cast
 
 import torch
 
-from rexdeploy.bundle import sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, first_line
+from rexdeploy.files import sha256_of
 from rexdeploy.models.layers import layers
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet
 
@@ -162,7 +162,7 @@ def _origin(repository: str, path: Path) -> str:
     """
     stated = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", stated):
-        found = sha256(path.read_bytes())
+        found = sha256_of(path)
         if found != stated:
             raise UsageError(
                 f"{path} is not what the hub gave as {repository}: got sha256 {found[:12]}, "
