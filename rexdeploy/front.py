@@ -19,7 +19,7 @@ from rexdeploy.front_http import Budget, Gate
 
 # Files in the server's folder; Triton adds the port's number to gRPC's.
 SOCKETS = {"http": "http", "grpc": "grpc:1", "metrics": "metrics"}
-_LEAST_BUDGET = 2**26
+_LEAST_BUDGET = 2**25
 _GRACE_S = 0.5  # who has just had an answer may send the next request meanwhile, and gets its own
 _LOOK_S = 0.02
 
@@ -137,4 +137,4 @@ def budget(limit: int) -> int:
         shared = status.f_bavail * status.f_frsize
     except OSError:
         shared = _LEAST_BUDGET
-    return max(limit, min(max(_LEAST_BUDGET, 4 * limit), shared // 4))
+    return max(limit, min(max(_LEAST_BUDGET, 2 * limit), shared // 4))

@@ -466,6 +466,9 @@ def _environment(binary: Binary) -> dict[str, str]:
     # The models run the code of this very package, from wherever it was imported.
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # Else glibc keeps the memory of the largest requests, once for each thread.
+    for name, value in (("ARENA_MAX", 2), ("MMAP_THRESHOLD_", 2**20), ("TRIM_THRESHOLD_", 2**22)):
+        environment.setdefault(f"MALLOC_{name}", str(value))
     if binary.libraries is not None:
         folders = [os.environ.get("LD_LIBRARY_PATH", ""), str(binary.libraries)]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
