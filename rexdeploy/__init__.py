@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,12 @@ if TYPE_CHECKING:
 __all__ = ["Classifier", "Prediction", "__version__", "load"]
 
 __version__ = "0.1.0"
+
+# Since 1.32 ONNX Runtime writes an id to disk when it is imported, and some seconds later looks up
+# its vendor's server. Nothing but this variable, before the import, stops it: its own call
+# `disable_telemetry_events` comes too late for the id. What is started from here (tritonserver and
+# its Python) inherits it. Somebody's own setting stands.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:

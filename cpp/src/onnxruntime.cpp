@@ -24,6 +24,10 @@ void load_library(const std::filesystem::path& path) {
     if (is_loaded) {
         return;
     }
+    // Since 1.32 the library writes an id to disk and looks up its vendor's server. Only this stops
+    // it: DisableTelemetryEvents needs an environment, which has written the id by then. Somebody's
+    // own setting stands.
+    ::setenv("ORT_DISABLE_TELEMETRY", "1", 0);
     const Library library(path, "REXDEPLOY_ONNXRUNTIME", "libonnxruntime.so.1");
     const OrtApiBase* base = library.function<const OrtApiBase*()>("OrtGetApiBase")();
     const std::string version = base->GetVersionString();
