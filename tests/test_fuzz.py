@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rexdeploy import images, precision
+from rexdeploy import images
 from rexdeploy.errors import UsageError
 from tests.cpp_probe import probe
 from tests.fuzz_targets import TARGETS, damaged, run, run_cpp
@@ -28,7 +28,6 @@ COUNTS = {"manifest": 4000, "graph": 2000, "engine": 4000, "labels": 1000, "weig
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_damage_is_refused_in_one_line(name: str) -> None:
-    _pending(name)
     rng = random.Random(name)
     count = COUNTS.get(name, 1500)
     refused = sum(bool(run(TARGETS[name], damaged(TARGETS[name], rng))) for _ in range(count))
@@ -44,14 +43,7 @@ def test_the_files_that_are_damaged_are_good(name: str) -> None:
 @pytest.mark.parametrize("file", FOUND, ids=lambda file: file.name)
 def test_what_fell_once_does_not_again(file: Path) -> None:
     name = file.name.split("-")[0]
-    _pending(name)
     run(TARGETS[name], file.read_bytes())
-
-
-def _pending(name: str) -> None:
-    """Until the branch that mends it is merged: then this is to go."""
-    if name == "graph" and not hasattr(precision, "NotOnnx"):
-        pytest.xfail("ONNX's odd element types")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from rexdeploy.console import write_text
 from rexdeploy.errors import RexdeployError
 from rexdeploy.manifest import FORMAT, VERIFICATION, Artifact, Manifest
 from rexdeploy.results import Results, partial_of
+from rexdeploy.triton import deploy
 from tests.helpers import assert_refused, folder_state, run_cli
 from tests.injection import ERRORS, SHORT, failing
 from tests.test_bundle import _make
@@ -73,6 +75,16 @@ def _classified(name: str) -> Callable[[Path], None]:
     return act
 
 
+def _deployed(change: bytes, backend: str) -> Callable[[Path], object]:
+    """As `triton` adds a bundle, or its next version, to a repository."""
+
+    def act(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as outside:
+            deploy(_make(Path(outside) / "net", graph=change), folder / "models", backend)
+
+    return act
+
+
 STEPS = {
     "a file": Step(_nothing, lambda folder: write_text(folder / "r.json", LONG)),
     "a file again": Step(
@@ -88,6 +100,11 @@ STEPS = {
     **{
         name: Step(_nothing, _classified(name), (f"{name}.partial",))
         for name in ("r.csv", "r.jsonl", "r.parquet")
+    },
+    **{
+        f"{backend}, {name}": Step(before, _deployed(b"\x08\x01", backend), (".models.rexdeploy",))
+        for backend in ("onnxruntime", "python")
+        for name, before in (("a repository", _nothing), ("a version", _deployed(b"", backend)))
     },
 }
 
