@@ -78,6 +78,13 @@ BundleArgument = Annotated[
         show_default=False,
     ),
 ]
+RequireSignature = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PUBLIC_KEY",
+        help="Refuse the bundle unless this key has signed it, and nothing has changed since.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Json = Annotated[
     Path | None,
@@ -377,6 +384,7 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE", help="Draw the walk's errors; a .png or .svg."),
     ] = None,
+    require_signature: RequireSignature = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
@@ -398,12 +406,11 @@ def verify(
         check_plot(plot)
         if not localize:
             raise UsageError("--plot draws what --localize finds: give both")
-    from rexdeploy.bundle import Bundle
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.verify import VerifyOptions
     from rexdeploy.verify import verify as run
 
-    opened = Bundle.find(bundle)
+    opened = _find(bundle, require_signature)
     options = VerifyOptions(
         images=images,
         samples=samples,
@@ -421,7 +428,7 @@ def verify(
             plot_localizations(result.localizations, plot)
         if not quiet and json != Path("-"):
             show_verification(opened, result, every_block=localize)
-        if candidate is None:
+        if candidate is None and require_signature is None:  # storing drops the signature
             _store(opened, result)
     finally:  # whatever becomes of the output, the exit code is the verdict's
         if result.failures:
@@ -548,6 +555,7 @@ def predict(
             "--force", help="Replace --out's file, or another command's unfinished rows for it."
         ),
     ] = False,
+    require_signature: RequireSignature = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
@@ -569,7 +577,6 @@ def predict(
     check_json(json)
     if force and out is None:
         raise UsageError("--force is about the file that --out names: give both")
-    from rexdeploy.bundle import Bundle
     from rexdeploy.classify import load
     from rexdeploy.predictions import classify_files, expand, printable
     from rexdeploy.results import Header, Results, check_out
@@ -580,7 +587,7 @@ def predict(
     warnings.filterwarnings("ignore", module="PIL")
     files = expand(image)
     silent = quiet or json == Path("-")
-    with load(Bundle.find(bundle), backend) as classifier:
+    with load(_find(bundle, require_signature), backend) as classifier:
         answer: dict[str, object] = {
             "model": classifier.title,
             "backend": classifier.backend,
@@ -820,6 +827,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP; gRPC and metrics take the next two.")] = 8000,
     show_log: Annotated[bool, typer.Option("--log", help="Show all of Triton's log.")] = False,
+    require_signature: RequireSignature = None,
     quiet: Quiet = False,
 ) -> None:
     """Serve a bundle with a real Triton Inference Server, until Ctrl-C or SIGTERM.
@@ -833,7 +841,6 @@ def serve(
     """
     from tempfile import TemporaryDirectory
 
-    from rexdeploy.bundle import Bundle
     from rexdeploy.serve import (
         Address,
         check_ports,
@@ -844,7 +851,7 @@ def serve(
     )
     from rexdeploy.triton import deploy
 
-    opened = Bundle.find(bundle)
+    opened = _find(bundle, require_signature)
     server = find_server(tritonserver)
     chosen, reason = choose_backend(server, backend)
     address = Address(host, port)
@@ -861,6 +868,33 @@ def serve(
             if ready and not quiet:
                 show_serving(opened.manifest.model.title, result, reason, server, address)
             process.wait()
+
+
+@app.command()
+def sign(
+    private_key: Annotated[
+        Path, typer.Option(metavar="FILE", help="An EC key (P-256, P-384 or P-521), PEM.")
+    ],
+    bundle: BundleArgument = None,
+    quiet: Quiet = False,
+) -> None:
+    """Sign a bundle: its manifest and every file that it names.
+
+    Whatever changes the bundle afterwards drops the signature ('verify' stores its result in it):
+    sign last. --require-signature of predict, serve and verify then takes the public key.
+
+    \b
+    Example:
+    rexdeploy sign rexnet_1.5 --private-key key.pem
+    rexdeploy predict cat.jpg --bundle rexnet_1.5 --require-signature key.pub
+    """
+    from rexdeploy.bundle import SIGNATURE, Bundle
+    from rexdeploy.signing import sign as run
+
+    opened = Bundle.find(bundle)
+    count = run(opened.path, private_key)
+    if not quiet:
+        say(f"{opened.path / SIGNATURE}: of {count} files; whatever changes the bundle drops it")
 
 
 @app.command()
@@ -922,6 +956,18 @@ def _classify_into(
     signal.signal(signal.SIGINT, _interrupted)
 
 
+def _find(bundle: Path | None, public_key: Path | None) -> Bundle:
+    """The bundle that is meant; signed by the key, where there is one."""
+    from rexdeploy.bundle import Bundle
+
+    opened = Bundle.find(bundle)
+    if public_key is None:
+        return opened
+    from rexdeploy.signing import check
+
+    return check(opened.path, public_key)
+
+
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     """Reads `1,16`."""
     if not all(part.isdecimal() and len(part) < 10 for part in text.split(",")):
@@ -965,9 +1011,17 @@ def _tell(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
 
 def _store(bundle: Bundle, result: Verification) -> None:
     """Keeps the result in the bundle, where it can be written: on a serving machine it may not."""
+    from rexdeploy.bundle import SIGNATURE
     from rexdeploy.verify import store
 
+    signed = (bundle.path / SIGNATURE).exists()
     try:
         store(bundle, result, _command())
+        if signed:
+            say(
+                f"warning: {SIGNATURE} is dropped, since verify.json is new: sign again; with "
+                "--require-signature nothing is stored",
+                to_stderr=True,
+            )
     except RexdeployError as error:
         say(f"warning: verify.json is not stored: {error}", to_stderr=True)

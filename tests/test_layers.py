@@ -17,7 +17,7 @@ LEVELS = [
     {"errors", "progress", "gpu", "proof", "ratios"},
     {"manifest", "rounds"},
     {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api"},
-    {"models", "graph", "console", "blocks", "interface", "image_sets", "rounding"},
+    {"models", "graph", "console", "blocks", "interface", "image_sets", "rounding", "signing"},
     {"backends"},
     {"parity", "peers", "roofline", "walk", "forms"},
     {"answers", "probes"},
@@ -63,6 +63,7 @@ HEAVY = {
     "huggingface_hub": set[str](),
     "rich": set[str](),
     "pyarrow": set[str](),
+    "model_signing": set[str](),
 }
 
 
