@@ -26,6 +26,8 @@ from rexdeploy.manifest import VERIFICATION, Artifact, Manifest, decode, judged,
 DEFAULT_ROOT = Path("artifacts")
 
 _MANIFEST = "manifest.json"
+SIGNATURE = "bundle.sig"
+"""See `rexdeploy.signing`; it is of one state of the bundle, and goes with it."""
 _JOURNAL = ".manifest.commit"
 _STAGED = ".{}.staged"
 
@@ -45,7 +47,7 @@ class Bundle:
                 f"{path} is not a bundle: expected a folder with a manifest.json; "
                 "'rexdeploy export' makes one"
             )
-        with _readable(path):
+        with readable(path):
             return cls(path, _read_manifest(path))
 
     @classmethod
@@ -72,7 +74,7 @@ class Bundle:
 
     def read(self, artifact: Artifact) -> bytes:
         """An artifact's bytes, checked against its hash; raises UsageError."""
-        with _readable(self.path):
+        with readable(self.path):
             changed = artifact not in _read_manifest(self.path).artifacts
             try:
                 data = read_plain(self.path / artifact.file)
@@ -164,6 +166,30 @@ def _committed(
     return Bundle(path, manifest)
 
 
+def attach_signature(path: Path, make: Callable[[], bytes]) -> None:
+    """Puts the signature that `make` gives beside the manifest, in one rename.
+
+    `make` runs under the bundle's lock; what it raises leaves the bundle as it was.
+    """
+    try:
+        with _locked(path):
+            _finish_interrupted(path)
+            staged = path / _STAGED.format(SIGNATURE)
+            data = make()
+            try:
+                write_synced(staged, data)
+                os.replace(staged, path / SIGNATURE)
+                sync_folder(path)
+            except OSError:
+                _remove_staged(path)
+                raise
+    except OSError as error:
+        raise RexdeployError(
+            f"cannot sign the bundle {path} ({error.strerror}); nothing was changed: "
+            "make its folder writable, or free some space"
+        ) from None
+
+
 def is_bundle(path: Path) -> bool:
     """Whether `path` is a folder with a manifest, or with the journal of one."""
     return path.is_dir() and any((path / name).exists() for name in (_MANIFEST, _JOURNAL))
@@ -192,13 +218,14 @@ def _check_targets(path: Path, manifest: Manifest, is_new: bool) -> None:
         raise UsageError(
             f"{path} is a folder with other files in it, not a bundle; choose another name"
         )
-    for name in (_MANIFEST, _JOURNAL, *(artifact.file for artifact in manifest.artifacts)):
+    files = (artifact.file for artifact in manifest.artifacts)
+    for name in (_MANIFEST, _JOURNAL, SIGNATURE, *files):
         if (path / name).is_dir():
             raise UsageError(f"{path / name} is a folder where the bundle needs a file; remove it")
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Holds the bundle's lock for reading, when no step is left unfinished.
 
     A shared lock: servers start side by side, and NFS gives no other on a folder.
@@ -256,6 +283,7 @@ def _finish_interrupted(path: Path) -> None:
             if staged.exists():
                 os.replace(staged, path / artifact.file)
         _remove_dropped(path, manifest)
+        (path / SIGNATURE).unlink(missing_ok=True)  # of the old state
         os.replace(journal, path / _MANIFEST)
         sync_folder(path)
     except OSError as error:

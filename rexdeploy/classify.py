@@ -186,17 +186,25 @@ class Classifier:
 
 
 def load(
-    bundle: Bundle | Path | str, backend: str = "auto", threads: int | None = None
+    bundle: Bundle | Path | str,
+    backend: str = "auto",
+    threads: int | None = None,
+    require_signature: Path | str | None = None,
 ) -> Classifier:
     """Loads a bundle (or the one in a folder) for classification.
 
     `backend` is "auto" or one backend's name. "auto" takes the first that works: TensorRT engines
     (float16 first), ONNX Runtime with CUDA, ONNX Runtime, PyTorch. `threads` is how many a CPU
     backend may use, and lets none of them spin while it waits; None leaves both to the library.
+    `require_signature` is the public key that must have signed the bundle ('rexdeploy sign').
     Raises UsageError or BackendUnavailable with every reason.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(Path(bundle))
+    if require_signature is not None:
+        from rexdeploy.signing import check
+
+        bundle = check(bundle.path, Path(require_signature))
     labels = read_labels(bundle)
     choices = _choices(bundle, backend)
     if not choices:

@@ -82,6 +82,13 @@ BundleArgument = Annotated[
         show_default=False,
     ),
 ]
+RequireSignature = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PUBLIC_KEY",
+        help="Refuse the bundle unless this key has signed it, and nothing has changed since.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Json = Annotated[
     Path | None,
@@ -410,6 +417,7 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE", help="Draw the walk's errors; a .png or .svg."),
     ] = None,
+    require_signature: RequireSignature = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
@@ -431,12 +439,11 @@ def verify(
         check_plot(plot)
         if not localize:
             raise UsageError("--plot draws what --localize finds: give both")
-    from rexdeploy.bundle import Bundle
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.verify import VerifyOptions
     from rexdeploy.verify import verify as run
 
-    opened = Bundle.find(bundle)
+    opened = _find(bundle, require_signature)
     options = VerifyOptions(
         images=images,
         samples=samples,
@@ -450,7 +457,7 @@ def verify(
         result = run(opened, options, report)
     if not quiet and json != Path("-"):
         show_verification(opened, result, every_block=localize)
-    if candidate is None:
+    if candidate is None and require_signature is None:  # storing drops the signature
         _store(opened, result)
     with _only_warned_of(bool(result.failures)):
         emit(json, lambda: result)
@@ -579,6 +586,7 @@ def predict(
             "--force", help="Replace --out's file, or another command's unfinished rows for it."
         ),
     ] = False,
+    require_signature: RequireSignature = None,
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
@@ -600,7 +608,6 @@ def predict(
     check_json(json)
     if force and out is None:
         raise UsageError("--force is about the file that --out names: give both")
-    from rexdeploy.bundle import Bundle
     from rexdeploy.classify import load
     from rexdeploy.predictions import classify_files, expand
     from rexdeploy.results import Header, Results, check_out
@@ -611,7 +618,7 @@ def predict(
     warnings.filterwarnings("ignore", module="PIL")
     files = expand(image)
     silent = quiet or json == Path("-")
-    with load(Bundle.find(bundle), backend) as classifier:
+    with load(_find(bundle, require_signature), backend) as classifier:
         answer: dict[str, object] = {
             "model": classifier.title,
             "backend": classifier.backend,
@@ -880,6 +887,7 @@ def serve(
         ),
     ] = None,
     show_log: Annotated[bool, typer.Option("--log", help="Show all of Triton's log.")] = False,
+    require_signature: RequireSignature = None,
     quiet: Quiet = False,
 ) -> None:
     """Serve a model repository with a real Triton Inference Server, until Ctrl-C or SIGTERM.
@@ -893,7 +901,6 @@ def serve(
     rexdeploy serve
     rexdeploy serve rexnet_1.5 --port 9000
     """
-    from rexdeploy.bundle import Bundle
     from rexdeploy.leftovers import workplace
     from rexdeploy.serve import (
         Address,
@@ -917,12 +924,13 @@ def serve(
     if bundle is None and not models and repository.is_dir() and any(repository.iterdir()):
         raise UsageError(f"{repository} holds no model of rexdeploy's; name a bundle to add to it")
     if bundle is None and models:
-        if backend != "auto":
-            raise UsageError("--backend is for a bundle that is added: name one")
+        if backend != "auto" or require_signature is not None:
+            option = "--backend" if backend != "auto" else "--require-signature"
+            raise UsageError(f"{option} is for a bundle that is added: name one")
         served = models[0]
         title = f"{served.name}, version {served.version}, in {repository}"
     else:
-        opened = Bundle.find(bundle)
+        opened = _find(bundle, require_signature)
         chosen, why = backend_here(backend, repository, opened.manifest.name, server)
         if chosen != "auto":
             choose_backend(server, chosen)  # raises for one that the server lacks
@@ -1023,6 +1031,33 @@ def tune_serving(
 
 
 @app.command()
+def sign(
+    private_key: Annotated[
+        Path, typer.Option(metavar="FILE", help="An EC key (P-256, P-384 or P-521), PEM.")
+    ],
+    bundle: BundleArgument = None,
+    quiet: Quiet = False,
+) -> None:
+    """Sign a bundle: its manifest and every file that it names.
+
+    Whatever changes the bundle afterwards drops the signature ('verify' stores its result in it):
+    sign last. --require-signature of predict, serve and verify then takes the public key.
+
+    \b
+    Example:
+    rexdeploy sign rexnet_1.5 --private-key key.pem
+    rexdeploy predict cat.jpg --bundle rexnet_1.5 --require-signature key.pub
+    """
+    from rexdeploy.bundle import SIGNATURE, Bundle
+    from rexdeploy.signing import sign as run
+
+    opened = Bundle.find(bundle)
+    count = run(opened.path, private_key)
+    if not quiet:
+        say(f"{opened.path / SIGNATURE}: of {count} files; whatever changes the bundle drops it")
+
+
+@app.command()
 def models(json: Json = None) -> None:
     """Print the published networks and what they cost.
 
@@ -1095,6 +1130,18 @@ def _only_warned_of(is_error: bool) -> Iterator[None]:
         say(f"warning: {one_line(str(error))}", to_stderr=True)
 
 
+def _find(bundle: Path | None, public_key: Path | None) -> Bundle:
+    """The bundle that is meant; signed by the key, where there is one."""
+    from rexdeploy.bundle import Bundle
+
+    opened = Bundle.find(bundle)
+    if public_key is None:
+        return opened
+    from rexdeploy.signing import check
+
+    return check(opened.path, public_key)
+
+
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     """Reads `1,16`."""
     if not all(part.isdecimal() and len(part) < 10 for part in text.split(",")):
@@ -1138,9 +1185,17 @@ def _tell(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
 
 def _store(bundle: Bundle, result: Verification) -> None:
     """Keeps the result in the bundle, where it can be written: on a serving machine it may not."""
+    from rexdeploy.bundle import SIGNATURE
     from rexdeploy.verify import store
 
+    signed = (bundle.path / SIGNATURE).exists()
     try:
         store(bundle, result, _command())
+        if signed:
+            say(
+                f"warning: {SIGNATURE} is dropped, since verify.json is new: sign again; with "
+                "--require-signature nothing is stored",
+                to_stderr=True,
+            )
     except RexdeployError as error:
         say(one_line(f"warning: verify.json is not stored: {error}"), to_stderr=True)

@@ -28,6 +28,7 @@ LEVELS = [
         "labels",
         "metadata",
         "repository",
+        "signing",
     },
     {"backends"},
     {"parity", "peers", "roofline", "walk", "forms"},
@@ -81,6 +82,7 @@ HEAVY = {
     "huggingface_hub": set[str](),
     "rich": set[str](),
     "pyarrow": set[str](),
+    "model_signing": set[str](),
 }
 
 
