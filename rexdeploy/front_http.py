@@ -110,6 +110,8 @@ class HttpProxy:
         limit, size = self._gate.limit, request.content_length
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise _Refused(415, "compressed requests are not taken; send it as it is")
+        if request.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+            raise _Refused(400, "Transfer-Encoding: expected chunked")
         if size is not None and size > limit:
             raise _too_large(limit)
         if self._server is None:

@@ -219,7 +219,12 @@ def test_expect_is_answered_before_the_body_comes(front: Front) -> None:
 
 
 def test_a_request_is_passed_on_as_it_is(front: Front) -> None:
-    headers = {"X_Own": "a, b", "Accept": "x/y", "Connection": "x-hop", "Content_Type": "a/b"}
+    headers: dict[str, Any] = {
+        "X_Own": "a, b",
+        "Accept": "x/y",
+        "Connection": "x-hop",
+        "Content_Type": "a/b",
+    }
     status, got = ask(front, "/v2/a%20b/?q=%2F+&q=2", b"{}", "PUT", **headers)
     assert (status, got["method"], got["target"]) == (200, "PUT", "/v2/a%20b/?q=%2F+&q=2")
     assert dict(got["headers"]) == {
