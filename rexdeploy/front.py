@@ -10,12 +10,16 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rexdeploy import front_grpc, front_http
-from rexdeploy.front_http import Budget, Gate
+from rexdeploy.errors import BackendUnavailable
+from rexdeploy.front_gate import Budget, Gate
+
+if TYPE_CHECKING:
+    from rexdeploy.front_grpc import GrpcProxy
+    from rexdeploy.front_http import HttpProxy
 
 # Files in the server's folder; Triton adds the port's number to gRPC's.
 SOCKETS = {"http": "http", "grpc": "grpc:1", "metrics": "metrics"}
@@ -25,105 +29,81 @@ _LOOK_S = 0.02
 
 
 class Front:
-    """Listens at a host's port (HTTP) and the next two (gRPC, metrics), in a thread of its own."""
+    """Listens at a host's port (HTTP) and the next two (gRPC, metrics), in a thread of its own.
+
+    Raises BackendUnavailable where the libraries are missing.
+    """
 
     def __init__(self, host: str, port: int, limit: int) -> None:
+        try:
+            from rexdeploy.front_grpc import GrpcProxy
+            from rexdeploy.front_http import HttpProxy
+        except ImportError as error:
+            raise BackendUnavailable(
+                f"{error.name} is not installed: pip install 'rexdeploy[serve]'"
+            ) from None
         self.limit = limit
         self._host, self._port = host, port
-        self._gate = Gate(limit, Budget(budget(limit)))
+        self._gate = gate = Gate(limit, Budget(budget(limit)))
+        self._proxies: dict[str, HttpProxy | GrpcProxy] = {  # in the order of their ports
+            "http": HttpProxy(gate),
+            "grpc": GrpcProxy(gate),
+            "metrics": HttpProxy(gate),
+        }
         self._loop = asyncio.new_event_loop()
-        self._listeners: list[asyncio.Server] = []
-        self._connections: dict[asyncio.Task[Any], Any] = {}
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def start(self) -> None:
         """Listens; raises OSError where it cannot."""
         self._thread.start()
         try:
-            self._run(self._listen())
+            for port, proxy in enumerate(self._proxies.values(), self._port):
+                self._run(proxy.listen(self._host, port))
         except BaseException:
             self.close()
             raise
 
     def serve_from(self, sockets: Path | None) -> None:
         """Passes requests on to the sockets in this folder from now on; None: to nobody."""
-        self._gate.sockets = sockets
+        for name, proxy in self._proxies.items():
+            self._run(proxy.connect(sockets and sockets / SOCKETS[name]))
 
     @property
     def in_flight(self) -> int:
         """Requests that are not answered yet."""
-        return len(self._gate.busy) + self._gate.streams
+        return self._gate.in_flight
 
     def drain(self, give_up: Callable[[float], bool]) -> int:
         """Stops listening, and returns when all is answered, or `give_up(seconds)` says so.
 
         How many requests are left without an answer.
         """
-        self._run(self._stop_listening())
+        self._gate.draining = True
+        ways = [
+            asyncio.run_coroutine_threadsafe(proxy.drain(), self._loop)
+            for proxy in self._proxies.values()
+        ]
         began = time.monotonic()
         while not give_up(seconds := time.monotonic() - began):
             if seconds > _GRACE_S and not self.in_flight:
                 break
             time.sleep(_LOOK_S)
+        for way in ways:
+            way.cancel()
         return self.in_flight
 
     def close(self) -> None:
         """Ends every connection and the thread; again, it does nothing."""
         if self._loop.is_closed():
             return
-        self._run(self._end())
+        for proxy in self._proxies.values():
+            self._run(proxy.end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    def _run(self, work: Any) -> None:
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    async def _listen(self) -> None:
-        kinds: tuple[tuple[str, type[front_http.Connection] | type[front_grpc.Connection]], ...] = (
-            ("http", front_http.Connection),
-            ("grpc", front_grpc.Connection),
-            ("metrics", front_http.Connection),
-        )
-        for port, (name, kind) in enumerate(kinds, self._port):
-
-            async def connected(
-                reader: asyncio.StreamReader,
-                writer: asyncio.StreamWriter,
-                name: str = name,
-                kind: type[front_http.Connection] | type[front_grpc.Connection] = kind,
-            ) -> None:
-                connection = kind(reader, writer, self._gate, SOCKETS[name])
-                task = asyncio.current_task(self._loop)
-                if task is not None:
-                    self._connections[task] = connection
-                    task.add_done_callback(self._forget)
-                await connection.run()
-
-            self._listeners.append(
-                await asyncio.start_server(
-                    connected, self._host, port, limit=front_http.HEAD_BYTES, backlog=1024
-                )
-            )
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._connections.pop(task, None)
-
-    async def _stop_listening(self) -> None:
-        self._gate.draining = True
-        for listener in self._listeners:
-            listener.close()
-        for connection in list(self._connections.values()):
-            if isinstance(connection, front_grpc.Connection):
-                connection.go_away()
-
-    async def _end(self) -> None:
-        for listener in self._listeners:
-            listener.close()
-        tasks = list(self._connections)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def budget(limit: int) -> int:

@@ -1,4 +1,4 @@
-"""One HTTP client of a served network: a request is checked, read whole, passed on and answered.
+"""HTTP's part of the front: a request is checked, read whole, passed on and answered.
 
 Triton 2.51 itself reads bodies of any size, unpacks gzip without a bound, and copies a form's
 fields to the stack of a thread, whose end is the server's; `front_json` has what JSON does to it.
@@ -7,375 +7,199 @@ fields to the stack of a thread, whose end is the server's; `front_json` has wha
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
+import logging
 import re
-from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
+
+from rexdeploy.front_gate import STARTING, Gate
 from rexdeploy.front_json import checked
 
-HEAD_BYTES = 2**16
-CLOSED = b"Connection: close\r\n"
 # What a proxy does not pass on (RFC 9110, 7.6.1), and what is written anew here.
-_NOT_PASSED = frozenset(
-    b"connection content-length expect keep-alive proxy-connection te trailer transfer-encoding "
-    b"upgrade".split()
+_NOT_PASSED = (
+    *("connection", "content-length", "expect", "keep-alive", "proxy-connection"),
+    *("te", "trailer", "transfer-encoding", "upgrade"),
 )
-_REQUEST = re.compile(rb"([A-Z]+) ([!-~]+) HTTP/1\.([01])")
-_ANSWER = re.compile(rb"HTTP/1\.[01] ([2-5][0-9][0-9])(?: .*)?")
-_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*)")
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
-_JSON_BYTES = b"inference-header-content-length"  # of the body's first part; tensors follow it
-_FORM = b"application/x-www-form-urlencoded"
+_JSON_BYTES = "Inference-Header-Content-Length"  # of the body's first part; tensors follow it
+_FORM = "application/x-www-form-urlencoded"
 _BODY_S = 60.0  # a body must have come by then
 _WAIT_S = 30.0  # how long a body waits for others to be answered before it is read
-_DISCARD_S = 5.0  # how long what a refused client still sends is read, so that it gets the answer
-_PIECE = 2**18
-
-Headers = list[tuple[bytes, bytes]]
-
-
-class Budget:
-    """How many bytes of requests may be in memory together; who asks first is served first."""
-
-    def __init__(self, size: int) -> None:
-        self._free = size
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def take(self, size: int) -> None:
-        """Waits for `size` bytes, which must be at most the whole."""
-        if not self._waiting and self._free >= size:
-            self._free -= size
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it came at the same moment
-                self.give(size)
-            raise
-
-    def give(self, size: int) -> None:
-        """Gives back what was taken."""
-        self._free += size
-        while self._waiting:
-            size, turn = self._waiting[0]
-            if not turn.cancelled():
-                if self._free < size:
-                    return
-                self._free -= size
-                turn.set_result(None)
-            self._waiting.popleft()
+_END_S = 0.1  # what is in flight when the end does not wait for it
+# aiohttp logs a traceback for every client that sends no HTTP.
+_LOGGER = logging.getLogger("rexdeploy.front")
+_LOGGER.setLevel(logging.CRITICAL)
 
 
-@dataclass
-class Gate:
-    """What all connections share."""
-
-    limit: int  # bytes of one request's body
-    budget: Budget
-    sockets: Path | None = None  # the folder of the server's sockets; None: no server runs
-    draining: bool = False
-    busy: set[Connection] = field(default_factory=set)  # those that have a request
-    streams: int = 0  # gRPC's requests that are not answered yet
-
-
-class Refused(Exception):
+class _Refused(Exception):
     """A request that is answered here."""
 
-    def __init__(self, status: str, text: str) -> None:
+    def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
 
 
-@dataclass(frozen=True)
-class _Request:
-    method: bytes
-    target: bytes
-    headers: Headers  # as they are passed on
-    size: int | None  # of the body; None: it comes in chunks
-    keeps: bool  # the connection, after the answer
-    waits: bool  # for "100 Continue" before it sends the body
+class HttpProxy:
+    """Listens at a port; passes requests on to a socket."""
 
-
-class Connection:
-    """A client, and the connection to the server that its requests go over."""
-
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: Gate, socket: str
-    ) -> None:
-        self._reader, self._writer = reader, writer
+    def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._socket = socket
-        self._server: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._server: aiohttp.ClientSession | None = None
+        self._runner: web.AppRunner | None = None
 
-    async def run(self) -> None:
-        """Answers requests until either side ends."""
+    async def listen(self, host: str, port: int) -> None:
+        """Raises OSError where it cannot."""
+        app = web.Application(client_max_size=self._gate.limit)
+        app.router.add_route("*", "/{path:.*}", self._answer, expect_handler=_later)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=_LOGGER,
+            auto_decompress=False,
+            shutdown_timeout=_END_S,
+        )
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host, port, backlog=1024).start()
+
+    async def connect(self, socket: Path | None) -> None:
+        """Passes requests on to this socket from now on; None: to nobody."""
+        before, self._server = self._server, None
+        if before is not None:
+            await before.close()
+        if socket is not None:
+            self._server = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(str(socket), limit=0),
+                timeout=aiohttp.ClientTimeout(total=None),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+            )
+
+    async def drain(self) -> None:
+        """Stops listening; open connections may send one more request."""
+        for site in self._runner.sites if self._runner else ():
+            await site.stop()
+
+    async def end(self) -> None:
+        """Ends every connection."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+        await self.connect(None)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        self._gate.in_flight += 1
         try:
-            keeps = True
-            while keeps:
-                try:
-                    head = await self._reader.readuntil(b"\r\n\r\n")
-                except asyncio.LimitOverrunError:
-                    await self._refuse(
-                        Refused("431 Request Header Fields Too Large", "the headers are too long")
-                    )
-                    return
-                self._gate.busy.add(self)
-                try:
-                    keeps = await self._answer(head) and not self._gate.draining
-                except Refused as refused:
-                    await self._refuse(refused)
-                    keeps = False
-                finally:
-                    self._gate.busy.discard(self)
-        except (OSError, EOFError):  # one of them is gone; EOFError: in the middle of something
-            pass
+            try:
+                answer = await self._checked(request)
+            except _Refused as refused:
+                answer = web.json_response({"error": str(refused)}, status=refused.status)
+                answer.force_close()
+            if self._gate.draining:
+                answer.force_close()
+            await answer.prepare(request)
+            await answer.write_eof()
+            return answer
         finally:
-            self._writer.close()
-            if self._server is not None:
-                self._server[1].close()
+            self._gate.in_flight -= 1
 
-    async def _answer(self, head: bytes) -> bool:
-        """Passes a request on, and its answer back; whether the connection stays."""
-        request = _request(head)
-        limit = self._gate.limit
-        if request.size is not None and request.size > limit:
+    async def _checked(self, request: web.Request) -> web.Response:
+        """Reads a request within the limits and passes it on; raises _Refused."""
+        limit, size = self._gate.limit, request.content_length
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise _Refused(415, "compressed requests are not taken; send it as it is")
+        if request.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+            raise _Refused(400, "Transfer-Encoding: expected chunked")
+        if size is not None and size > limit:
             raise _too_large(limit)
-        if self._gate.sockets is None:
-            raise _starting()
-        held = limit if request.size is None else request.size
+        if self._server is None:
+            raise _Refused(503, STARTING)
+        held = (limit if size is None else size) if request.body_exists else 0
         try:
             await asyncio.wait_for(self._gate.budget.take(held), _WAIT_S)
         except asyncio.TimeoutError:
-            raise Refused("503 Service Unavailable", "too many large requests at once") from None
+            raise _Refused(503, "too many large requests at once") from None
         try:
-            if request.waits:
-                self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            body = await self._body(request)
-            if body:
-                body = _checked(request.headers, body)
-            reader, status, headers = await self._pass_on(request, body)
+            return await self._pass_on(request, await self._body(request))
         finally:
             self._gate.budget.give(held)
-        keeps = request.keeps and not self._gate.draining
-        await self._relay(reader, request, status, headers, keeps)
-        return keeps
 
-    async def _body(self, request: _Request) -> bytes:
-        if request.size is None:
-            reading = _chunked(self._reader, self._gate.limit)
-        else:
-            reading = self._reader.readexactly(request.size)
+    async def _body(self, request: web.Request) -> bytes:
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer has not begun
         try:
-            return await asyncio.wait_for(reading, _BODY_S)
+            return await asyncio.wait_for(request.read(), _BODY_S)
+        except web.HTTPRequestEntityTooLarge:
+            raise _too_large(self._gate.limit) from None
         except asyncio.TimeoutError:
-            raise Refused(
-                "408 Request Timeout", f"the body did not come within {_BODY_S:.0f} s"
-            ) from None
-        except asyncio.LimitOverrunError:
-            raise Refused("400 Bad Request", "a chunk's size is no number") from None
+            raise _Refused(408, f"the body did not come within {_BODY_S:.0f} s") from None
+        except web.RequestPayloadError:
+            raise _Refused(400, "the body is not as its headers say") from None
 
-    async def _pass_on(
-        self, request: _Request, body: bytes
-    ) -> tuple[asyncio.StreamReader, bytes, Headers]:
-        """Sends the request; the server's connection, and its answer's first line and headers."""
-        reader, writer = await self._connected()
+    async def _pass_on(self, request: web.Request, body: bytes) -> web.Response:
+        headers = _passed(request.headers)
+        if headers.get("Content-Type", "").lower().startswith(_FORM):
+            # What curl sends unless told otherwise ends Triton; nothing here is one.
+            headers["Content-Type"] = "application/octet-stream"
+        if body:
+            body = _with_checked_json(headers, body)
+        if self._server is None:
+            raise _Refused(503, STARTING)
         try:
-            first = b"%b %b HTTP/1.1\r\n" % (request.method, request.target)
-            headers = [*request.headers]
-            if body or request.method not in (b"GET", b"HEAD"):
-                headers.append((b"Content-Length", b"%d" % len(body)))
-            writer.write(first + _joined(headers) + b"\r\n")
-            writer.write(body)
-            await writer.drain()
-            status, *lines = (await reader.readuntil(b"\r\n\r\n"))[:-4].split(b"\r\n")
-            return reader, status, _headers(lines)
-        except (OSError, EOFError, asyncio.LimitOverrunError):
-            raise Refused(
-                "503 Service Unavailable", "the server ended while it had this request"
-            ) from None
-
-    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._server is None or self._server[0].at_eof():
-            try:
-                if self._gate.sockets is None:
-                    raise FileNotFoundError
-                self._server = await asyncio.open_unix_connection(
-                    self._gate.sockets / self._socket, limit=HEAD_BYTES
-                )
-            except OSError:
-                raise _starting() from None
-        return self._server
-
-    async def _relay(
-        self,
-        reader: asyncio.StreamReader,
-        request: _Request,
-        status: bytes,
-        headers: Headers,
-        keeps: bool,
-    ) -> None:
-        """Writes the answer to the client as the server gives it."""
-        known = {name.lower(): value for name, value in headers}
-        passed = [pair for pair in headers if pair[0].lower() not in (b"connection", b"keep-alive")]
-        head = status + b"\r\n" + _joined(passed) + (b"" if keeps else CLOSED) + b"\r\n"
-        self._writer.write(head)
-        number = _ANSWER.fullmatch(status)
-        if number is None:
-            raise ConnectionError("the server's answer is not HTTP")
-        if request.method == b"HEAD" or number[1] in (b"204", b"304"):
-            pass
-        elif known.get(b"transfer-encoding", b"").lower() == b"chunked":
-            while True:
-                line = await reader.readuntil(b"\r\n")
-                size = int(line.split(b";")[0], 16)
-                self._writer.write(line)
-                if size == 0:
-                    self._writer.write(await reader.readuntil(b"\r\n"))
-                    break
-                await self._copy(reader, size + 2)
-        else:
-            await self._copy(reader, int(known.get(b"content-length", b"0")))
-        await self._writer.drain()
-
-    async def _copy(self, reader: asyncio.StreamReader, left: int) -> None:
-        while left:
-            piece = await reader.read(min(left, _PIECE))
-            if not piece:
-                raise ConnectionError("the server ended in the middle of an answer")
-            self._writer.write(piece)
-            await self._writer.drain()
-            left -= len(piece)
-
-    async def _refuse(self, refused: Refused) -> None:
-        """Answers as Triton does; what the client still sends is read, or it gets no answer."""
-        body = json.dumps({"error": str(refused)}).encode()
-        headers = [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(body))]
-        status = b"HTTP/1.1 " + refused.status.encode()
-        self._writer.write(status + b"\r\n" + _joined(headers) + CLOSED + b"\r\n" + body)
-        await self._writer.drain()
-        if self._writer.can_write_eof():
-            self._writer.write_eof()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_discard(self._reader), _DISCARD_S)
+            async with self._server.request(
+                request.method,
+                URL("http://localhost" + request.rel_url.raw_path_qs, encoded=True),
+                headers=headers,
+                data=body or None,
+                allow_redirects=False,
+            ) as answer:
+                content = await answer.read()
+        except aiohttp.ClientConnectorError:
+            raise _Refused(503, STARTING) from None
+        except (aiohttp.ClientError, OSError):
+            raise _Refused(503, "the server ended while it had this request") from None
+        return web.Response(
+            status=answer.status,
+            reason=answer.reason,
+            headers=_passed(answer.headers),
+            body=content,
+        )
 
 
-def _checked(headers: Headers, body: bytes) -> bytes:
+async def _later(request: web.Request) -> None:
+    """Lets the client wait with the body until its size is checked."""
+    del request
+
+
+def _passed(headers: aiohttp.typedefs.LooseHeaders) -> CIMultiDict[str]:
+    return CIMultiDict(
+        (name, value)
+        for name, value in CIMultiDict(headers).items()
+        if name.lower() not in _NOT_PASSED
+    )
+
+
+def _with_checked_json(headers: CIMultiDict[str], body: bytes) -> bytes:
     """The body with its JSON checked and written anew; its size in the headers is kept right."""
-    places = [n for n, (name, _) in enumerate(headers) if name.lower() == _JSON_BYTES]
+    sizes = headers.getall(_JSON_BYTES, [])
     size = len(body)
-    if places:
-        value = headers[places[0]][1]
-        if len(places) > 1 or not re.fullmatch(rb"[0-9]{1,9}", value) or int(value) > size:
-            raise Refused(
-                "400 Bad Request", "Inference-Header-Content-Length: expected bytes of this body"
-            )
-        size = int(value)
+    if sizes:
+        if len(sizes) > 1 or not re.fullmatch(r"[0-9]{1,9}", sizes[0]) or int(sizes[0]) > size:
+            raise _Refused(400, f"{_JSON_BYTES}: expected bytes of this body")
+        size = int(sizes[0])
     if not size:  # the file alone
         return body
     try:
         text = checked(body[:size])
     except ValueError as error:
-        raise Refused("400 Bad Request", str(error)) from None
-    if places:
-        headers[places[0]] = (headers[places[0]][0], b"%d" % len(text))
+        raise _Refused(400, str(error)) from None
+    if sizes:
+        headers[_JSON_BYTES] = str(len(text))
     return text + body[size:]
 
 
-async def _discard(reader: asyncio.StreamReader) -> None:
-    while await reader.read(_PIECE):
-        pass
-
-
-async def _chunked(reader: asyncio.StreamReader, limit: int) -> bytes:
-    """A body in chunks, put together."""
-    body = bytearray()
-    while True:
-        found = _CHUNK.fullmatch(await reader.readuntil(b"\r\n"))
-        if found is None:
-            raise Refused("400 Bad Request", "a chunk's size is no number")
-        size = int(found[1], 16)
-        if len(body) + size > limit:
-            raise _too_large(limit)
-        if size == 0:
-            if await reader.readuntil(b"\r\n") != b"\r\n":
-                raise Refused("400 Bad Request", "trailers after a body are not taken")
-            return bytes(body)
-        body += await reader.readexactly(size)
-        if await reader.readexactly(2) != b"\r\n":
-            raise Refused("400 Bad Request", "a chunk is not as long as it says")
-
-
-def _request(head: bytes) -> _Request:
-    """Reads a request's first line and headers; raises Refused.
-
-    Whatever two programs could read in two ways is refused.
-    """
-    first, *lines = head[:-4].lstrip(b"\r\n").split(b"\r\n")
-    found = _REQUEST.fullmatch(first)
-    if found is None:
-        raise Refused("400 Bad Request", "the request's first line is not HTTP/1.1's")
-    headers = _headers(lines)
-    named: dict[bytes, list[bytes]] = {}
-    for name, value in headers:
-        named.setdefault(name.lower(), []).append(value)
-    lengths, codings = named.get(b"content-length", []), named.get(b"transfer-encoding", [])
-    size: int | None = 0
-    if codings:
-        if lengths or [value.lower() for value in codings] != [b"chunked"]:
-            raise Refused("400 Bad Request", "Transfer-Encoding: expected chunked, and no length")
-        size = None
-    elif lengths:
-        if len(lengths) > 1 or not re.fullmatch(rb"[0-9]{1,18}", lengths[0]):
-            raise Refused("400 Bad Request", "Content-Length: expected one number")
-        size = int(lengths[0])
-    if any(value.lower() != b"identity" for value in named.get(b"content-encoding", [])):
-        raise Refused(
-            "415 Unsupported Media Type", "compressed requests are not taken; send it as it is"
-        )
-    connection = b",".join(named.get(b"connection", [])).lower()
-    keeps = b"close" not in connection and (found[3] == b"1" or b"keep-alive" in connection)
-    return _Request(
-        found[1],
-        found[2],
-        [_safe(pair) for pair in headers if pair[0].lower() not in _NOT_PASSED],
-        size,
-        keeps,
-        waits=named.get(b"expect", [b""])[0].lower() == b"100-continue",
-    )
-
-
-def _safe(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
-    """A form's type, which curl sends unless told otherwise, ends Triton; nothing here is one."""
-    name, value = header
-    if name.lower() == b"content-type" and value.lower().startswith(_FORM):
-        return name, b"application/octet-stream"
-    return header
-
-
-def _headers(lines: list[bytes]) -> Headers:
-    headers = []
-    for line in lines:
-        found = _HEADER.fullmatch(line)
-        if found is None:
-            raise Refused("400 Bad Request", "a header is not of the form NAME: VALUE")
-        headers.append((found[1], found[2].rstrip(b" \t")))
-    return headers
-
-
-def _joined(headers: Headers) -> bytes:
-    return b"".join(b"%b: %b\r\n" % pair for pair in headers)
-
-
-def _starting() -> Refused:
-    return Refused("503 Service Unavailable", "the server is being started")
-
-
-def _too_large(limit: int) -> Refused:
-    return Refused(
-        "413 Content Too Large", f"the request has more than the {limit} bytes that are taken"
-    )
+def _too_large(limit: int) -> _Refused:
+    return _Refused(413, f"the request has more than the {limit} bytes that are taken")

@@ -204,7 +204,7 @@ def send(client: list[Any], number: int, pool: Pool, account: Account, address: 
     kind, model, name, tensor, refusal = _request(pool, number)
     if number % LARGE_EVERY == 0:
         kind, model, name, tensor, refusal = "large", IMAGE, "image", LARGE, "bytes that are taken|"
-        refusal += "more than the"
+        refusal += "larger than max"
     started = time.monotonic()
     try:
         answer = _infer(client[1], client[0], model, name, tensor)
