@@ -106,7 +106,7 @@ def v1_original(v1_checkpoint: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def timm_original(timm_checkpoint: Path) -> Bundle:
-    return _bundle(timm_checkpoint, "timm")
+    return _bundle(timm_checkpoint, "timm", size=96)
 
 
 @pytest.fixture(scope="session")

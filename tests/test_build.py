@@ -99,7 +99,9 @@ def test_an_fp16_build_that_is_really_fp32_fails_and_writes_nothing(v1_bundle: B
     """The float16 graph of the bundle is swapped for the float32 one, hash and all."""
     half, full = _artifact(v1_bundle, "onnx", "fp16"), v1_bundle.manifest.find_file(PLAIN)
     assert full is not None
-    data = v1_bundle.read(full)
+    model = onnx.load_from_string(v1_bundle.read(full))
+    model.doc_string = "another file than its parent"
+    data = model.SerializeToString()
     fake = replace(half, sha256=sha256(data), parent_sha256=full.sha256)
     bundle = v1_bundle.update(fake, files={half.file: data})
     before = folder_state(bundle.path)

@@ -26,32 +26,32 @@ def _make(path: Path, **contents: bytes) -> Bundle:
     return commit(path, lambda _: Manifest(FORMAT, path.name, SPEC, artifacts), contents)
 
 
-# Runs the same commit as `_make(path, a=new, c=...)`, but dies with SIGKILL at a given system call.
-KILLED_COMMIT = """
-import os, sys
-from pathlib import Path
-from tests.test_bundle import _make
-calls = 0
-def dying(function):
-    def call(*arguments, **keywords):
-        global calls
-        calls += 1
-        if calls == int(sys.argv[2]):
-            os.kill(os.getpid(), 9)
-        return function(*arguments, **keywords)
-    return call
-for name in ("replace", "fsync", "unlink"):
-    setattr(os, name, dying(getattr(os, name)))
-_make(Path(sys.argv[1]), a=b"new a", c=b"new c")
-print("calls", calls)
-"""
+def _commit(path: Path, killed_at: int) -> int:
+    """Commits in a child that kills itself before that rename, flush or removal.
 
+    Its exit code: the number of these calls, or the signal's, negative.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    calls = 0
 
-def _kill_points() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        _make(Path(folder) / "b", a=b"old a", b=b"old b")
-        answer = run_python(KILLED_COMMIT, Path(folder) / "b", "0", env=_with_tests())
-    return int(answer.stdout.split()[-1])
+    def dying(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **keywords: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **keywords)
+
+        return call
+
+    try:
+        for name in ("replace", "fsync", "unlink"):
+            setattr(os, name, dying(getattr(os, name)))
+        _make(path, a=b"new a", c=b"new c")
+    finally:
+        os._exit(calls)  # whatever happens: no child of pytest's goes on as pytest
 
 
 def _with_tests() -> dict[str, str]:
@@ -61,13 +61,14 @@ def _with_tests() -> dict[str, str]:
 def test_a_commit_killed_at_any_moment_leaves_the_old_bundle_or_the_new(tmp_path: Path) -> None:
     """SIGKILL before each rename, flush and removal in turn; then the next command opens it."""
     outcomes = []
-    points = _kill_points()
+    _make(tmp_path / "counted", a=b"old a", b=b"old b")
+    points = _commit(tmp_path / "counted", killed_at=0)
     assert points >= 7
+    assert Bundle.open(tmp_path / "counted").manifest.find_file("c")
     for point in range(1, points + 1):
         path = tmp_path / f"killed-{point}"
         _make(path, a=b"old a", b=b"old b")
-        answer = run_python(KILLED_COMMIT, path, str(point), env=_with_tests())
-        assert answer.returncode == -signal.SIGKILL
+        assert _commit(path, point) == -signal.SIGKILL
         bundle = Bundle.open(path)
         contents = {item.file: bundle.read(item) for item in bundle.manifest.artifacts}
         assert contents in (

@@ -32,7 +32,7 @@ def test_it_reports_the_installed_versions() -> None:
 
 def test_both_onnxruntimes_at_once_are_a_conflict_with_a_way_out(tmp_path: Path) -> None:
     for package in ("onnxruntime", "onnxruntime-gpu"):
-        _plant(tmp_path, package, "1.22.0")
+        _plant(tmp_path, package, "1.30.0")
     env = {"PYTHONPATH": str(tmp_path)}
     answer = run_python(
         DOCTOR.replace("main()", "import sys; sys.argv.append('doctor'); main()"), env=env

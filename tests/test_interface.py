@@ -28,8 +28,8 @@ FAST = VerifyOptions(samples=4)
 
 
 @pytest.fixture(scope="module")
-def pool(v1_original: Bundle) -> UInt8:
-    return images.synthetic_pixels(5, v1_original.manifest.model.preprocess, seed=9)
+def pool(small_v1_original: Bundle) -> UInt8:
+    return images.synthetic_pixels(5, small_v1_original.manifest.model.preprocess, seed=9)
 
 
 def _graph(bundle: Bundle, file: str) -> ModelProto:
@@ -45,21 +45,23 @@ def _with_graph(bundle: Bundle, file: str, model: ModelProto) -> Bundle:
     return bundle.update(replace(artifact, sha256=sha256(data)), files={file: data})
 
 
-def test_the_manifest_and_the_graph_say_what_goes_in_and_out(pixels_original: Bundle) -> None:
-    spec = pixels_original.manifest.model
-    assert (spec.input, spec.input_shape, spec.output) == ("uint8", (224, 224, 3), "probabilities")
+def test_the_manifest_and_the_graph_say_what_goes_in_and_out(small_pixels_original: Bundle) -> None:
+    spec = small_pixels_original.manifest.model
+    assert (spec.input, spec.input_shape, spec.output) == ("uint8", (64, 64, 3), "probabilities")
     for file in ("fp32.onnx", "fp32.tensorrt.onnx", "fp16.onnx"):
-        model = _graph(pixels_original, file)
+        model = _graph(small_pixels_original, file)
         assert forms(model) == ("uint8", "probabilities")
         (given,), (answer,) = model.graph.input, model.graph.output
         assert (given.name, answer.name) == (spec.input_name, spec.output_name)
         shape = [dim.dim_param or dim.dim_value for dim in given.type.tensor_type.shape.dim]
-        assert shape == ["batch", 224, 224, 3]
+        assert shape == ["batch", 64, 64, 3]
         assert answer.type.tensor_type.elem_type == TensorProto.FLOAT
 
 
-def test_normalisation_and_softmax_stay_float32_in_a_float16_graph(pixels_original: Bundle) -> None:
-    model = _graph(pixels_original, "fp16.onnx")
+def test_normalisation_and_softmax_stay_float32_in_a_float16_graph(
+    small_pixels_original: Bundle,
+) -> None:
+    model = _graph(small_pixels_original, "fp16.onnx")
     types = element_types(onnx.shape_inference.infer_shapes(model).graph)
     (softmax_node,) = nodes_of(model, "Softmax")
     assert types[softmax_node.input[0]] == types[softmax_node.output[0]] == TensorProto.FLOAT
@@ -68,7 +70,7 @@ def test_normalisation_and_softmax_stay_float32_in_a_float16_graph(pixels_origin
             kinds = {types[name] for name in (*node.input, *node.output)}
             assert kinds <= {TensorProto.FLOAT, TensorProto.UINT8}, node.name
     assert {types[node.input[1]] for node in nodes_of(model, "Conv")} == {TensorProto.FLOAT16}
-    engine = pixels_original.manifest.find("engine")
+    engine = small_pixels_original.manifest.find("engine")
     assert engine is not None
     assert engine.proof is not None
     assert engine.proof.holds
@@ -76,38 +78,43 @@ def test_normalisation_and_softmax_stay_float32_in_a_float16_graph(pixels_origin
 
 
 def test_pixels_and_probabilities_are_those_of_the_float32_bundle(
-    v1_original: Bundle, pixels_original: Bundle, pool: UInt8
+    small_v1_original: Bundle, small_pixels_original: Bundle, pool: UInt8
 ) -> None:
-    normalised = images.normalise(pool, v1_original.manifest.model.preprocess)
-    with load(v1_original, "onnxruntime") as plain:
+    normalised = images.normalise(pool, small_v1_original.manifest.model.preprocess)
+    with load(small_v1_original, "onnxruntime") as plain:
         logits = plain.logits(normalised)
         expected = softmax(logits)
         np.testing.assert_array_equal(plain.probabilities(normalised), expected)
     for backend in ("onnxruntime", "pytorch"):
-        with load(pixels_original, backend) as classifier:
+        with load(small_pixels_original, backend) as classifier:
             assert np.abs(classifier.probabilities(pool) - expected).max() < 1e-5
             with pytest.raises(UsageError, match="give probabilities; use probabilities()"):
                 classifier.logits(pool)
-            with pytest.raises(UsageError, match=r"got float32 of shape \(5, 3, 224, 224\), exp"):
+            with pytest.raises(UsageError, match=r"got float32 of shape \(5, 3, 64, 64\), exp"):
                 classifier.probabilities(normalised)
 
 
-def test_openvino_takes_pixels_too(pixels_original: Bundle, pool: UInt8) -> None:
+def test_openvino_takes_pixels_too(small_pixels_original: Bundle, pool: UInt8) -> None:
     pytest.importorskip("openvino")
-    graph = pixels_original.manifest.find("onnx")
+    graph = small_pixels_original.manifest.find("onnx")
     assert graph is not None
     answers = []
     for name in ("onnxruntime", "openvino"):
-        backend = open_backend(name, pixels_original.read(graph), pixels_original.manifest.model)
+        backend = open_backend(
+            name, small_pixels_original.read(graph), small_pixels_original.manifest.model
+        )
         answers.append(backend.run(pool))
         backend.close()
     assert np.abs(answers[0] - answers[1]).max() < 1e-5
 
 
 def test_the_core_is_the_float32_bundles_graph(
-    v1_original: Bundle, pixels_original: Bundle
+    small_v1_original: Bundle, small_pixels_original: Bundle
 ) -> None:
-    core, plain = unwrap(_graph(pixels_original, "fp32.onnx")), _graph(v1_original, "fp32.onnx")
+    core, plain = (
+        unwrap(_graph(small_pixels_original, "fp32.onnx")),
+        _graph(small_v1_original, "fp32.onnx"),
+    )
     for field in ("node", "initializer", "input", "output"):
         ours, theirs = (list(getattr(model.graph, field)) for model in (core, plain))
         assert sorted(map(str, ours)) == sorted(map(str, theirs)), field
@@ -115,26 +122,26 @@ def test_the_core_is_the_float32_bundles_graph(
     assert unwrap(plain) is plain
 
 
-def test_a_change_that_changes_nothing_gives_the_graph_itself(pixels_original: Bundle) -> None:
-    model = _graph(pixels_original, "fp32.onnx")
+def test_a_change_that_changes_nothing_gives_the_graph_itself(
+    small_pixels_original: Bundle,
+) -> None:
+    model = _graph(small_pixels_original, "fp32.onnx")
     assert change_core(model, lambda core: core) is model
     assert change_core(model, lambda core: edit_weights(core, [], abs)) is model
 
 
 def test_verify_compares_log_probabilities_and_says_so(
-    pixels_bundle: Bundle, v1_original: Bundle, tmp_path: Path
+    small_pixels: Bundle, small_v1_original: Bundle, tmp_path: Path
 ) -> None:
-    result = verify(pixels_bundle, FAST)
+    result = verify(small_pixels, FAST)
     assert result.passed
     assert result.compared == "log-probabilities"
     assert [edge.candidate for edge in result.edges if "fp32.onnx" in edge.candidate]
     # A softmax takes one number an image: what is left has almost the same signal.
-    plain = verify(v1_original, FAST)
+    plain = verify(small_v1_original, FAST)
     assert plain.compared == "logits"
     assert result.signal == pytest.approx(plain.signal, rel=0.05)
-    told = run_cli(
-        "verify", pixels_bundle.path, "--samples", "4", "-q", "--json", "-", cwd=tmp_path
-    )
+    told = run_cli("verify", small_pixels.path, "--samples", "4", "-q", "--json", "-", cwd=tmp_path)
     assert '"compared": "log-probabilities"' in told.out
 
 
@@ -162,31 +169,32 @@ def _softmax_over_images(model: ModelProto) -> ModelProto:
     ids=lambda defect: defect.__name__,
 )
 def test_a_defect_in_or_behind_the_interface_breaks_its_edge(
-    pixels_bundle: Bundle, defect: object
+    small_pixels: Bundle, defect: object
 ) -> None:
     assert callable(defect)
-    changed = defect(_graph(pixels_bundle, "fp32.onnx"))
-    result = verify(_with_graph(pixels_bundle, "fp32.onnx", changed), FAST)
+    changed = defect(_graph(small_pixels, "fp32.onnx"))
+    result = verify(_with_graph(small_pixels, "fp32.onnx", changed), FAST)
     assert "torch -> fp32.onnx" in result.failures[0]
 
 
 def test_a_file_of_another_interface_is_judged_by_its_own(
-    v1_original: Bundle, pixels_original: Bundle
+    small_v1_original: Bundle, small_pixels_original: Bundle
 ) -> None:
     """Each bundle's graph against the other's reference: the same weights, so both pass."""
-    for judge, other in ((v1_original, pixels_original), (pixels_original, v1_original)):
+    for judge, other in (
+        (small_v1_original, small_pixels_original),
+        (small_pixels_original, small_v1_original),
+    ):
         candidate = other.path / "fp32.onnx"
         result = verify(judge, replace(FAST, candidate=candidate))
         assert result.passed, result.failures
     assert result.compared == "logits"
 
 
-def test_localize_walks_the_core(pixels_bundle: Bundle) -> None:
-    weight = nodes_of(_graph(pixels_bundle, "fp32.onnx"), "Conv")[2].input[1]
-    changed = edit_weights(
-        _graph(pixels_bundle, "fp32.onnx"), [weight], lambda values: 1.1 * values
-    )
-    broken = _with_graph(pixels_bundle, "fp32.onnx", changed)
+def test_localize_walks_the_core(small_pixels: Bundle) -> None:
+    weight = nodes_of(_graph(small_pixels, "fp32.onnx"), "Conv")[2].input[1]
+    changed = edit_weights(_graph(small_pixels, "fp32.onnx"), [weight], lambda values: 1.1 * values)
+    broken = _with_graph(small_pixels, "fp32.onnx", changed)
     result = verify(broken, replace(FAST, localize=True))
     (walk,) = (item for item in result.localizations if item.candidate == "fp32.onnx")
     assert walk.culprit is not None
@@ -194,9 +202,9 @@ def test_localize_walks_the_core(pixels_bundle: Bundle) -> None:
     assert [block.name for block in walk.blocks][:2] == ["stem", "block 1"]
 
 
-def test_bench_feeds_each_form_what_it_takes(pixels_original: Bundle) -> None:
+def test_bench_feeds_each_form_what_it_takes(small_pixels_original: Bundle) -> None:
     options = BenchOptions(backends=("onnxruntime", "pytorch"), rounds=1, batches=(2,))
-    result = bench([BundleSubject(pixels_original)], options)
+    result = bench([BundleSubject(small_pixels_original)], options)
     assert {row.backend for row in result.latencies} == {"onnxruntime", "pytorch"}
     assert result.skipped == ()
 
@@ -221,10 +229,10 @@ def test_probabilities_compare_as_the_logits_they_come_from() -> None:
 
 
 def test_a_graph_with_a_scope_of_our_name_is_not_cut_apart(
-    v1_original: Bundle, pixels_original: Bundle
+    small_v1_original: Bundle, small_pixels_original: Bundle
 ) -> None:
     """Somebody's own nodes may be called `interface/...`, a Softmax of theirs among them."""
-    model = _graph(v1_original, "fp32.onnx")
+    model = _graph(small_v1_original, "fp32.onnx")
     for index, node in enumerate(model.graph.node[:40]):
         node.name = f"interface/{index}"
     model.graph.node[3].name = "interface/softmax"
@@ -234,7 +242,7 @@ def test_a_graph_with_a_scope_of_our_name_is_not_cut_apart(
     assert change_core(model, lambda core: core) == model
 
     # Inside our own interface, theirs are of the core.
-    ours = _graph(pixels_original, "fp32.onnx")
+    ours = _graph(small_pixels_original, "fp32.onnx")
     inner = next(node for node in ours.graph.node if node.op_type == "Conv")
     inner.name = "interface/conv"
     core = unwrap(ours)
@@ -245,9 +253,9 @@ def test_a_graph_with_a_scope_of_our_name_is_not_cut_apart(
 
 @pytest.mark.parametrize("part", ["float", "nchw", "scaled", "shifted"])
 def test_an_interface_of_another_structure_stays_in_the_core(
-    pixels_original: Bundle, part: str
+    small_pixels_original: Bundle, part: str
 ) -> None:
-    model = _graph(pixels_original, "fp32.onnx")
+    model = _graph(small_pixels_original, "fp32.onnx")
     (node,) = (node for node in model.graph.node if node.name == f"interface/{part}")
     node.op_type = "Identity"
     assert interface_nodes(model) == {"interface/softmax"}
