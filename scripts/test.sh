@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 mypy
 ./scripts/cpp_build.sh || [ $? -eq 3 ] # 3: cannot be built here; then its tests are skipped
-python -m pytest --numprocesses 2 --dist loadfile "$@"
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

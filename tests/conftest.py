@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,50 +36,78 @@ def pytest_configure() -> None:
     torch.set_num_threads(1 if worker else 2)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first: begun last, one process would wait for the other."""
+    longest = ("test_verify.py", "test_readme.py", "test_tune.py", "test_build.py")
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
 @pytest.fixture(scope="session")
 def session_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("session")
+    """One folder for all test processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "session"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _once(path: Path) -> Iterator[bool]:
+    """Whether `path` is still to be made in the block: by the first process that comes."""
+    done = path.with_name(f"{path.name}.done")
+    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not done.exists()
+        done.touch()
 
 
 @pytest.fixture(scope="session")
 def photos(session_dir: Path) -> Path:
     """A folder with two real photographs."""
     folder = session_dir / "photos"
-    folder.mkdir()
-    samples = load_sample_images()
-    for name, pixels in zip(samples.filenames, samples.images, strict=True):
-        Image.fromarray(pixels).save(folder / Path(name).with_suffix(".png").name)
+    with _once(folder) as missing:
+        if missing:
+            folder.mkdir()
+            samples = load_sample_images()
+            for name, pixels in zip(samples.filenames, samples.images, strict=True):
+                Image.fromarray(pixels).save(folder / Path(name).with_suffix(".png").name)
     return folder
 
 
 @pytest.fixture(scope="session")
 def v1_checkpoint(session_dir: Path) -> Path:
     """A published-format V1 1.0 checkpoint with 37 classes, as DataParallel would save it."""
-    torch.manual_seed(1)
-    model = reacting(ReXNetV1(width_mult=1.0, classes=37))
     path = session_dir / "rexnetv1_1.0.pth"
-    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"epoch": 3, "state_dict": state}, path)
+    with _once(path) as missing:
+        if missing:
+            torch.manual_seed(1)
+            model = reacting(ReXNetV1(width_mult=1.0, classes=37))
+            state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+            torch.save({"epoch": 3, "state_dict": state}, path)
     return path
 
 
 @pytest.fixture(scope="session")
 def timm_checkpoint(session_dir: Path) -> Path:
     """A timm rexnet_130 checkpoint with 1000 classes."""
-    torch.manual_seed(2)
-    model = reacting(timm.create_model("rexnet_130"))
     path = session_dir / "model.safetensors"
-    safetensors.torch.save_file(model.state_dict(), path)
+    with _once(path) as missing:
+        if missing:
+            torch.manual_seed(2)
+            model = reacting(timm.create_model("rexnet_130"))
+            safetensors.torch.save_file(model.state_dict(), path)
     return path
 
 
 @pytest.fixture(scope="session")
 def lite_checkpoint(session_dir: Path) -> Path:
     """A published-format lite 1.0 checkpoint with 10 classes."""
-    torch.manual_seed(3)
-    model = reacting(ReXNetV1_lite(multiplier=1.0, classes=10))
     path = session_dir / "rexnet_lite_1.0.pth"
-    torch.save(model.state_dict(), path)
+    with _once(path) as missing:
+        if missing:
+            torch.manual_seed(3)
+            model = reacting(ReXNetV1_lite(multiplier=1.0, classes=10))
+            torch.save(model.state_dict(), path)
     return path
 
 
@@ -84,18 +115,24 @@ def _bundle(
     checkpoint: Path, name: str, takes: str = "float32", gives: str = "logits", size: int = 224
 ) -> Bundle:
     """A bundle with an ONNX graph, its float16 form and an RTX engine."""
-    exported = export(
-        ExportOptions(
-            weights=str(checkpoint),
-            name=name,
-            out=checkpoint.parent / "artifacts",
-            image_size=size,
-            input=takes,
-            output=gives,
-        )
-    )
-    options = BuildOptions(fp16=True, flavor="rtx", batch=BatchRange(1, 2, 8), targets=("sm89",))
-    return build(exported.bundle, options).bundle
+    out = checkpoint.parent / "artifacts"
+    out.mkdir(exist_ok=True)
+    with _once(out / name) as missing:
+        if missing:
+            options = ExportOptions(
+                weights=str(checkpoint),
+                name=name,
+                out=out,
+                image_size=size,
+                input=takes,
+                output=gives,
+            )
+            exported = export(options)
+            target = BuildOptions(
+                fp16=True, flavor="rtx", batch=BatchRange(1, 2, 8), targets=("sm89",)
+            )
+            build(exported.bundle, target)
+    return Bundle.open(out / name)
 
 
 @pytest.fixture(scope="session")
