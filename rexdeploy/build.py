@@ -17,6 +17,7 @@ from rexdeploy.interface import interface_nodes
 from rexdeploy.manifest import (
     DEFAULT_BATCH,
     FORMAT,
+    MANIFEST,
     MAX_BATCH,
     MAX_CLASSES,
     MAX_IMAGE_SIZE,
@@ -177,7 +178,7 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
             "graph, with --bf16"
         )
     folder = root / path.stem
-    if (folder / "manifest.json").exists():
+    if (folder / MANIFEST).exists():
         existing = Bundle.open(folder)
         if existing.manifest.find("onnx", sha256=artifact.sha256):
             return Source(existing)

@@ -21,11 +21,10 @@ from pathlib import Path
 from rexdeploy.atomic import sync_folder, write_synced
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import MAX_TEXT_BYTES, read_plain
-from rexdeploy.manifest import VERIFICATION, Artifact, Manifest, decode, judged, to_json
+from rexdeploy.manifest import MANIFEST, VERIFICATION, Artifact, Manifest, decode, judged, to_json
 
 DEFAULT_ROOT = Path("artifacts")
 
-_MANIFEST = "manifest.json"
 SIGNATURE = "bundle.sig"
 """See `rexdeploy.signing`; it is of one state of the bundle, and goes with it."""
 _JOURNAL = ".manifest.commit"
@@ -148,7 +147,7 @@ def _committed(
 ) -> Bundle:
     with _locked(path):
         _finish_interrupted(path)
-        current = _read_manifest(path) if (path / _MANIFEST).exists() else None
+        current = _read_manifest(path) if (path / MANIFEST).exists() else None
         manifest = replace(
             merge(current),
             updated_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
@@ -157,8 +156,8 @@ def _committed(
         try:
             for name, data in files.items():
                 write_synced(path / _STAGED.format(name), data)
-            write_synced(path / _STAGED.format(_MANIFEST), to_json(manifest))
-            os.replace(path / _STAGED.format(_MANIFEST), path / _JOURNAL)
+            write_synced(path / _STAGED.format(MANIFEST), to_json(manifest))
+            os.replace(path / _STAGED.format(MANIFEST), path / _JOURNAL)
         except OSError:
             _remove_staged(path)
             raise
@@ -192,7 +191,7 @@ def attach_signature(path: Path, make: Callable[[], bytes]) -> None:
 
 def is_bundle(path: Path) -> bool:
     """Whether `path` is a folder with a manifest, or with the journal of one."""
-    return path.is_dir() and any((path / name).exists() for name in (_MANIFEST, _JOURNAL))
+    return path.is_dir() and any((path / name).exists() for name in (MANIFEST, _JOURNAL))
 
 
 def check_writable(root: Path) -> None:
@@ -219,7 +218,7 @@ def _check_targets(path: Path, manifest: Manifest, is_new: bool) -> None:
             f"{path} is a folder with other files in it, not a bundle; choose another name"
         )
     files = (artifact.file for artifact in manifest.artifacts)
-    for name in (_MANIFEST, _JOURNAL, SIGNATURE, *files):
+    for name in (MANIFEST, _JOURNAL, SIGNATURE, *files):
         if (path / name).is_dir():
             raise UsageError(f"{path / name} is a folder where the bundle needs a file; remove it")
 
@@ -257,7 +256,7 @@ def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    file = path / _MANIFEST
+    file = path / MANIFEST
     try:
         data = read_plain(file, MAX_TEXT_BYTES)
     except OSError as error:
@@ -284,7 +283,7 @@ def _finish_interrupted(path: Path) -> None:
                 os.replace(staged, path / artifact.file)
         _remove_dropped(path, manifest)
         (path / SIGNATURE).unlink(missing_ok=True)  # of the old state
-        os.replace(journal, path / _MANIFEST)
+        os.replace(journal, path / MANIFEST)
         sync_folder(path)
     except OSError as error:
         raise UsageError(
@@ -295,9 +294,9 @@ def _finish_interrupted(path: Path) -> None:
 
 def _remove_dropped(path: Path, manifest: Manifest) -> None:
     """Deletes files that the old manifest names and the new one does not; never any other."""
-    file = path / _MANIFEST
+    file = path / MANIFEST
     try:
-        old = decode(file.read_bytes(), str(file))
+        old = decode(read_plain(file, MAX_TEXT_BYTES), str(file))
     except (FileNotFoundError, UsageError):
         return  # no old manifest, or a damaged one: then nothing here is known to be ours
     kept = {artifact.file for artifact in manifest.artifacts}

@@ -1014,20 +1014,18 @@ def tune_serving(
     server = find_server(tritonserver)
     with _taken_back_on_ctrl_c(), progress(quiet) as report:
         result = run(opened, repository, server, SweepOptions(p99, images), report)
-    try:
+    if not quiet and json != Path("-"):
+        show_sweep(opened.manifest.model.title, result)
+    with _only_warned_of(result.kept is None):
         emit(json, lambda: result)
         if plot is not None:
             plot_sweep(result, plot)
-        if not quiet and json != Path("-"):
-            show_sweep(opened.manifest.model.title, result)
-    finally:
-        if result.kept is None:
-            nearest = min(load.p99_ms for row in result.rows for load in row.loads)
-            raise VerificationFailed(
-                f"no way of serving answers 99 of 100 requests within {p99:g} ms; the nearest took "
-                f"{nearest:.3g} ms; nothing was changed: give a larger --p99, or take a smaller "
-                "network"
-            )
+    if result.kept is None:
+        nearest = min(load.p99_ms for row in result.rows for load in row.loads)
+        raise VerificationFailed(
+            f"no way of serving answers 99 of 100 requests within {p99:g} ms; the nearest took "
+            f"{nearest:.3g} ms; nothing was changed: give a larger --p99, or take a smaller network"
+        )
 
 
 @app.command()

@@ -27,6 +27,7 @@ from rexdeploy.interface import PIXELS, PROBABILITIES, wrap
 from rexdeploy.labels import parse_labels
 from rexdeploy.manifest import (
     FORMAT,
+    MANIFEST,
     MAX_CLASSES,
     Artifact,
     BatchRange,
@@ -257,7 +258,7 @@ def _check_agrees(options: ExportOptions, checkpoint: Checkpoint, path: Path) ->
 
 def _check_replaceable(path: Path, spec: ModelSpec) -> None:
     """Raises UsageError if an untrained network would replace a trained one."""
-    if not (path / "manifest.json").exists():
+    if not (path / MANIFEST).exists():
         return
     current = Bundle.open(path).manifest
     if current.model.weights.trained and not spec.weights.trained:

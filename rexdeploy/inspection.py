@@ -201,11 +201,14 @@ def _graph_runners(data: bytes, model: ModelProto, report: Report) -> list[Runne
     from rexdeploy.bounds import check_memory
 
     names = ["onnxruntime", *(["onnxruntime-cuda"] if has_onnxruntime_cuda() else [])]
+    try:
+        check_memory(model, 1, _AN_IMAGE, "the graph")
+    except UsageError as error:
+        return [Runner(name, False, str(error)) for name in names]
     runners = []
     for name in names:
         report(f"loading it into {name}")
         try:
-            check_memory(model, 1, _AN_IMAGE, "the graph")
             load_session(data, cuda=name == "onnxruntime-cuda")
             runners.append(Runner(name, True, ""))
         except RexdeployError as error:

@@ -49,7 +49,7 @@ def measure(
     For so many `seconds`, after a warm-up, and longer (eight times at most) until `least` requests
     are answered. Raises RexdeployError where a request is refused or not answered.
     """
-    bodies = [_request(file, output) for file in files]
+    bodies = [image_request(file, output) for file in files]
     answered: list[tuple[float, float]] = []  # when, and the milliseconds that it took
     stop = threading.Event()
 
@@ -101,22 +101,22 @@ def _wait(working: Sequence[Future[None]], seconds: float, enough: Callable[[], 
         time.sleep(0.01)
 
 
-def _request(file: bytes, output: str) -> tuple[bytes, dict[str, str]]:
-    """The body and headers of a request with one image file."""
+def image_request(file: bytes, output: str | None = None) -> tuple[bytes, dict[str, str]]:
+    """The body and headers of a request with one image file, for an ensemble's `output` or all."""
     size = len(file)
-    header = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": "image",
-                    "datatype": "UINT8",
-                    "shape": [1, size],
-                    "parameters": {"binary_data_size": size},
-                }
-            ],
-            "outputs": [{"name": output, "parameters": {"binary_data": True}}],
-        }
-    ).encode()
+    wanted: dict[str, object] = {
+        "inputs": [
+            {
+                "name": "image",
+                "datatype": "UINT8",
+                "shape": [1, size],
+                "parameters": {"binary_data_size": size},
+            }
+        ]
+    }
+    if output is not None:
+        wanted["outputs"] = [{"name": output, "parameters": {"binary_data": True}}]
+    header = json.dumps(wanted).encode()
     headers = {
         "Content-Type": "application/octet-stream",
         "Inference-Header-Content-Length": str(len(header)),

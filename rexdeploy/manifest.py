@@ -14,6 +14,8 @@ from rexdeploy.errors import UsageError
 from rexdeploy.proof import PrecisionProof
 
 FORMAT = 1
+MANIFEST = "manifest.json"
+"""The file itself, in its bundle's folder."""
 VERIFICATION = "verify.json"
 """The report of the latest verification of the bundle's own files."""
 MAX_CLASSES = 1_000_000
@@ -161,7 +163,7 @@ class Artifact:
     proof: PrecisionProof | None = None  # of an engine: what its build reported of its layers
 
     def __post_init__(self) -> None:
-        if not _FILE_NAME.fullmatch(self.file) or self.file == "manifest.json":
+        if not _FILE_NAME.fullmatch(self.file) or self.file == MANIFEST:
             raise ValueError(f"file '{self.file}' is not a plain name inside the bundle's folder")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise ValueError(f"sha256 of '{self.file}' is not 64 hexadecimal digits")

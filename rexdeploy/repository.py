@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import math
 import os
 import shutil
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rexdeploy.atomic import sync_folder
+from rexdeploy.atomic import open_locked, sync_folder
 from rexdeploy.errors import RexdeployError
 from rexdeploy.triton_config import (
     CONFIG,
@@ -223,38 +222,21 @@ def _lock(folder: Path, repository: Path) -> int:
             raise RexdeployError(f"{folder} is a link, expected nothing there; remove it")
         folder.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            return open_locked(folder / _LOCK, wait=False)
         except FileNotFoundError:  # whoever had it has removed the folder meanwhile
             continue
+        except BlockingIOError:
+            pass
         except BaseException:
             with contextlib.suppress(OSError):
                 folder.rmdir()
             raise
-        try:
-            if _locked(descriptor):
-                named = (folder / _LOCK).stat()
-                if os.path.samestat(os.fstat(descriptor), named):
-                    return descriptor
-        except FileNotFoundError:
-            pass  # removed by whoever had it; ours is a file without a name
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
         if time.monotonic() > deadline:
             raise RexdeployError(
                 f"another command has been changing {repository} for {_WAIT_SECONDS} s; "
                 "wait until it is done, or end it, and run this one again"
             )
         time.sleep(0.05)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _remove(folder: Path) -> None:

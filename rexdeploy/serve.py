@@ -178,6 +178,18 @@ def check_ports(address: Address) -> None:
             ) from None
 
 
+def free_port() -> int:
+    """The first of three ports in a row that are free on this machine now, for an `Address`."""
+    while True:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            sockets[0].bind(("127.0.0.1", 0))
+            port: int = sockets[0].getsockname()[1]
+            for place in (1, 2):
+                sockets[place].bind(("127.0.0.1", port + place))
+            return port
+
+
 @dataclass(frozen=True)
 class Guard:
     """What clients may do."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import io
 import json
-import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +19,8 @@ from typing import Any
 
 from rexdeploy.bundle import SIGNATURE, Bundle, attach_signature, readable, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
-from rexdeploy.manifest import decode
-
-MANIFEST = "manifest.json"
+from rexdeploy.files import MAX_TEXT_BYTES, read_plain
+from rexdeploy.manifest import MANIFEST, decode
 
 _KEY = "an EC key of the curve P-256, P-384 or P-521 as PEM"
 _LARGEST = 2**20  # bytes of a key or a signature; a bundle of a hundred files has 20 KB
@@ -42,7 +41,7 @@ def sign(path: Path, private_key: Path) -> int:
     signed: dict[str, str] = {}
 
     def make() -> bytes:
-        manifest = (path / MANIFEST).read_bytes()
+        manifest = read_plain(path / MANIFEST, MAX_TEXT_BYTES)
         wanted = _named(manifest, path / MANIFEST)
         config.set_hashing_config(_hashing(hashing, path))
         with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +85,7 @@ def check(path: Path, public_key: Path) -> Bundle:
                 "'rexdeploy sign' makes one, and whatever changes the bundle afterwards drops it"
             )
         data = _read_small(file)
-        manifest = (path / MANIFEST).read_bytes()
+        manifest = read_plain(path / MANIFEST, MAX_TEXT_BYTES)
         config.set_hashing_config(_hashing(hashing, path))
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / SIGNATURE  # of the bytes that are read below
@@ -127,11 +126,10 @@ def _with_key(key: Path, expected: str, use: Callable[[], Any]) -> Any:
 def _read_small(file: Path) -> bytes:
     """The bytes of a key or a signature; raises UsageError for what can be neither."""
     try:
-        found = file.stat()
-        if stat.S_ISREG(found.st_mode) and found.st_size <= _LARGEST:
-            return file.read_bytes()
+        return read_plain(file, _LARGEST)
     except OSError as error:
-        raise UsageError(f"{file} cannot be read ({error.strerror})") from None
+        if error.errno not in (errno.EINVAL, errno.EISDIR, errno.EFBIG):  # of `read_plain`
+            raise UsageError(f"{file} cannot be read ({error.strerror})") from None
     raise UsageError(f"{file}: got no plain file of at most 1 MiB, expected a key or a signature")
 
 

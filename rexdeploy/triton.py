@@ -11,7 +11,7 @@ from pathlib import Path
 from rexdeploy.backends import engines
 from rexdeploy.bundle import Bundle, is_bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.manifest import DEFAULT_BATCH, Artifact, BatchRange, Manifest, to_json
+from rexdeploy.manifest import DEFAULT_BATCH, MANIFEST, Artifact, BatchRange, Manifest, to_json
 from rexdeploy.metadata import check_preprocess
 from rexdeploy.repository import Deployed, Model, changing, config_of, deployed, publish
 from rexdeploy.serve import Binary, choose_backend
@@ -237,7 +237,7 @@ def _python_files(kind: str, manifest: Manifest, data: Mapping[str, bytes]) -> d
         "model.py": _MODEL_PY.format(kind).encode(),
         # In place of the folder that Python would make, which a polling server takes for a change.
         "__pycache__": b"",
-        "manifest.json": to_json(manifest),
+        MANIFEST: to_json(manifest),
         **data,
     }
 

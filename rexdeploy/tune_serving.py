@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
@@ -20,7 +18,7 @@ from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.loadgen import Load, measure
 from rexdeploy.manifest import BatchRange, Preprocess
 from rexdeploy.progress import Report, silent
-from rexdeploy.serve import Address, Binary, running
+from rexdeploy.serve import Address, Binary, free_port, running
 from rexdeploy.triton import Deployment, backend_here, deploy
 from rexdeploy.triton_config import DEFAULTS, Settings
 
@@ -172,7 +170,7 @@ def _row(
     what: str,
 ) -> Row:
     """Starts a server for it and loads it; what fails is told in the row, and ends it."""
-    address = Address(port=_free_port())
+    address = Address(port=free_port())
     host = address.http.removeprefix("http://")
     loads: list[Load] = []
 
@@ -212,15 +210,3 @@ def _jpeg(image: Image.Image) -> bytes:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _free_port() -> int:
-    """The first of three ports in a row that are free now."""
-    while True:
-        with ExitStack() as stack, suppress(OSError, OverflowError):
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            sockets[0].bind(("127.0.0.1", 0))
-            port: int = sockets[0].getsockname()[1]
-            for place in (1, 2):
-                sockets[place].bind(("127.0.0.1", port + place))
-            return port

@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rexdeploy.loadgen import image_request
+
 _LOOK_S = 1.0
 _PROBE_S = 10.0  # between two looks at whether images are answered
 _ANSWER_S = 30.0  # a probe that is not answered by then, while nobody else is either, is a fault
@@ -137,34 +139,19 @@ class Watch(threading.Thread):
         self._answered = answered
         if answered != before and before >= 0:
             return None
-        header = json.dumps(
-            {
-                "inputs": [
-                    {
-                        "name": "image",
-                        "datatype": "UINT8",
-                        "shape": [1, len(_PIXEL)],
-                        "parameters": {"binary_data_size": len(_PIXEL)},
-                    }
-                ]
-            }
-        ).encode()
+        body, headers = image_request(_PIXEL)
         failure = "did not answer"
         for _ in range(2):
             try:
-                status, body = ask(
-                    self._socket,
-                    f"/v2/models/{self._model}/infer",
-                    _ANSWER_S,
-                    header + _PIXEL,
-                    {"Inference-Header-Content-Length": str(len(header))},
+                status, answer = ask(
+                    self._socket, f"/v2/models/{self._model}/infer", _ANSWER_S, body, headers
                 )
             except (OSError, http.client.HTTPException):
                 break
             if status == 200:
                 self._answered = self._count()
                 return None
-            failure = f"answers {status}: {body[:200].decode(errors='replace')}"
+            failure = f"answers {status}: {answer[:200].decode(errors='replace')}"
             if self._stopped.wait(_LOOK_S):
                 return None
         if self._count() not in (answered, -1):  # it is slow, and answers others

@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import re
-import socket
 import sys
 import tempfile
 import threading
@@ -42,7 +41,7 @@ from rexdeploy.bench import machine
 from rexdeploy.bundle import Bundle
 from rexdeploy.export import ExportOptions, export
 from rexdeploy.manifest import DEFAULT_BATCH, Preprocess
-from rexdeploy.serve import Address, find_server, running
+from rexdeploy.serve import Address, find_server, free_port, running
 from rexdeploy.triton import deploy
 
 Float32 = npt.NDArray[np.float32]
@@ -87,7 +86,7 @@ def run(folder: Path, requests: int, timed: int, connections: int) -> dict[str, 
     config = repository / ALONE / "config.pbtxt"
     config.write_text(re.sub(r"dynamic_batching \{.*\}\n", "", config.read_text(), count=1))
     files = [_jpeg(pixels) for pixels in images.synthetic_pixels(POOL, Preprocess(), seed=5)]
-    address, cores = Address(port=_free_ports()), len(os.sched_getaffinity(0))
+    address, cores = Address(port=free_port()), len(os.sched_getaffinity(0))
     with (
         # With the threads that the served network has, which do not spin while they wait.
         load(first, "onnxruntime", cores) as old,
@@ -372,21 +371,6 @@ def _bomb() -> bytes:
     data[16:24] = (30000).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
-
-
-def _free_ports() -> int:
-    """The first of three free ports in a row."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        try:
-            for number in (port + 1, port + 2):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", number))
-        except OSError:
-            continue
-        return port
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from load_test import (
     Pool,
     _bytes_tensor,
     _client,
-    _free_ports,
     _infer,
     _jpeg,
     _over_connections,
@@ -50,7 +49,7 @@ from rexdeploy.errors import RexdeployError
 from rexdeploy.export import ExportOptions, export
 from rexdeploy.leftovers import SHARED_MEMORY
 from rexdeploy.manifest import Preprocess
-from rexdeploy.serve import Address
+from rexdeploy.serve import Address, free_port
 from rexdeploy.triton import deploy
 from rexdeploy.watch import stubs
 
@@ -134,7 +133,7 @@ def run(folder: Path, skipped: str | None, requests: int, connections: int) -> d
     with load(first, "onnxruntime") as old, load(second, "onnxruntime") as new:
         pool = Pool(files, old, new)
     repository = folder / "disk" / "models"
-    address = Address(port=_free_ports())
+    address = Address(port=free_port())
     account = Account()
     with open(folder / "errors", "w+") as errors:
         serving = subprocess.Popen(

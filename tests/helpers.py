@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -186,3 +187,19 @@ def edit_weights(
 
 def nodes_of(model: ModelProto, op_type: str) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == op_type]
+
+
+def on_a_terminal(code: str, **environment: str) -> bytes:
+    """What Python code, which must end well, writes to a stderr that is a terminal."""
+    own, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=its, env={**os.environ, **environment}
+    )
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # as Linux ends a terminal that nobody else holds
+        while data := os.read(own, 4096):
+            shown += data
+    os.close(own)
+    assert process.wait() == 0
+    return shown

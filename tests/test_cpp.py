@@ -28,6 +28,8 @@ from rexdeploy.classify import load
 from rexdeploy.errors import UsageError
 from rexdeploy.manifest import Preprocess, to_json
 from tests.helpers import ROOT, run_cli
+from tests.hostile_images import chunk
+from tests.mutations import mutated, mutated_png
 from tests.test_triton import with_labels
 
 pytestmark = pytest.mark.slow
@@ -207,10 +209,6 @@ def test_preprocessing_is_pillows_bit_for_bit(
 # The same pixels
 
 
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
 def _png(width: int, height: int, bits: int, colours: int, *extra: bytes, laced: int = 0) -> bytes:
     """A PNG of any kind, which Pillow cannot write: random rows, `extra` chunks before them."""
     samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
@@ -223,7 +221,7 @@ def _png(width: int, height: int, bits: int, colours: int, *extra: bytes, laced:
             rows += b"\0" + rng.integers(0, 256, size, np.uint8).tobytes()
     header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, laced)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    head, data, end = (_chunk(name, content) for name, content in chunks)
+    head, data, end = (chunk(name, content) for name, content in chunks)
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + data + end
 
 
@@ -270,10 +268,10 @@ def _samples() -> Iterator[tuple[str, bytes]]:
     block = b"Exif\0\0" + _exif(6).tobytes()
     hexadecimal = textwrap.fill(block.hex(), 72)
     profile = f"\nexif\n{len(block):8}\n{hexadecimal}\n".encode()  # as ImageMagick writes it
-    text = _chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile))
+    text = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile))
     yield "raw-profile.png", _png(9, 7, 8, 2, text)
     yield "no-end.png", _png(9, 7, 8, 2)[:-12]
-    yield "xmp.png", _png(9, 7, 8, 2, _chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))
+    yield "xmp.png", _png(9, 7, 8, 2, chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         yield f"{mode}.png", _encoded(noise.convert(mode), "PNG")
     yield "transparent.png", _encoded(noise.convert("P"), "PNG", transparency=3)
@@ -281,10 +279,10 @@ def _samples() -> Iterator[tuple[str, bytes]]:
         for bits in all_bits:
             yield f"{colours}-{bits}.png", _png(21, 13, bits, colours)
             yield f"laced-{colours}-{bits}.png", _png(21, 13, bits, colours, laced=1)
-    palette = _chunk(b"PLTE", bytes(range(3 * 3)))  # fewer colours than the pixels name
+    palette = chunk(b"PLTE", bytes(range(3 * 3)))  # fewer colours than the pixels name
     for bits in (2, 4, 8):
         yield f"palette-{bits}.png", _png(21, 13, bits, 3, palette)
-    yield "key.png", _png(21, 13, 8, 0, _chunk(b"tRNS", b"\0\x05"))
+    yield "key.png", _png(21, 13, 8, 0, chunk(b"tRNS", b"\0\x05"))
     frames = [noise, noise.transpose(Image.Transpose.ROTATE_180)]
     yield "animated.png", _encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
 
@@ -419,7 +417,7 @@ def test_unusable_images_are_refused(
         progressive = _encoded(opened.resize((16, 16)), "JPEG", progressive=True)
     huge_jpeg = jpeg.replace(struct.pack(">BHH", 8, 427, 640), struct.pack(">BHH", 8, 30000, 30000))
     header = struct.pack(">IIBBBBB", 30000, 30000, 1, 0, 0, 0, 0)
-    huge_png = photo[:8] + _chunk(b"IHDR", header) + _chunk(b"IDAT", b"")
+    huge_png = photo[:8] + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
     scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     hostile = {
         "empty.png": (b"", ": not an image"),
@@ -457,7 +455,7 @@ def test_unusable_images_are_refused(
 
 
 def test_the_most_texts_that_are_read_fit_in_memory(release: Programs, tmp_path: Path) -> None:
-    text = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 7_900_000))
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 7_900_000))
     (tmp_path / "bomb.png").write_bytes(_png(9, 7, 8, 2, *[text] * 32))
     # From a small process: what this one holds would count as its child's.
     measure = (
@@ -551,41 +549,6 @@ def test_libraries_that_are_missing_or_wrong_are_named(
 # Random damage
 
 
-def _mutated(data: bytes, rng: random.Random) -> bytes:
-    """Some bytes changed, removed or repeated."""
-    damaged = bytearray(data or b"\0")
-    for _ in range(rng.randint(1, 6)):
-        at = rng.randrange(len(damaged) or 1)
-        length = rng.randint(1, 8)
-        match rng.randrange(3):
-            case 0:
-                damaged[at : at + 1] = bytes([rng.randrange(256)])
-            case 1:
-                del damaged[at : at + length]
-            case _:
-                damaged[at:at] = damaged[at : at + length]
-    return bytes(damaged)
-
-
-def _mutated_png(data: bytes, rng: random.Random) -> bytes:
-    """Damage inside chunks whose checksums are right, so that it is not found at once."""
-    chunks, at = [], 8
-    while at + 12 <= len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + size]))
-        at += 12 + size
-    index = rng.randrange(len(chunks))
-    name, content = chunks[index]
-    if name == b"IDAT" and rng.random() < 0.5:  # damage rows, not their compression
-        content = zlib.compress(_mutated(zlib.decompress(content), rng))
-    else:
-        content = _mutated(content, rng)
-    chunks[index] = (name, content)
-    if rng.random() < 0.2:
-        rng.shuffle(chunks)
-    return data[:8] + b"".join(_chunk(*chunk) for chunk in chunks)
-
-
 def test_random_damage_does_no_harm(
     sanitized: Programs, v1_original: Bundle, tmp_path: Path
 ) -> None:
@@ -594,9 +557,9 @@ def test_random_damage_does_no_harm(
     decoded = []
     for index in range(800):
         name, data = samples[index % len(samples)]
-        damage: Callable[[bytes, random.Random], bytes] = _mutated
+        damage: Callable[[bytes, random.Random], bytes] = mutated
         if name.endswith(".png") and index % 5:
-            damage = _mutated_png
+            damage = mutated_png
         file = tmp_path / f"{index}-{name}"
         file.write_bytes(damage(data, rng))
         decoded.append((tmp_path / "out", file))
@@ -608,7 +571,7 @@ def test_random_damage_does_no_harm(
     manifests = []
     for index in range(300):
         file = tmp_path / f"{index}.json"
-        file.write_bytes(_mutated(document, rng))
+        file.write_bytes(mutated(document, rng))
         manifests.append((file,))
     lines = sanitized.probe("manifest", manifests)
     assert 50 < sum(line.startswith("error: ") for line in lines) < 300

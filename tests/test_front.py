@@ -20,8 +20,8 @@ from rexdeploy.bundle import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.front import Front, budget
 from rexdeploy.front_json import checked
+from rexdeploy.serve import free_port
 from rexdeploy.triton_backend import decode
-from tests.test_serve import free_port
 
 LIMIT = 1000
 

@@ -23,7 +23,7 @@ from aiohttp import web
 from rexdeploy.errors import BackendUnavailable
 from rexdeploy.front import SOCKETS, Front
 from rexdeploy.front_gate import Budget
-from tests.test_serve import free_port
+from rexdeploy.serve import free_port
 
 LIMIT = 100_000
 GZIP = grpc.Compression.Gzip

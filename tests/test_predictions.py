@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
-import pty
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +18,7 @@ from rexdeploy.classify import Classifier, load
 from rexdeploy.errors import UsageError
 from rexdeploy.images import Images
 from rexdeploy.predictions import classify_files, expand
-from tests.helpers import Float32, run_cli
+from tests.helpers import Float32, on_a_terminal, run_cli
 
 RED, NAN = (255, 0, 0), (0, 0, 255)
 
@@ -210,16 +206,6 @@ def test_a_terminal_sees_a_bar_with_rate_and_time_left() -> None:
         "    show(60)\n"
         "    time.sleep(0.2)\n"
     )
-    own, its = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=its, env={**os.environ, "COLUMNS": "120"}
-    )
-    os.close(its)
-    shown = b""
-    with contextlib.suppress(OSError):  # as Linux ends a terminal that nobody else holds
-        while data := os.read(own, 4096):
-            shown += data
-    os.close(own)
-    assert process.wait() == 0
+    shown = on_a_terminal(code, COLUMNS="120")
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert re.search(r"classifying .* 60/100 .* a second, 0:00:0\d left", plain), plain

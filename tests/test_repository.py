@@ -264,7 +264,8 @@ def test_ctrl_c_leaves_nothing(
     command: str, v1_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if command == "serve":
-        from tests.test_serve import _missing, free_port
+        from rexdeploy.serve import free_port
+        from tests.test_serve import _missing
 
         if _missing():
             pytest.skip(_missing())

@@ -27,7 +27,7 @@ from PIL import Image
 from rexdeploy import images, load
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError
-from rexdeploy.serve import Binary, choose_backend, find_server
+from rexdeploy.serve import Binary, choose_backend, find_server, free_port
 from rexdeploy.triton import deploy
 from tests.helpers import assert_refused, run_cli
 from tests.test_triton import bomb, encoded, with_changed_weights, with_labels
@@ -72,18 +72,6 @@ class Served:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port + port}{path}") as answer:
             text: str = answer.read().decode()
             return text
-
-
-def free_port() -> int:
-    """The first of three ports in a row that are free now."""
-    while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            sockets[0].bind(("127.0.0.1", 0))
-            port: int = sockets[0].getsockname()[1]
-            for place in (1, 2):
-                sockets[place].bind(("127.0.0.1", port + place))
-            return port
 
 
 @contextlib.contextmanager

@@ -28,13 +28,12 @@ from rexdeploy import images, load
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.leftovers import SHARED_MEMORY, workplace
-from rexdeploy.serve import Address, Guard, find_server, running
+from rexdeploy.serve import Address, Guard, find_server, free_port, running
 from rexdeploy.watch import stubs
 from tests.helpers import assert_refused, run_cli
 from tests.test_serve import (
     Served,
     file_tensor,
-    free_port,
     grpc,
     http,
     infer,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from PIL import Image
 from rexdeploy.bundle import Bundle
 from rexdeploy.console import print_table, say
 from rexdeploy.text import STEERING, one_line, plain
-from tests.helpers import run_cli
+from tests.helpers import on_a_terminal, run_cli
 from tests.test_triton import with_labels
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt.exe"
@@ -170,13 +168,5 @@ def test_a_spinner_shows_names_as_they_are() -> None:
         "    report('writing a[/b]\\x1b]0;owned\\x07')\n"
         "    time.sleep(0.3)\n"
     )
-    own, its = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=its)
-    os.close(its)
-    shown = b""
-    with contextlib.suppress(OSError):  # as Linux ends a terminal that nobody else holds
-        while data := os.read(own, 4096):
-            shown += data
-    os.close(own)
-    assert process.wait() == 0
+    shown = on_a_terminal(code)
     assert re.search(rb"writing a\[/b\]\\x1b\]0;owned\\x07 \.\.\.", shown), shown

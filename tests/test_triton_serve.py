@@ -19,11 +19,11 @@ from rexdeploy import gpu, images, load
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.repository import DEFAULT_REPOSITORY, deployed
-from rexdeploy.serve import Binary
+from rexdeploy.serve import Binary, free_port
 from rexdeploy.triton import backend_here, deploy, servable
 from rexdeploy.triton_config import Settings
 from tests.helpers import ROOT, assert_refused, run_cli
-from tests.test_serve import file_tensor, free_port, http, infer, needs_server
+from tests.test_serve import file_tensor, http, infer, needs_server
 from tests.test_triton import config, tree, with_changed_weights
 
 EVERYTHING = frozenset({"tensorrt", "onnxruntime", "python"})
