@@ -205,6 +205,7 @@ class _Graph:
                 "outputs, expected one of each"
             )
         self.input = inputs[0]
+        self._weights = {weight.name: list(weight.dims) for weight in model.graph.initializer}
         self._makers = {
             name: position for position, node in enumerate(self.nodes) for name in node.output
         }
@@ -249,9 +250,16 @@ class _Graph:
             else:
                 sources.add(position)
         found = [self.nodes[position] for position in sources]
-        if not activated or len(found) != 1 or not _is_pointwise(found[0]):
+        if not activated or len(found) != 1 or not self._is_pointwise(found[0]):
             return None
         return found[0]
+
+    def _is_pointwise(self, node: NodeProto) -> bool:
+        if node.op_type != "Conv" or _is_depthwise(node):
+            return False
+        # ONNX takes it from the weight where it is left out, as torch 2.9's exporter does.
+        kernel = next((list(a.ints) for a in node.attribute if a.name == "kernel_shape"), None)
+        return set(kernel or self._weights.get(node.input[1], [])[2:]) <= {1}
 
     def between(self, start: str, end: str, before: set[int]) -> tuple[set[int], set[str]]:
         """The nodes from one tensor to another, and tensors further up whose shape they read.
@@ -295,11 +303,6 @@ def _data_inputs(node: NodeProto) -> list[str]:
 
 def _is_depthwise(node: NodeProto) -> bool:
     return node.op_type == "Conv" and next(_attribute(node, "group"), 1) > 1
-
-
-def _is_pointwise(node: NodeProto) -> bool:
-    kernel = next((list(a.ints) for a in node.attribute if a.name == "kernel_shape"), [1, 1])
-    return node.op_type == "Conv" and not _is_depthwise(node) and set(kernel) == {1}
 
 
 def _attribute(node: NodeProto, name: str) -> Iterator[int]:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -412,11 +413,8 @@ def _half_weight(tensor: TensorProto, name: str) -> TensorProto:
 
 
 def _bf16_weight(tensor: TensorProto, name: str) -> TensorProto:
-    values = _checked(tensor, "bfloat16", BF16_MAX).astype("<f4")
-    # numpy has no bfloat16: it is a float32's upper half, rounded to the nearest, ties to even.
-    bits = values.view("<u4").astype(np.uint64)
-    upper = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
-    return helper.make_tensor(name, _BF16, tensor.dims, upper.tobytes(), raw=True)
+    values = _checked(tensor, "bfloat16", BF16_MAX)
+    return numpy_helper.from_array(values.astype(ml_dtypes.bfloat16), name)
 
 
 def _checked(tensor: TensorProto, kind: str, limit: float) -> npt.NDArray[Any]:

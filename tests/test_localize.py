@@ -232,6 +232,18 @@ def _exported(model: torch.nn.Module) -> ModelProto:
     return exported
 
 
+def test_a_convolution_that_leaves_its_kernel_shape_to_its_weight_is_known(v1: Case) -> None:
+    # torch 2.9's exporter leaves it out, and the stem was taken for an expansion.
+    model = ModelProto()
+    model.CopyFrom(v1.fp32)
+    for node in nodes_of(model, "Conv"):
+        kept = [attribute for attribute in node.attribute if attribute.name != "kernel_shape"]
+        assert len(kept) == len(node.attribute) - 1
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    assert find_blocks(model) == find_blocks(v1.fp32)
+
+
 def test_a_graph_that_is_no_rexnet_is_refused(v1: Case) -> None:
     kernel = numpy_helper.from_array(np.ones((4, 3, 1, 1), dtype=np.float32), "w")
     plain = helper.make_model(
