@@ -5,6 +5,7 @@ Triton 2.51 takes messages of 2 GiB and unpacks compressed ones.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ import grpc
 _ANY_SIZE = -1
 _NO_COMPRESSION = 1  # a set of algorithms, of which bit 0 is "identity"
 _AS_LONG_AS_IT_TAKES = 1e6  # s; who waits gives up before
+_SETTLE_S = 0.2  # less than Front.drain's grace
 
 
 class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no types
@@ -61,6 +63,8 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no type
 
     async def drain(self) -> None:
         """Takes no new call; returns when all are answered and their connections have ended."""
+        # stop() cancels the calls that have come and that no handler has begun: now they begin.
+        await asyncio.sleep(_SETTLE_S)
         await self._server.stop(_AS_LONG_AS_IT_TAKES)
 
     async def end(self) -> None:

@@ -310,7 +310,11 @@ def drain(serving: subprocess.Popen[str], pool: Pool, address: Address, count: i
         client.is_server_live()
         begun.wait()
         file = _bytes_tensor(pool.files[number % POOL])
-        answer = _infer(client, protocol, IMAGE, "image", file)[0]
+        try:
+            answer = _infer(client, protocol, IMAGE, "image", file)[0]
+        except Exception as error:  # the libraries' errors have no common base
+            print(f"not answered at the end, over {protocol}: {error}", file=sys.stderr)
+            return False
         return pool.version_of(number % POOL, answer) is not None
 
     with ThreadPoolExecutor(count) as threads:
