@@ -75,7 +75,7 @@ class Preprocess:
         batches = [_input(self._utils, request, "image") for request in requests]
         waiting = [
             [
-                self._threads.submit(decode, row.tobytes(), n, self._spec)
+                self._threads.submit(decoded, row.tobytes(), n, self._spec)
                 for n, row in enumerate(batch)
             ]
             for batch in batches
@@ -110,7 +110,7 @@ def run_each(
         return [answer for batch in batches for answer in run_each(run, [batch])]
 
 
-def decode(data: bytes, index: int, spec: ModelSpec) -> UInt8:
+def decoded(data: bytes, index: int, spec: ModelSpec) -> UInt8:
     """The bytes of an image file to uint8 RGB `[height, width, 3]`; raises UsageError.
 
     `index` is the image's place in its request.

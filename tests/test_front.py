@@ -21,7 +21,7 @@ from rexdeploy.errors import UsageError
 from rexdeploy.front import Front, budget
 from rexdeploy.front_json import checked
 from rexdeploy.serve import free_port
-from rexdeploy.triton_backend import decode
+from rexdeploy.triton_backend import decoded
 
 LIMIT = 1000
 
@@ -286,6 +286,6 @@ def test_a_file_of_too_many_bytes_is_not_decoded(
     monkeypatch.setattr("rexdeploy.triton_backend._MOST_BYTES", 10)
     spec = small_pixels_original.manifest.model
     with pytest.raises(UsageError, match="image 3: got 11 bytes, expected at most 10"):
-        decode(b"x" * 11, 3, spec)
+        decoded(b"x" * 11, 3, spec)
     with pytest.raises(UsageError, match="image 3: not an image"):
-        decode(b"x" * 10, 3, spec)
+        decoded(b"x" * 10, 3, spec)

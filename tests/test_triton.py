@@ -24,7 +24,7 @@ from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.manifest import TYPE_NAMES, Artifact, BatchRange, Precision
 from rexdeploy.proof import PrecisionProof
 from rexdeploy.triton import deploy
-from rexdeploy.triton_backend import decode, run_each
+from rexdeploy.triton_backend import decoded, run_each
 from tests.helpers import assert_refused, edit_weights, run_cli
 
 Float32 = npt.NDArray[np.float32]
@@ -342,7 +342,7 @@ def test_the_server_decodes_what_the_library_decodes(
     (tmp_path / "photo").write_bytes(data)
     expected = images.crop(images.load(tmp_path / "photo"), spec.preprocess)
     for end in (b"", bytes(1000)):
-        np.testing.assert_array_equal(decode(data + end, 0, spec), expected)
+        np.testing.assert_array_equal(decoded(data + end, 0, spec), expected)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_what_cannot_be_decoded_names_the_image(
     data: bytes, part: str, v1_original: Bundle
 ) -> None:
     with pytest.raises(UsageError, match=f"image 7.*({part})"):
-        decode(data, 7, v1_original.manifest.model)
+        decoded(data, 7, v1_original.manifest.model)
 
 
 def test_one_request_that_fails_does_not_fail_its_neighbours(v1_original: Bundle) -> None:
