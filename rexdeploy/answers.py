@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from rexdeploy import images
+from rexdeploy.arrays import Array, Float32, Images, softmax
 from rexdeploy.backends import open_backend
-from rexdeploy.compare import Array, Compared, comparable, softmax
+from rexdeploy.compare import Compared, comparable
 from rexdeploy.errors import RexdeployError
-from rexdeploy.images import Images
 from rexdeploy.manifest import ModelSpec
 from rexdeploy.parity import CONSTANT_SHARE, LIMITS
 
 if TYPE_CHECKING:
     from torch import nn
 
-Float32 = npt.NDArray[np.float32]
 
 _POOL = 8  # different images
 ROOM = {"fp32": LIMITS["fp32"].rms, "fp16": LIMITS["fp16"].rms, "bf16": CONSTANT_SHARE}

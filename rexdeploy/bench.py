@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rexdeploy import gpu, probes
+from rexdeploy import probes
 from rexdeploy.backends import ENGINE_BACKENDS, GPU_BACKENDS, ONNX_BACKENDS, TORCH_BACKENDS
 from rexdeploy.competitors import BenchOptions, Competitor, Latency, Opening
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
+from rexdeploy.machine import machine
 from rexdeploy.probes import Probe, computes_in
 from rexdeploy.progress import Report, silent
 from rexdeploy.rounds import Rounds, Task, time_rounds
@@ -23,6 +21,7 @@ from rexdeploy.subjects import Subject, published_table
 if TYPE_CHECKING:
     from rexdeploy.models.layers import Layer
     from rexdeploy.roofline import Rates
+
 
 __all__ = [
     "BACKENDS",
@@ -33,12 +32,7 @@ __all__ = [
     "bench_published_table",
     "machine",
 ]
-
 BACKENDS = (*TORCH_BACKENDS, *ONNX_BACKENDS, *ENGINE_BACKENDS)
-_PACKAGES = (
-    "rexdeploy", "torch", "timm", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx",
-    "tensorrt",
-)  # fmt: skip
 MAX_ROUNDS = 100_000
 
 
@@ -134,25 +128,6 @@ def bench_published_table(options: BenchOptions, report: Report = silent) -> Ben
     )
 
 
-def machine() -> dict[str, str]:
-    """The machine, and the libraries that decide about its speed, as a result names them."""
-    described = {
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-    }
-    for package in _PACKAGES:
-        try:
-            described[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    found = gpu.detect()
-    if found is not None:
-        described["gpu"] = f"{found.name}, driver {found.driver}"
-        described["gpu clocks"] = gpu.clocks(found) or "not known: nvidia-smi does not say"
-    return described
-
-
 def _machine_for(rows: Sequence[Latency]) -> dict[str, str]:
     """The machine, with how PyTorch ran on its GPU, where it did."""
     described = machine()
@@ -243,18 +218,3 @@ def _layers(subject: Subject) -> list[Layer] | None:
     from rexdeploy.models.layers import layers
 
     return layers(module, subject.spec.preprocess.height)
-
-
-def _processor() -> str:
-    """Its name, and the widest vector unit, which decides more than the name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields[key.strip()] = value.strip()
-    flags = fields.get("flags", "").split()
-    vectors = next((name for name in ("avx512f", "avx2", "avx") if name in flags), "")
-    return f"{fields.get('model name', platform.processor())} {vectors}".strip()

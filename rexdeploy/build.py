@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto
 
-from rexdeploy import gpu, tensorrt_api
+from rexdeploy import machine, tensorrt_api
 from rexdeploy.bounds import check_memory
 from rexdeploy.bundle import Bundle, check_writable, commit, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed, first_line
@@ -257,7 +257,7 @@ def _choose_flavor(options: BuildOptions) -> Flavor:
     if options.flavor != "auto":
         raise UsageError(f"flavor: got '{options.flavor}', expected auto, {', '.join(FLAVORS)}")
     # Full TensorRT builds only on the GPU it will run on; RTX builds anywhere.
-    if not options.targets and gpu.detect() is not None and _can_load("tensorrt"):
+    if not options.targets and machine.detect() is not None and _can_load("tensorrt"):
         return "tensorrt"
     if _can_load("rtx"):
         return "rtx"
@@ -300,7 +300,7 @@ def _built_with(settings: EngineSettings, version: str) -> dict[str, str]:
         "workspace_mib": str(settings.workspace_mib or "default"),
     }
     if settings.flavor == "tensorrt":  # such an engine runs only on the kind of GPU that built it
-        found = gpu.detect()
+        found = machine.detect()
         if found is None:
             raise BackendUnavailable(
                 "no NVIDIA GPU found, and full TensorRT builds for the GPU it runs on; "

@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from rexdeploy.atomic import sync_folder, write_synced
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.files import MAX_TEXT_BYTES, read_plain
+from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sync_folder, write_synced
 from rexdeploy.manifest import MANIFEST, VERIFICATION, Artifact, Manifest, decode, judged, to_json
 
 DEFAULT_ROOT = Path("artifacts")

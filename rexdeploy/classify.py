@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from rexdeploy import gpu, images
+from rexdeploy import images, machine
+from rexdeploy.arrays import Float32, Float64, Images, softmax
 from rexdeploy.backends import (
     ENGINE_BACKENDS,
     ONNX_BACKENDS,
@@ -23,15 +23,10 @@ from rexdeploy.backends import (
     open_backend,
 )
 from rexdeploy.bundle import Bundle
-from rexdeploy.compare import softmax
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.images import Images
 from rexdeploy.labels import read_labels
 from rexdeploy.manifest import Artifact, BatchRange
 from rexdeploy.metadata import check_preprocess
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 _AGAIN = "build it again: rexdeploy build-trt"
 _MAKES_ONE = "'rexdeploy build-trt' makes an engine, 'rexdeploy export' a graph and the weights"
@@ -260,7 +255,7 @@ def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
     weights = manifest.find("weights")
     if graph is not None:
         # On a machine without a GPU, a line about CUDA at every prediction would say nothing.
-        if backend == "onnxruntime-cuda" or has_onnxruntime_cuda() or gpu.has_device():
+        if backend == "onnxruntime-cuda" or has_onnxruntime_cuda() or machine.has_device():
             choices.append(("onnxruntime-cuda", graph))
         choices.append(("onnxruntime", graph))
         if backend == "openvino":

@@ -28,7 +28,7 @@ from rexdeploy.console import (
     write_text,
 )
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.memory import bounded
+from rexdeploy.machine import bounded
 from rexdeploy.show import (
     show_benchmark,
     show_build,
@@ -715,9 +715,10 @@ def bench(
     rexdeploy bench --table paper --backend pytorch --backend onnxruntime
     """
     check_json(json)
-    from rexdeploy.bench import BenchOptions, bench_published_table
     from rexdeploy.bench import bench as run
+    from rexdeploy.bench import bench_published_table
     from rexdeploy.bundle import Bundle
+    from rexdeploy.competitors import BenchOptions
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.subjects import compared
 

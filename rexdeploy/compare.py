@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from rexdeploy.arrays import Array, softmax
 from rexdeploy.errors import UsageError
 from rexdeploy.manifest import OutputForm
 
-Array = npt.NDArray[np.floating[Any]]
-
 Compared = Literal["logits", "log-probabilities"]
 """What is compared: where a file ends in the softmax, what of the logits a softmax leaves."""
-
 _FLOOR = float(np.finfo(np.float32).tiny)
-
 MIN_VARIATION = 1e-3
 """Least signal, as a share of the logits' root mean square, that a comparison may rest on.
 
 Measured: freshly initialised networks have 2e-7 (V1) and 2e-6 (lite), recalibrated untrained ones
 0.7, the golden networks 0.05 to 0.09. Below the share, rounding alone would decide.
 """
-
-
 MIN_CLASS_VARIATION = 0.25
 """Least standard deviation of a class, as a share of the signal, for its correlation to count.
 
 The logits of a class that hardly varies are mostly rounding, whose correlation says nothing.
 """
-
 MIN_ROUNDED_CORRELATION = 0.9
 """Least correlation of a class with itself rounded to 16 bits for it to count in those 16 bits.
 
@@ -231,13 +225,6 @@ def correlation_text(value: float) -> str:
     if not missing < 1e-2:
         return f"{value:.2f}"
     return f"{value:.4f}" if missing >= 1e-4 else f"1-{missing:.0e}" if missing > 0 else "1"
-
-
-def softmax(logits: Array) -> npt.NDArray[np.float64]:
-    """Probabilities over the last axis, in float64."""
-    exponents = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    probabilities: npt.NDArray[np.float64] = exponents / exponents.sum(axis=-1, keepdims=True)
-    return probabilities
 
 
 def comparable(outputs: Array, form: OutputForm, compared: Compared) -> Array:

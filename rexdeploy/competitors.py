@@ -12,13 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.answers import Answers, answers, inputs
-from rexdeploy.backends import (
-    GPU_BACKENDS,
-    TORCH_BACKENDS,
-    Backend,
-    DeviceBackend,
-    open_backend,
-)
+from rexdeploy.backends import GPU_BACKENDS, TORCH_BACKENDS, Backend, DeviceBackend, open_backend
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.probes import Place, computes_in
 from rexdeploy.rounds import Task

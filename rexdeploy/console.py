@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, NoReturn, TextIO
 
 import typer
 
-from rexdeploy.atomic import check_replaceable, replacing
 from rexdeploy.errors import RexdeployError
+from rexdeploy.files import check_replaceable, replacing
 from rexdeploy.progress import Report, silent
 from rexdeploy.text import json_text, one_line, plain
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from rexdeploy import gpu, tensorrt_api
+from rexdeploy import machine, tensorrt_api
 from rexdeploy.errors import BackendUnavailable
 
 Status = Literal["ok", "missing", "conflict"]
@@ -96,7 +96,7 @@ def _package(name: str, requirement: Requirement, extra: str) -> Finding:
 
 
 def _gpu() -> Finding:
-    found = gpu.detect()
+    found = machine.detect()
     if found is None:
         return Finding(
             "NVIDIA GPU",

@@ -8,17 +8,16 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import cast, get_args
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import safetensors.torch
 import torch
 from onnx import ModelProto
 
 from rexdeploy import images
+from rexdeploy.arrays import Array
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
-from rexdeploy.compare import Array, Compared, Comparison, Signal, comparable, compare
+from rexdeploy.compare import Compared, Comparison, Signal, comparable, compare
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sha256_of
 from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
@@ -45,8 +44,6 @@ from rexdeploy.models.zoo import fetch_pretrained
 from rexdeploy.parity import float32_limits, float32_noise, run_batches
 from rexdeploy.progress import Report, silent
 from rexdeploy.text import plain, printable
-
-Float32 = npt.NDArray[np.float32]
 
 ALIGNMENTS = ("auto", "off", "8", "16")
 INPUT, OUTPUT = "input", "logits"

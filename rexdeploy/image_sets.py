@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from rexdeploy.arrays import Float32, UInt8
 from rexdeploy.images import find, load_batch, normalise, synthetic_pixels
 from rexdeploy.manifest import Preprocess
-
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
 
 SEED = 1
 """Of the synthetic images that `verify` and `tune-precision` judge by.

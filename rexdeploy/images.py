@@ -14,16 +14,12 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from rexdeploy import image_limits
+from rexdeploy.arrays import Float32, Images, UInt8
 from rexdeploy.errors import UsageError, first_line
 from rexdeploy.manifest import ModelSpec, Preprocess
-
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
-Images = Float32 | UInt8
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,

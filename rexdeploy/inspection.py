@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rexdeploy import gpu, tensorrt_api
+from rexdeploy import machine, tensorrt_api
 from rexdeploy.backends import has_onnxruntime_cuda
 from rexdeploy.bundle import Bundle, is_bundle, sha256
 from rexdeploy.errors import (
@@ -229,7 +229,7 @@ def _engine_runner(plan: bytes, header: PlanHeader, place: Place | None) -> Runn
         reason = f"{title} {header.version} built it, and this machine has {installed}; {again}"
         # Full TensorRT runs engines of some neighbouring versions, and decides by itself.
         return Runner(name, False, reason, conflict=header.flavor == "rtx")
-    found = gpu.detect()
+    found = machine.detect()
     if found is None:
         return Runner(name, False, "no NVIDIA GPU on this machine")
     targets = header.targets

@@ -9,12 +9,12 @@ from functools import cached_property
 import numpy as np
 from onnx import ModelProto, TensorProto
 
+from rexdeploy.arrays import Array, Images
 from rexdeploy.backends import ENGINE_BACKENDS, Kernels, open_backend
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.blocks import check_literal, literal
-from rexdeploy.compare import Array, Compared, Comparison, Limits, Signal, comparable, compare
+from rexdeploy.compare import Compared, Comparison, Limits, Signal, comparable, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.images import Images
 from rexdeploy.interface import unwrap
 from rexdeploy.manifest import BatchRange, InputForm, ModelSpec, Precision
 from rexdeploy.parity import (

@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from rexdeploy.arrays import Float32
 from rexdeploy.errors import UsageError
 from rexdeploy.manifest import Precision
 from rexdeploy.walk import GraphWalk, Node, Tensor, Walk, fitted, own_error, signal_error
-
-Float32 = npt.NDArray[np.float32]
 
 OWN_LIMITS: dict[Precision, float] = {"fp32": 1e-5, "fp16": 2e-3}
 """A block's share: the largest `own_error` of a sound one.

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rexdeploy.arrays import Array, Images
 from rexdeploy.backends import Backend
-from rexdeploy.compare import Array, Compared, Limits, Signal, comparable, compare
+from rexdeploy.compare import Compared, Limits, Signal, comparable, compare
 from rexdeploy.errors import RexdeployError
-from rexdeploy.images import Images
 from rexdeploy.manifest import Precision
-
-Float32 = npt.NDArray[np.float32]
 
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(error=5e-3, rms=5e-4, correlation=1 - 1e-5),

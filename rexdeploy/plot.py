@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rexdeploy.bench import Benchmark, Latency
+    from rexdeploy.bench import Benchmark
+    from rexdeploy.competitors import Latency
     from rexdeploy.localize import Localization
     from rexdeploy.tune_serving import Sweep
 

@@ -14,9 +14,9 @@ from typing import cast
 import numpy as np
 
 from rexdeploy import images
+from rexdeploy.arrays import Images
 from rexdeploy.classify import Classifier, NonFiniteOutput, Prediction
 from rexdeploy.errors import UsageError
-from rexdeploy.images import Images
 from rexdeploy.text import printable
 
 _MAX_BATCH = 64  # of what an engine may take more of: rows should come, and memory stay, small

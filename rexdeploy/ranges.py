@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from onnx import ModelProto
 
+from rexdeploy.arrays import Float32
 from rexdeploy.precision import BF16_MAX, FP16_MAX
 from rexdeploy.walk import GraphWalk, Node
-
-Float32 = npt.NDArray[np.float32]
 
 NEAR = 0.25
 """Share of float16's limit from which on other images may well pass it."""

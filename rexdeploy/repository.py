@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rexdeploy.atomic import open_locked, sync_folder
 from rexdeploy.errors import RexdeployError
+from rexdeploy.files import open_locked, sync_folder
 from rexdeploy.triton_config import (
     CONFIG,
     Role,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from rexdeploy import gpu
+from rexdeploy import machine
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.front import SOCKETS, Front
 from rexdeploy.leftovers import Workplace, workplace
@@ -149,7 +149,7 @@ def choose_backend(binary: Binary, wanted: str) -> tuple[str, str]:
                 f"{', '.join(sorted(binary.backends))}; give another with --tritonserver"
             )
         return wanted, "asked for"
-    if gpu.detect() is None:
+    if machine.detect() is None:
         return "python", "no NVIDIA GPU on this machine"
     if not binary.backends >= {"tensorrt", "onnxruntime"}:
         return "python", f"the tritonserver {binary.origin} lacks TensorRT's or ONNX Runtime's"

@@ -11,10 +11,11 @@ from rexdeploy.ratios import paired_ratio
 from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
-    from rexdeploy.bench import Benchmark, Latency
+    from rexdeploy.bench import Benchmark
     from rexdeploy.build import BuildResult
     from rexdeploy.bundle import Bundle
     from rexdeploy.classify import Classifier
+    from rexdeploy.competitors import Latency
     from rexdeploy.export import ExportResult
     from rexdeploy.inspection import Inspection
     from rexdeploy.localize import Localization

@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from rexdeploy import images
+from rexdeploy.arrays import Float32, Images, UInt8
 from rexdeploy.bundle import Bundle
 from rexdeploy.classify import load
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.images import Images, UInt8
 from rexdeploy.manifest import ModelSpec
-
-Float32 = npt.NDArray[np.float32]
 
 _MOST_BYTES = 2**26  # of one file; `rexdeploy serve` takes less, other servers do not ask
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import ModelProto
 
-from rexdeploy import gpu, image_sets, images, tensorrt_api
+from rexdeploy import image_sets, images, machine, tensorrt_api
+from rexdeploy.arrays import Float32
 from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend
 from rexdeploy.blocks import check_literal, literal
 from rexdeploy.bundle import Bundle, check_writable, sha256
@@ -39,8 +39,6 @@ from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PROOF_REVISION, prove
 from rexdeploy.ranges import Ranges, measure_ranges
 from rexdeploy.walk import GraphWalk
-
-Float32 = npt.NDArray[np.float32]
 
 STATE = "tune.json"
 MIXED = "fp16.onnx"  # in place of the plain one, so that all that takes a float16 graph takes it
@@ -128,7 +126,7 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
         raise UsageError(
             f"backend: got '{options.backend}', expected one of {', '.join(TRIAL_BACKENDS)}"
         )
-    if options.backend in ENGINE_BACKENDS and gpu.detect() is None:
+    if options.backend in ENGINE_BACKENDS and machine.detect() is None:
         raise BackendUnavailable(f"no NVIDIA GPU driver on this machine, for {options.backend}")
     root = bundle.manifest.find("onnx")
     if root is None:

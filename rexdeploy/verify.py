@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import numpy.typing as npt
 from onnx import ModelProto, TensorProto
 
 from rexdeploy import image_sets, images
+from rexdeploy.arrays import Float32
 from rexdeploy.backends import (
     ENGINE_BACKENDS,
     ONNX_BACKENDS,
@@ -59,7 +59,6 @@ from rexdeploy.walk import GraphWalk, TorchWalk, Walk
 if TYPE_CHECKING:
     from rexdeploy.backends.trt import TensorRTBackend
 
-Float32 = npt.NDArray[np.float32]
 
 REFERENCE = "torch"
 MIN_SAMPLES, MAX_SAMPLES = 2, 4096

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 from onnx import ModelProto
 
+from rexdeploy.arrays import Float32, Float64
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.backends.pytorch import reference
 from rexdeploy.blocks import Block, find_blocks, floating_outputs, literal, subgraph, with_outputs
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rexdeploy.models.rexnet import RexNet
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ from onnx import ModelProto, numpy_helper
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from rexdeploy import image_sets, images
+from rexdeploy import arrays, image_sets, images
 from rexdeploy.backends import open_backend
-from rexdeploy.bench import machine
 from rexdeploy.compare import Comparison, Limits, Signal
 from rexdeploy.graph import MIN_OPSET, export_graph, simplify
 from rexdeploy.judge import Candidate, Judge
 from rexdeploy.localize import OWN_LIMITS, localize
+from rexdeploy.machine import machine
 from rexdeploy.manifest import BatchRange, ModelSpec, Preprocess, WeightsOrigin
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, RexNet, recalibrate_batch_norms
@@ -90,7 +90,7 @@ class Network:
         }
         self.walk = TorchWalk(safetensors.torch.save(dict(self.model.state_dict())), self.spec)
 
-    def over(self, pixels: images.UInt8, most: int, sizes: BatchRange) -> Judged:
+    def over(self, pixels: arrays.UInt8, most: int, sizes: BatchRange) -> Judged:
         """A judge of its graphs over these images."""
         return Judged(self, pixels, most, sizes)
 
@@ -104,7 +104,7 @@ class Judged:
     """Reference logits over a set of images, for any number of candidates."""
 
     def __init__(
-        self, network: Network, pixels: images.UInt8, most: int, sizes: BatchRange
+        self, network: Network, pixels: arrays.UInt8, most: int, sizes: BatchRange
     ) -> None:
         self.network, self.most, self.sizes = network, most, sizes
         self.pool = images.normalise(pixels, network.preprocess)

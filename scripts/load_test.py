@@ -30,22 +30,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tritonclient.grpc
 import tritonclient.http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from rexdeploy import Classifier, images, load
-from rexdeploy.bench import machine
+from rexdeploy.arrays import Float32, UInt8
 from rexdeploy.bundle import Bundle
 from rexdeploy.export import ExportOptions, export
+from rexdeploy.machine import machine
 from rexdeploy.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.serve import Address, find_server, free_port, running
 from rexdeploy.triton import deploy
-
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
 
 NAME, ALONE = "rexnet", "rexnet_one_by_one"
 POOL = 32  # different images

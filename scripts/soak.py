@@ -43,11 +43,11 @@ from load_test import (
 )
 
 from rexdeploy import images, load
-from rexdeploy.bench import machine
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import RexdeployError
 from rexdeploy.export import ExportOptions, export
 from rexdeploy.leftovers import SHARED_MEMORY
+from rexdeploy.machine import machine
 from rexdeploy.manifest import Preprocess
 from rexdeploy.serve import Address, free_port
 from rexdeploy.triton import deploy

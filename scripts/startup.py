@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rexdeploy.bench import machine
 from rexdeploy.bundle import Bundle
+from rexdeploy.machine import machine
 
 RUNS = 15
 STEPS = ("import_onnxruntime_ms", "load_ms", "first_image_ms")

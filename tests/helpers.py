@@ -18,20 +18,18 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from onnx import ModelProto, numpy_helper
 
 from rexdeploy import cli
+from rexdeploy.arrays import Float32
 from rexdeploy.image_sets import varied
 from rexdeploy.manifest import Preprocess
 from rexdeploy.models.rexnet import recalibrate_batch_norms
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[1]
-
-Float32 = npt.NDArray[np.float32]
 
 
 def golden_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

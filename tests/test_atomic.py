@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rexdeploy.atomic import check_replaceable, replacing
 from rexdeploy.console import emit, write_text
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.files import check_replaceable, replacing
 from rexdeploy.plot import plot_localizations
 from tests.helpers import assert_refused, run_cli, run_python
 from tests.injection import failing

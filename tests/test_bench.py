@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rexdeploy import gpu
+from rexdeploy import machine
 from rexdeploy.backends import Backend, open_backend
-from rexdeploy.bench import BenchOptions, Latency, bench, bench_published_table
+from rexdeploy.bench import bench, bench_published_table
 from rexdeploy.bundle import Bundle
+from rexdeploy.competitors import BenchOptions, Latency
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.models.zoo import cost
 from rexdeploy.progress import silent
@@ -181,7 +182,7 @@ def test_bundles_of_one_name_and_the_float16_of_a_cpu(v1_bundle: Bundle, tmp_pat
 
 
 def test_gpu_backends_are_skipped_with_a_reason_where_there_is_none(v1_original: Bundle) -> None:
-    if gpu.detect() is not None:
+    if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
     options = BenchOptions(("onnxruntime", "pytorch-cuda", "pytorch-cuda-compile"), rounds=1)
     result = bench([BundleSubject(v1_original)], options)
@@ -239,7 +240,7 @@ def test_the_table_has_ratios_to_the_first_row_with_intervals(
 def test_a_table_keeps_the_cpus_rows_where_no_gpu_is(
     v1_original: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if gpu.detect() is not None:
+    if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr("rexdeploy.bench.published_table", lambda: [BundleSubject(v1_original)])
     options = replace(QUICK, backends=("pytorch-cuda", "onnxruntime"))

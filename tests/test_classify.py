@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import rexdeploy
-from rexdeploy import gpu, images
+from rexdeploy import arrays, images, machine
+from rexdeploy.arrays import softmax
 from rexdeploy.backends import has_onnxruntime_cuda
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.classify import load
-from rexdeploy.compare import softmax
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.manifest import Artifact, BatchRange
 from rexdeploy.models.checkpoints import load_checkpoint
@@ -81,7 +81,7 @@ def test_a_cpu_onnxruntime_on_a_machine_with_a_gpu_is_named(
         device = tmp_path / "nvidiactl"
         if exists:
             device.touch()
-        monkeypatch.setattr(gpu, "_DEVICES", (device,))
+        monkeypatch.setattr(machine, "_DEVICES", (device,))
         with load(v1_original) as classifier:
             assert any("CPU build" in line for line in classifier.passed_over) is exists
 
@@ -91,7 +91,7 @@ def test_many_threads_get_their_own_answers(v1_original: Bundle) -> None:
     with load(v1_original, "onnxruntime") as classifier:
         expected = classifier.logits(pool)
 
-        def one(index: int) -> images.Float32:
+        def one(index: int) -> arrays.Float32:
             return classifier.logits(pool[index : index + 1])
 
         with ThreadPoolExecutor(8) as threads:

@@ -8,14 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rexdeploy.compare import (
-    Comparison,
-    Limits,
-    Signal,
-    compare,
-    correlation_text,
-    softmax,
-)
+from rexdeploy.arrays import softmax
+from rexdeploy.compare import Comparison, Limits, Signal, compare, correlation_text
 from rexdeploy.errors import UsageError
 
 RNG = np.random.default_rng(0)

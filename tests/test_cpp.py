@@ -22,7 +22,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from rexdeploy import gpu, images
+from rexdeploy import images, machine
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.classify import load
 from rexdeploy.errors import UsageError
@@ -598,7 +598,7 @@ def test_engines_that_cannot_be_loaded_are_explained(
     with_tensorrt: Programs, v1_bundle: Bundle, photos: Path
 ) -> None:
     """Among them a good one: this machine has no GPU."""
-    if gpu.detect() is not None:
+    if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
     engine = v1_bundle.manifest.find("engine")
     assert engine is not None

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rexdeploy import image_limits, images
+from rexdeploy import arrays, image_limits, images
 from rexdeploy.errors import UsageError
 from rexdeploy.image_limits import MAX_PIXELS, MAX_SCAN_PIXELS
 from tests import hostile_images as hostile
@@ -35,7 +35,7 @@ def _refusal(data: bytes) -> str:
     return refusal
 
 
-def _pillows(data: bytes) -> images.UInt8:
+def _pillows(data: bytes) -> arrays.UInt8:
     """The pixels as Pillow alone decodes them."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"))

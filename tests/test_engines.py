@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 
 import rexdeploy
-from rexdeploy import gpu, tensorrt_api
+from rexdeploy import machine, tensorrt_api
 from rexdeploy.answers import inputs
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.cuda import Gpu
 from rexdeploy.backends.trt import TensorRTBackend
 from rexdeploy.backends.trt_load import validity
-from rexdeploy.bench import Benchmark, BenchOptions, bench
+from rexdeploy.bench import Benchmark, bench
 from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.manifest import ModelSpec
 from rexdeploy.subjects import BundleSubject
@@ -465,11 +466,11 @@ def test_clocks_are_of_the_gpu_that_runs_by_its_uuid(
     program.write_text('#!/bin/sh\necho "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    found = gpu.detect()
+    found = machine.detect()
     assert found is not None
     assert (found.name, found.target) == ("Stand-in GPU", "sm89")
     assert found.uuid == "GPU-00000000-0000-0000-0000-000000000007"
-    assert f"--id={found.uuid}" in (gpu.clocks(found) or "")
+    assert f"--id={found.uuid}" in (machine.clocks(found) or "")
 
 
 def test_inspect_says_what_the_runtime_says(rtx: Module, bundle: Bundle) -> None:

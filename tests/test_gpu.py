@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rexdeploy import gpu
+from rexdeploy import machine
 
 
 def _nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_what_nvidia_smi_prints_is_read(
     line: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _nvidia_smi(tmp_path, f"echo '{line}'", monkeypatch)
-    found = gpu.detect()
+    found = machine.detect()
     assert found is not None
     assert found.target == target
     assert line.startswith(found.name)
@@ -42,4 +42,4 @@ def test_no_answer_means_no_gpu(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _nvidia_smi(tmp_path, script, monkeypatch)
-    assert gpu.detect() is None
+    assert machine.detect() is None

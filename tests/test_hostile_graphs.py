@@ -19,7 +19,7 @@ from rexdeploy.build import BuildOptions, import_onnx
 from rexdeploy.bundle import Bundle, commit
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.inspection import inspect
-from rexdeploy.memory import bounded
+from rexdeploy.machine import bounded
 from rexdeploy.verify import VerifyOptions, verify
 from tests.helpers import assert_refused, run_cli, run_measured
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 
+from rexdeploy.arrays import Float32, UInt8
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bundle import Bundle
 from rexdeploy.image_sets import copies, pool, varied, varied_pixels
-from rexdeploy.images import Float32, UInt8, normalise, take
+from rexdeploy.images import normalise, take
 from rexdeploy.manifest import Preprocess
 from rexdeploy.rounding import with_peaks
 

@@ -18,12 +18,12 @@ from PIL import Image, PngImagePlugin
 from timm.data.dataset import ImageDataset
 from timm.data.transforms_factory import create_transform
 
-from rexdeploy import images
+from rexdeploy import arrays, images
 from rexdeploy.errors import UsageError
 from rexdeploy.manifest import Preprocess
 
 
-def _timm(image: Image.Image, spec: Preprocess) -> images.Float32:
+def _timm(image: Image.Image, spec: Preprocess) -> arrays.Float32:
     transform = create_transform(
         (3, spec.height, spec.width),
         interpolation=spec.interpolation,
@@ -31,7 +31,7 @@ def _timm(image: Image.Image, spec: Preprocess) -> images.Float32:
         std=spec.std,
         crop_pct=spec.crop_pct,
     )
-    result: images.Float32 = transform(image).numpy()
+    result: arrays.Float32 = transform(image).numpy()
     return result
 
 

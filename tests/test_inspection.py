@@ -12,7 +12,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from rexdeploy import gpu
+from rexdeploy import machine
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.inspection import inspect
 from rexdeploy.manifest import to_json
@@ -37,7 +37,7 @@ def test_an_engine_in_its_bundle_shows_the_proof_of_its_build(v1_original: Bundl
     assert result.proof is not None
     assert result.proof.layers["Float"] == 1  # that reads the float32 image
     assert "what its build reported" in result.proof_of
-    if gpu.detect() is None:
+    if machine.detect() is None:
         assert [(r.ready, r.reason) for r in result.runners] == [
             (False, "no NVIDIA GPU on this machine")
         ]

@@ -11,13 +11,14 @@ import pytest
 from onnx import ModelProto, TensorProto
 
 from rexdeploy import images
+from rexdeploy.arrays import UInt8, softmax
 from rexdeploy.backends import open_backend
-from rexdeploy.bench import BenchOptions, bench
+from rexdeploy.bench import bench
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.classify import load
-from rexdeploy.compare import comparable, softmax
+from rexdeploy.compare import comparable
+from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import UsageError
-from rexdeploy.images import UInt8
 from rexdeploy.interface import change_core, forms, interface_nodes, unwrap
 from rexdeploy.precision import element_types
 from rexdeploy.subjects import BundleSubject

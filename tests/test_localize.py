@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from rexdeploy import images
+from rexdeploy.arrays import Float32
 from rexdeploy.blocks import find_blocks
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import UsageError
@@ -24,7 +25,6 @@ from rexdeploy.verify import VerifyOptions, verify
 from rexdeploy.walk import GraphWalk, TorchWalk, Walk
 from tests import test_verify as planted
 from tests.helpers import (
-    Float32,
     assert_refused,
     edit_weights,
     nodes_of,

@@ -19,13 +19,14 @@ import torch
 from onnx import ModelProto, TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
-from rexdeploy import gpu
+from rexdeploy import machine
 from rexdeploy.answers import inputs
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.onnxrt import load_session
 from rexdeploy.backends.pytorch import use_cuda
-from rexdeploy.bench import BenchOptions, bench
+from rexdeploy.bench import bench
 from rexdeploy.bundle import Bundle
+from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.precision import parse, to_bf16
 from rexdeploy.subjects import BundleSubject, ModelFile
@@ -33,7 +34,7 @@ from rexdeploy.verify import VerifyOptions, verify
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 BENCH = BenchOptions(("onnxruntime-cuda", "onnxruntime"), batches=(1, 2), rounds=1)
-FOUND = gpu.Gpu("Stand-in", "8.9", "CUDA 13.0")
+FOUND = machine.Gpu("Stand-in", "8.9", "CUDA 13.0")
 
 
 @dataclass
@@ -145,10 +146,10 @@ def test_a_session_that_cannot_be_made_on_the_gpu_is_not_made_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda.fails_to_load = RuntimeError("CUDA failure 2: out of memory")
-    monkeypatch.setattr(gpu, "detect", lambda: None)
+    monkeypatch.setattr(machine, "detect", lambda: None)
     with pytest.raises(BackendUnavailable, match="no usable NVIDIA GPU .*out of memory"):
         load_session(_graph(small_v1_original), cuda=True)
-    monkeypatch.setattr(gpu, "detect", lambda: FOUND)
+    monkeypatch.setattr(machine, "detect", lambda: FOUND)
     with pytest.raises(RexdeployError, match="cannot run the model on this GPU") as caught:
         load_session(_graph(small_v1_original), cuda=True)
     assert type(caught.value) is RexdeployError

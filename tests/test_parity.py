@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rexdeploy.arrays import Float32, Images
 from rexdeploy.compare import Limits, Signal
 from rexdeploy.errors import RexdeployError
-from rexdeploy.images import Images
 from rexdeploy.parity import (
     ENGINE_MARGIN,
     GRAPH_MARGIN,
@@ -24,7 +23,6 @@ from rexdeploy.parity import (
     walk_room,
 )
 
-Float32 = npt.NDArray[np.float32]
 CONSTANT = Limits(error=6.0, rms=1.1, correlation=0.0)
 
 

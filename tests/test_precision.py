@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from rexdeploy import images
+from rexdeploy import arrays
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.precision import emulate_bf16, precision_of, to_bf16, to_fp16
@@ -34,9 +34,9 @@ def _model(nodes: list[onnx.NodeProto], weights: Mapping[str, object], out: int 
     )
 
 
-def _run(model: ModelProto, x: images.Float32) -> images.Float32:
+def _run(model: ModelProto, x: arrays.Float32) -> arrays.Float32:
     session = ort.InferenceSession(model.SerializeToString())
-    result: images.Float32 = session.run(None, {session.get_inputs()[0].name: x})[0]
+    result: arrays.Float32 = session.run(None, {session.get_inputs()[0].name: x})[0]
     return result
 
 

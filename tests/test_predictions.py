@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rexdeploy.arrays import Float32, Images
 from rexdeploy.bundle import Bundle
 from rexdeploy.classify import Classifier, load
 from rexdeploy.errors import UsageError
-from rexdeploy.images import Images
 from rexdeploy.predictions import classify_files, expand
-from tests.helpers import Float32, on_a_terminal, run_cli
+from tests.helpers import on_a_terminal, run_cli
 
 RED, NAN = (255, 0, 0), (0, 0, 255)
 

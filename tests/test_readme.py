@@ -19,7 +19,7 @@ from types import ModuleType
 import pytest
 import sklearn.datasets
 
-from rexdeploy import gpu
+from rexdeploy import machine
 from tests.helpers import ROOT, run_cli
 
 pytestmark = pytest.mark.slow
@@ -141,7 +141,7 @@ def test_readmes_commands_print_what_it_shows(readme_dir: Path, quickstart: dict
             result = run_cli(*command.split()[1:], cwd=readme_dir)
             assert result.code == 0, (command, result.err)
             out = result.out
-        if not shown or (gpu.detect() is not None and "models" not in command):
+        if not shown or (machine.detect() is not None and "models" not in command):
             continue
         printed = [line for line in out.splitlines() if line.strip()]
         if "predict" in command:  # which classes an untrained network names depends on rounding

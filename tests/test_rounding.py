@@ -8,10 +8,10 @@ import onnxruntime as ort
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from rexdeploy.arrays import Float32, Images
 from rexdeploy.blocks import literal
 from rexdeploy.bundle import Bundle
 from rexdeploy.image_sets import varied
-from rexdeploy.images import Float32, Images
 from rexdeploy.interface import unwrap
 from rexdeploy.precision import emulate_bf16, node_name, to_bf16, to_fp16
 from rexdeploy.rounding import sixteen_bit_types, twin, widened, with_peaks

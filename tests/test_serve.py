@@ -25,6 +25,7 @@ import pytest
 from PIL import Image
 
 from rexdeploy import images, load
+from rexdeploy.arrays import UInt8
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.serve import Binary, choose_backend, find_server, free_port
@@ -34,8 +35,6 @@ from tests.test_triton import bomb, encoded, with_changed_weights, with_labels
 
 http = pytest.importorskip("tritonclient.http")
 grpc = pytest.importorskip("tritonclient.grpc")
-
-UInt8 = npt.NDArray[np.uint8]
 
 
 def _missing() -> str:

@@ -11,13 +11,14 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rexdeploy import images, tensorrt_api
+from rexdeploy.arrays import Float32
 from rexdeploy.bundle import Bundle
 from rexdeploy.compare import Signal
 from rexdeploy.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.precision import to_fp16
 from rexdeploy.shortcuts import to_plain_adds
 from rexdeploy.tensorrt_api import EngineSettings
-from tests.helpers import Float32, nodes_of
+from tests.helpers import nodes_of
 
 Change = Callable[[ModelProto], None]
 FORMATS = ["v1_original", "lite_original"]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import pytest
 from PIL import Image
@@ -26,8 +25,6 @@ from rexdeploy.proof import PrecisionProof
 from rexdeploy.triton import deploy
 from rexdeploy.triton_backend import decoded, run_each
 from tests.helpers import assert_refused, edit_weights, run_cli
-
-Float32 = npt.NDArray[np.float32]
 
 LABELS = "\n".join(f"kind {index}" for index in range(37)).encode()
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rexdeploy import gpu, images, load
+from rexdeploy import images, load, machine
 from rexdeploy.bundle import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.repository import DEFAULT_REPOSITORY, deployed
@@ -27,7 +27,7 @@ from tests.test_serve import file_tensor, http, infer, needs_server
 from tests.test_triton import config, tree, with_changed_weights
 
 EVERYTHING = frozenset({"tensorrt", "onnxruntime", "python"})
-without_gpu = pytest.mark.skipif(gpu.detect() is not None, reason="this machine has a GPU")
+without_gpu = pytest.mark.skipif(machine.detect() is not None, reason="this machine has a GPU")
 
 
 def readmes_commands(bundle: str) -> list[list[str]]:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import ModelProto
 
-from rexdeploy import gpu
+from rexdeploy import machine
 from rexdeploy.blocks import find_blocks
 from rexdeploy.build import BuildOptions, build
 from rexdeploy.bundle import Bundle, sha256
@@ -192,7 +192,7 @@ def test_unusable_requests_are_refused(small_lite: Bundle, tmp_path: Path) -> No
         tune(small_lite, TuneOptions(max_blocks=0))
     with pytest.raises(UsageError, match="backend: got 'openvino', expected one of onnxruntime"):
         tune(small_lite, TuneOptions(backend="openvino"))
-    if gpu.detect() is None and importlib.util.find_spec("tensorrt_rtx"):
+    if machine.detect() is None and importlib.util.find_spec("tensorrt_rtx"):
         with pytest.raises(BackendUnavailable, match="no NVIDIA GPU driver"):
             tune(small_lite, replace(OPTIONS, samples=2, backend="tensorrt-rtx"))
     assert_refused(

@@ -18,6 +18,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
 from rexdeploy import image_sets
+from rexdeploy.arrays import Float32
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.blocks import find_blocks
@@ -25,7 +26,7 @@ from rexdeploy.build import BuildOptions, build
 from rexdeploy.bundle import Bundle, sha256
 from rexdeploy.errors import UsageError
 from rexdeploy.export import ExportOptions, export
-from rexdeploy.images import Float32, normalise, synthetic
+from rexdeploy.images import normalise, synthetic
 from rexdeploy.manifest import BatchRange, Precision, to_json
 from rexdeploy.models.rexnet import ReXNetV1_lite
 from rexdeploy.precision import to_fp16

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from rexdeploy.compare import softmax
+from rexdeploy.arrays import Float32, Images, softmax
 from rexdeploy.errors import UsageError
-from rexdeploy.images import Images, normalise
+from rexdeploy.images import normalise
 from rexdeploy.manifest import Artifact, Manifest, ModelSpec
 from rexdeploy.tensorrt_api import Flavor
-
-Float32 = npt.NDArray[np.float32]
 
 ONNX_BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino")
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")

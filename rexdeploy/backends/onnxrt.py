@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from rexdeploy.arrays import Float32, Images
 from rexdeploy.backends import Resident
 from rexdeploy.backends.onnxrt_cuda import open_session
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
-from rexdeploy.images import Images
 from rexdeploy.manifest import ModelSpec
-
-Float32 = npt.NDArray[np.float32]
 
 _NUMPY_TYPES: dict[str, Any] = {
     "tensor(float)": np.float32,

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from typing import Any
 
-from rexdeploy import gpu
+from rexdeploy import machine
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
 
 PROVIDER = "CUDAExecutionProvider"
@@ -94,6 +94,6 @@ def _refusal(error: Exception) -> RexdeployError:
         return UsageError(f"not an ONNX model that onnxruntime can load ({reason})")
     if kind == "NotImplemented":  # such as bfloat16 convolutions
         return BackendUnavailable(f"onnxruntime has no CUDA kernel for it ({reason})")
-    if gpu.detect() is None:
+    if machine.detect() is None:
         return BackendUnavailable(f"onnxruntime found no usable NVIDIA GPU ({reason})")
     return RexdeployError(f"onnxruntime cannot run the model on this GPU ({reason})")

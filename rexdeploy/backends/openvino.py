@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from rexdeploy.arrays import Float32, Images
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.images import Images
 from rexdeploy.manifest import ModelSpec
-
-Float32 = npt.NDArray[np.float32]
 
 
 class OpenVinoBackend:

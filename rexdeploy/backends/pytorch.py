@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from rexdeploy.arrays import Float32, Images
 from rexdeploy.backends import Resident
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
-from rexdeploy.images import Images
 from rexdeploy.manifest import ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
-Float32 = npt.NDArray[np.float32]
 
 _CHUNK = 8  # images at once: more is no faster on a CPU and takes memory
 

@@ -6,17 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from rexdeploy.arrays import Float32, Images
 from rexdeploy.backends import Kernels, Resident
 from rexdeploy.backends.cuda import Gpu
 from rexdeploy.backends.trt_load import check_version, deserialize
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.images import Images
 from rexdeploy.manifest import MAX_BATCH, BatchRange, ModelSpec
 from rexdeploy.tensorrt_api import Flavor, Log, captured_log, load, start
-
-Float32 = npt.NDArray[np.float32]
 
 
 class TensorRTBackend:

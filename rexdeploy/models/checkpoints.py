@@ -19,14 +19,7 @@ from rexdeploy.errors import UsageError, first_line
 from rexdeploy.files import MAX_GRAPH_BYTES, open_plain
 from rexdeploy.manifest import MAX_CLASSES
 from rexdeploy.models.archives import check_archive, check_legacy
-from rexdeploy.models.rexnet import (
-    CONFIGS,
-    MAX_WIDTH,
-    MIN_WIDTH,
-    Family,
-    RexNet,
-    RexNetConfig,
-)
+from rexdeploy.models.rexnet import CONFIGS, MAX_WIDTH, MIN_WIDTH, Family, RexNet, RexNetConfig
 
 StateDict = dict[str, Tensor]
 

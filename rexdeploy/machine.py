@@ -1,12 +1,20 @@
-"""The first GPU of this machine, as CUDA counts them."""
+"""The machine: its GPU, processor, memory, packages; and a bound on what a command takes."""
 
 from __future__ import annotations
 
+import os
+import platform
+import resource
 import shutil
 import subprocess
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+
+from rexdeploy.errors import RexdeployError
 
 _DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # Linux, and Linux inside Windows
 
@@ -119,3 +127,84 @@ def _ask_nvidia_smi(fields: str, identity: str | None = None) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return next(iter(answer.stdout.splitlines()), None)
+
+
+_PACKAGES = (
+    "rexdeploy", "torch", "timm", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-rtx",
+    "tensorrt",
+)  # fmt: skip
+
+
+def machine() -> dict[str, str]:
+    """The machine, and the libraries that decide about its speed, as a result names them."""
+    described = {
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+    for package in _PACKAGES:
+        try:
+            described[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found = detect()
+    if found is not None:
+        described["gpu"] = f"{found.name}, driver {found.driver}"
+        described["gpu clocks"] = clocks(found) or "not known: nvidia-smi does not say"
+    return described
+
+
+def _processor() -> str:
+    """Its name, and the widest vector unit, which decides more than the name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields[key.strip()] = value.strip()
+    flags = fields.get("flags", "").split()
+    vectors = next((name for name in ("avx512f", "avx2", "avx") if name in flags), "")
+    return f"{fields.get('model name', platform.processor())} {vectors}".strip()
+
+
+MAX_BYTES = 32 << 30
+"""Beside what a command has when it begins. What is known beforehand is held to less: `bounds`."""
+MAX_SHARE = 0.75  # of the machine's memory
+_DATA_PAGES = 5  # of /proc/self/statm
+
+
+@contextmanager
+def bounded(most: int = MAX_BYTES) -> Iterator[None]:
+    """Lets this process take `most` bytes more than it has, or a share of the machine's memory.
+
+    What the block asks for beyond that raises RexdeployError. It bounds the whole process, so it is
+    for commands. Where there is a GPU nothing is bounded: what CUDA takes of the address space has
+    not been measured.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    page = resource.getpagesize()
+    most = min(most, int(MAX_SHARE * page * os.sysconf("SC_PHYS_PAGES")))
+    if not has_device():
+        pages = int(Path("/proc/self/statm").read_text().split()[_DATA_PAGES])
+        soft = pages * page + most
+        limits = [limit for limit in (soft, *before) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
+    try:
+        yield
+    except MemoryError:
+        raise RexdeployError(_text(most)) from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # as torch says it
+            raise
+        raise RexdeployError(_text(most)) from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _text(most: int) -> str:
+    return (
+        f"this takes more than {most / (1 << 30):.3g} GiB of memory, or more than the machine has; "
+        "give fewer or smaller images, a smaller batch or another file"
+    )
