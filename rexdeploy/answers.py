@@ -11,9 +11,9 @@ import numpy as np
 from rexdeploy import images
 from rexdeploy.arrays import Array, Float32, Images, softmax
 from rexdeploy.backends import open_backend
+from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.compare import Compared, comparable
 from rexdeploy.errors import RexdeployError
-from rexdeploy.manifest import ModelSpec
 from rexdeploy.parity import CONSTANT_SHARE, LIMITS
 
 if TYPE_CHECKING:

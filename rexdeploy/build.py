@@ -10,26 +10,25 @@ from onnx import ModelProto
 
 from rexdeploy import machine, tensorrt_api
 from rexdeploy.bounds import check_memory
-from rexdeploy.bundle import Bundle, check_writable, commit, sha256
-from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed, first_line
-from rexdeploy.forms import Source, engine_form
-from rexdeploy.interface import interface_nodes
-from rexdeploy.manifest import (
+from rexdeploy.bundle.manifest import (
     DEFAULT_BATCH,
     FORMAT,
     MANIFEST,
     MAX_BATCH,
     MAX_CLASSES,
     MAX_IMAGE_SIZE,
-    TYPE_NAMES,
     Artifact,
     BatchRange,
     Manifest,
     ModelSpec,
-    Precision,
     Preprocess,
     WeightsOrigin,
 )
+from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
+from rexdeploy.bundle.store import Bundle, check_writable, commit, sha256
+from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed, first_line
+from rexdeploy.forms import Source, engine_form
+from rexdeploy.interface import interface_nodes
 from rexdeploy.precision import (
     graph_inputs,
     parse,
@@ -39,7 +38,7 @@ from rexdeploy.precision import (
     type_name,
 )
 from rexdeploy.progress import Report, silent
-from rexdeploy.proof import PROOF_REVISION, PrecisionProof, prove
+from rexdeploy.proof import PROOF_REVISION, prove
 from rexdeploy.tensorrt_api import BUILD_REVISION, FLAVORS, EngineSettings, Flavor
 from rexdeploy.text import printable
 

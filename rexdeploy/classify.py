@@ -22,11 +22,11 @@ from rexdeploy.backends import (
     has_onnxruntime_cuda,
     open_backend,
 )
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.labels import read_labels
+from rexdeploy.bundle.manifest import Artifact, BatchRange
+from rexdeploy.bundle.metadata import check_preprocess
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.labels import read_labels
-from rexdeploy.manifest import Artifact, BatchRange
-from rexdeploy.metadata import check_preprocess
 
 _AGAIN = "build it again: rexdeploy build-trt"
 _MAKES_ONE = "'rexdeploy build-trt' makes an engine, 'rexdeploy export' a graph and the weights"
@@ -197,7 +197,7 @@ def load(
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(Path(bundle))
     if require_signature is not None:
-        from rexdeploy.signing import check
+        from rexdeploy.bundle.signing import check
 
         bundle = check(bundle.path, Path(require_signature))
     labels = read_labels(bundle)

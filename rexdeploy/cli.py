@@ -48,9 +48,9 @@ from rexdeploy.show import (
 from rexdeploy.text import one_line, printable
 
 if TYPE_CHECKING:
-    from rexdeploy.bundle import Bundle
+    from rexdeploy.bundle.precision import Precision
+    from rexdeploy.bundle.store import Bundle
     from rexdeploy.classify import Classifier
-    from rexdeploy.manifest import Precision
     from rexdeploy.predictions import Row
     from rexdeploy.results import Results
     from rexdeploy.verify import Verification
@@ -343,8 +343,8 @@ def build_trt(
     check_json(json)
     from rexdeploy.build import BuildOptions, import_onnx
     from rexdeploy.build import build as run
-    from rexdeploy.bundle import Bundle
-    from rexdeploy.manifest import BatchRange
+    from rexdeploy.bundle.manifest import BatchRange
+    from rexdeploy.bundle.store import Bundle
 
     if onnx is not None and bundle is not None:
         raise UsageError("got a bundle and --onnx, expected one of them")
@@ -496,7 +496,7 @@ def tune_precision(
     rexdeploy tune-precision rexnet_1.5 --images photos/
     """
     check_json(json)
-    from rexdeploy.bundle import Bundle
+    from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.tune import TuneOptions, tune
 
@@ -717,7 +717,7 @@ def bench(
     check_json(json)
     from rexdeploy.bench import bench as run
     from rexdeploy.bench import bench_published_table
-    from rexdeploy.bundle import Bundle
+    from rexdeploy.bundle.store import Bundle
     from rexdeploy.competitors import BenchOptions
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.subjects import compared
@@ -810,7 +810,7 @@ def triton(
     """
     check_json(json)
     check_json(kserve)
-    from rexdeploy.bundle import Bundle
+    from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import BackendUnavailable
     from rexdeploy.kserve import check_place, inference_service
     from rexdeploy.serve import Binary, find_server
@@ -1004,7 +1004,7 @@ def tune_serving(
         from rexdeploy.plot import check_plot, plot_sweep
 
         check_plot(plot)
-    from rexdeploy.bundle import Bundle
+    from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.serve import find_server
     from rexdeploy.show_serving import show_sweep
@@ -1047,8 +1047,8 @@ def sign(
     rexdeploy sign rexnet_1.5 --private-key key.pem
     rexdeploy predict cat.jpg --bundle rexnet_1.5 --require-signature key.pub
     """
-    from rexdeploy.bundle import SIGNATURE, Bundle
-    from rexdeploy.signing import sign as run
+    from rexdeploy.bundle.signing import sign as run
+    from rexdeploy.bundle.store import SIGNATURE, Bundle
 
     opened = Bundle.find(bundle)
     count = run(opened.path, private_key)
@@ -1131,12 +1131,12 @@ def _only_warned_of(is_error: bool) -> Iterator[None]:
 
 def _find(bundle: Path | None, public_key: Path | None) -> Bundle:
     """The bundle that is meant; signed by the key, where there is one."""
-    from rexdeploy.bundle import Bundle
+    from rexdeploy.bundle.store import Bundle
 
     opened = Bundle.find(bundle)
     if public_key is None:
         return opened
-    from rexdeploy.signing import check
+    from rexdeploy.bundle.signing import check
 
     return check(opened.path, public_key)
 
@@ -1149,7 +1149,7 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 def _precision(text: str | None, candidate: Path | None) -> Precision | None:
-    from rexdeploy.manifest import TYPE_NAMES
+    from rexdeploy.bundle.precision import TYPE_NAMES
 
     if text is None:
         return None
@@ -1184,7 +1184,7 @@ def _tell(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
 
 def _store(bundle: Bundle, result: Verification) -> None:
     """Keeps the result in the bundle, where it can be written: on a serving machine it may not."""
-    from rexdeploy.bundle import SIGNATURE
+    from rexdeploy.bundle.store import SIGNATURE
     from rexdeploy.verify import store
 
     signed = (bundle.path / SIGNATURE).exists()

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.arrays import Array, softmax
+from rexdeploy.bundle.manifest import OutputForm
 from rexdeploy.errors import UsageError
-from rexdeploy.manifest import OutputForm
 
 Compared = Literal["logits", "log-probabilities"]
 """What is compared: where a file ends in the softmax, what of the logits a softmax leaves."""

@@ -160,7 +160,7 @@ def emit(file: Path | None, result: Callable[[], object]) -> None:
     """Writes a command's result as JSON to `file`, if one was asked for."""
     if file is None:
         return
-    from rexdeploy.manifest import to_json
+    from rexdeploy.bundle.manifest import to_json
 
     write_text(file, json_text(to_json(result()).decode()))
 

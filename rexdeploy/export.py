@@ -16,15 +16,8 @@ from onnx import ModelProto
 from rexdeploy import images
 from rexdeploy.arrays import Array
 from rexdeploy.backends import open_backend
-from rexdeploy.bundle import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
-from rexdeploy.compare import Compared, Comparison, Signal, comparable, compare
-from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sha256_of
-from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
-from rexdeploy.image_sets import varied, varied_pixels
-from rexdeploy.interface import PIXELS, PROBABILITIES, wrap
-from rexdeploy.labels import parse_labels
-from rexdeploy.manifest import (
+from rexdeploy.bundle.labels import parse_labels
+from rexdeploy.bundle.manifest import (
     FORMAT,
     MANIFEST,
     MAX_CLASSES,
@@ -37,6 +30,13 @@ from rexdeploy.manifest import (
     Preprocess,
     WeightsOrigin,
 )
+from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
+from rexdeploy.compare import Compared, Comparison, Signal, comparable, compare
+from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sha256_of
+from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
+from rexdeploy.image_sets import varied, varied_pixels
+from rexdeploy.interface import PIXELS, PROBABILITIES, wrap
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.checkpoints import Checkpoint, load_checkpoint
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, recalibrate_batch_norms

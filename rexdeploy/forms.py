@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import onnx
 from onnx import ModelProto
 
-from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.bundle.manifest import Artifact
+from rexdeploy.bundle.precision import Precision
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
 from rexdeploy.interface import change_core
-from rexdeploy.manifest import Artifact, Precision
 from rexdeploy.precision import BF16_REVISION, FP16_REVISION, parse, to_bf16, to_fp16
 from rexdeploy.progress import Report
 from rexdeploy.shortcuts import PLAIN_ADDS_REVISION, to_plain_adds

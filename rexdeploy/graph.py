@@ -14,8 +14,8 @@ import torch
 from onnx import ModelProto
 from torch import nn
 
+from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.errors import BackendUnavailable, RexdeployError, VerificationFailed
-from rexdeploy.manifest import ModelSpec
 
 MIN_OPSET = 18  # torch 2.15's exporter writes 18 when asked for less
 

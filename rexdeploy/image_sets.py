@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rexdeploy.arrays import Float32, UInt8
+from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.images import find, load_batch, normalise, synthetic_pixels
-from rexdeploy.manifest import Preprocess
 
 SEED = 1
 """Of the synthetic images that `verify` and `tune-precision` judge by.

@@ -18,8 +18,8 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from rexdeploy import image_limits
 from rexdeploy.arrays import Float32, Images, UInt8
+from rexdeploy.bundle.manifest import ModelSpec, Preprocess
 from rexdeploy.errors import UsageError, first_line
-from rexdeploy.manifest import ModelSpec, Preprocess
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,

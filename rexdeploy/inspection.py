@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from rexdeploy import machine, tensorrt_api
 from rexdeploy.backends import has_onnxruntime_cuda
-from rexdeploy.bundle import Bundle, is_bundle, sha256
+from rexdeploy.bundle.manifest import Artifact
+from rexdeploy.bundle.precision import TYPE_NAMES, PrecisionProof
+from rexdeploy.bundle.store import Bundle, is_bundle, sha256
 from rexdeploy.errors import (
     BackendUnavailable,
     RexdeployError,
@@ -16,9 +18,8 @@ from rexdeploy.errors import (
     VerificationFailed,
 )
 from rexdeploy.files import read_plain, sha256_of
-from rexdeploy.manifest import TYPE_NAMES, Artifact
 from rexdeploy.progress import Report, silent
-from rexdeploy.proof import PrecisionProof, prove
+from rexdeploy.proof import prove
 from rexdeploy.tensorrt_api import PlanHeader
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from rexdeploy.manifest import InputForm, ModelSpec, OutputForm
+from rexdeploy.bundle.manifest import InputForm, ModelSpec, OutputForm
 from rexdeploy.precision import graph_inputs
 
 PIXELS, PROBABILITIES = "pixels", "probabilities"  # names of the outer input and output

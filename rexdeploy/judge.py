@@ -13,10 +13,11 @@ from rexdeploy.arrays import Array, Images
 from rexdeploy.backends import ENGINE_BACKENDS, Kernels, open_backend
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.blocks import check_literal, literal
+from rexdeploy.bundle.manifest import BatchRange, InputForm, ModelSpec
+from rexdeploy.bundle.precision import Precision, PrecisionProof
 from rexdeploy.compare import Compared, Comparison, Limits, Signal, comparable, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.interface import unwrap
-from rexdeploy.manifest import BatchRange, InputForm, ModelSpec, Precision
 from rexdeploy.parity import (
     ENGINE_MARGIN,
     GRAPH_MARGIN,
@@ -29,7 +30,6 @@ from rexdeploy.parity import (
     run_batches,
 )
 from rexdeploy.precision import FP16_MAX, emulate_bf16, parse, to_bf16, to_fp16
-from rexdeploy.proof import PrecisionProof
 from rexdeploy.rounding import Twin, sixteen_bit_types, twin, widened, with_peaks
 
 MAX_GRAPH_BATCH = 64  # of ONNX graphs, which run on the CPU; engines run at all their sizes

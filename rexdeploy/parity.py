@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from rexdeploy.arrays import Array, Images
 from rexdeploy.backends import Backend
+from rexdeploy.bundle.precision import Precision
 from rexdeploy.compare import Compared, Limits, Signal, comparable, compare
 from rexdeploy.errors import RexdeployError
-from rexdeploy.manifest import Precision
 
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(error=5e-3, rms=5e-4, correlation=1 - 1e-5),

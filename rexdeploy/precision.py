@@ -26,9 +26,9 @@ from onnx.external_data_helper import (
 from onnx.inliner import inline_local_functions
 
 from rexdeploy.bounds import check_functions
+from rexdeploy.bundle.precision import TYPE_NAMES, Precision
 from rexdeploy.errors import UsageError, VerificationFailed, first_line
 from rexdeploy.files import MAX_GRAPH_BYTES, file_size, open_plain, read_plain
-from rexdeploy.manifest import TYPE_NAMES, Precision
 from rexdeploy.proof import Product
 
 ARITHMETIC_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

@@ -10,16 +10,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-FLOATING = ("Half", "BFloat16", "Float")
-TYPES = ("Int8", *FLOATING)
-"""The types that arithmetic is counted in, by TensorRT-RTX's names, the widest last."""
+from rexdeploy.bundle.precision import FLOATING, TYPES, PrecisionProof
+
 PROOF_REVISION = "2"
 """Of `prove` and of what a layer's type is read from: raise it with every change of the rule."""
-MIN_SHARE = 0.5
-"""Least share of layers in the type that was asked for, beside all convolutions and products.
-
-ReXNets' have 1.0 (TensorRT-RTX 1.7); a tiny graph of four layers and a cast of its input has 0.8.
-"""
 
 
 class Layer(Protocol):
@@ -53,48 +47,6 @@ class Product:
     @property
     def onnx_nodes(self) -> tuple[str, ...]:
         return (self.name,)
-
-
-@dataclass(frozen=True)
-class PrecisionProof:
-    """What a model's layers say of the types it computes in."""
-
-    wanted: str | None  # the type that was asked for; None: each product in its graph's own type
-    layers: dict[str, int]  # how many compute in each type
-    macs: dict[str, int] = field(default_factory=dict)  # of one image, by type; empty: not known
-    differing: tuple[str, ...] = ()  # layers in another type than was asked for
-    not_found: tuple[str, ...] = ()  # products of the graph that no layer names
-
-    def __post_init__(self) -> None:
-        counts = [*self.layers.items(), *self.macs.items()]
-        if any(kind not in TYPES or count < 0 for kind, count in counts):
-            raise ValueError(f"impossible proof of precision {self}")
-
-    def share(self, kind: str) -> float:
-        """The share of layers that compute in a type, 0 to 1."""
-        total = sum(self.layers.values())
-        return self.layers.get(kind, 0) / total if total else 0.0
-
-    @property
-    def holds(self) -> bool:
-        """Whether every product is known to run in the type that was asked for."""
-        in_type = self.wanted is None or self.share(self.wanted) >= MIN_SHARE
-        return not self.differing and not self.not_found and in_type
-
-    @property
-    def summary(self) -> str:
-        """`129 of 129 layers in Half (100%), 100% of 0.88 GMACs in Half`; the asked type first."""
-        parts = []
-        for counts, unit in ((self.layers, "layers"), (self.macs, "GMACs")):
-            total = sum(counts.values())
-            for kind in sorted(counts, key=lambda name: (name != self.wanted, -counts[name])):
-                share = _percent(counts[kind], total)
-                parts.append(
-                    f"{counts[kind]} of {total} layers in {kind} ({share})"
-                    if unit == "layers"
-                    else f"{share} of {total / 1e9:.3g} GMACs in {kind}"
-                )
-        return ", ".join(parts) or "no layer computes on numbers"
 
 
 def prove(
@@ -161,11 +113,3 @@ def prove(
 
 def _width(kind: str) -> int:
     return TYPES.index(kind) if kind in TYPES else len(TYPES)
-
-
-def _percent(count: int, total: int) -> str:
-    """A share that says 0 % and 100 % only where that is so."""
-    share = count / total if total else 0.0
-    if 0 < count < total:
-        return "<1%" if share < 0.01 else ">99%" if share > 0.99 else f"{share:.0%}"
-    return f"{share:.0%}"

@@ -22,11 +22,11 @@ from typing import BinaryIO
 
 import msgspec
 
-from rexdeploy.bundle import sha256
+from rexdeploy.bundle.manifest import to_json
+from rexdeploy.bundle.store import sha256
 from rexdeploy.classify import Classifier
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import check_replaceable, open_locked, replacing, sync_folder
-from rexdeploy.manifest import to_json
 from rexdeploy.predictions import Row
 from rexdeploy.text import printable
 

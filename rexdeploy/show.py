@@ -13,13 +13,13 @@ from rexdeploy.text import one_line
 if TYPE_CHECKING:
     from rexdeploy.bench import Benchmark
     from rexdeploy.build import BuildResult
-    from rexdeploy.bundle import Bundle
+    from rexdeploy.bundle.manifest import Artifact
+    from rexdeploy.bundle.store import Bundle
     from rexdeploy.classify import Classifier
     from rexdeploy.competitors import Latency
     from rexdeploy.export import ExportResult
     from rexdeploy.inspection import Inspection
     from rexdeploy.localize import Localization
-    from rexdeploy.manifest import Artifact
     from rexdeploy.models.zoo import Cost, PaperRow, Published
     from rexdeploy.predictions import Row
     from rexdeploy.ranges import Ranges

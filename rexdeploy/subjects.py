@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from rexdeploy.backends import ONNX_BACKENDS, engine_backend
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import BatchRange, ModelSpec
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError
-from rexdeploy.manifest import BatchRange, ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn

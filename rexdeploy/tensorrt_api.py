@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rexdeploy.bundle.manifest import BatchRange
+from rexdeploy.bundle.precision import FLOATING, TYPES
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.manifest import BatchRange
-from rexdeploy.proof import FLOATING, TYPES
 
 Flavor = Literal["tensorrt", "rtx"]
 

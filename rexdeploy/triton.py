@@ -9,10 +9,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rexdeploy.backends import engines
-from rexdeploy.bundle import Bundle, is_bundle, sha256
+from rexdeploy.bundle.manifest import (
+    DEFAULT_BATCH,
+    MANIFEST,
+    Artifact,
+    BatchRange,
+    Manifest,
+    to_json,
+)
+from rexdeploy.bundle.metadata import check_preprocess
+from rexdeploy.bundle.store import Bundle, is_bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.manifest import DEFAULT_BATCH, MANIFEST, Artifact, BatchRange, Manifest, to_json
-from rexdeploy.metadata import check_preprocess
 from rexdeploy.repository import Deployed, Model, changing, config_of, deployed, publish
 from rexdeploy.serve import Binary, choose_backend
 from rexdeploy.triton_config import (

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from rexdeploy.manifest import BatchRange, InputForm, OutputForm, Preprocess
+from rexdeploy.bundle.manifest import BatchRange, InputForm, OutputForm, Preprocess
 
 TritonBackend = Literal["tensorrt", "onnxruntime", "python"]
 Role = Literal["network", "preprocess", "ensemble"]

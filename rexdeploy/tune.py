@@ -18,13 +18,13 @@ from rexdeploy import image_sets, images, machine, tensorrt_api
 from rexdeploy.arrays import Float32
 from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend
 from rexdeploy.blocks import check_literal, literal
-from rexdeploy.bundle import Bundle, check_writable, sha256
+from rexdeploy.bundle.manifest import Artifact, BatchRange, ModelSpec, to_json
+from rexdeploy.bundle.store import Bundle, check_writable, sha256
 from rexdeploy.compare import Comparison, Limits, Signal, compare
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.forms import REVISION, TUNED, Source, engine_form
 from rexdeploy.interface import change_core, unwrap
 from rexdeploy.localize import OWN_LIMITS, localize
-from rexdeploy.manifest import Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.parity import LIMITS, ceiling, run_batches
 from rexdeploy.precision import (
     FP16_REVISION,

@@ -13,10 +13,10 @@ from pathlib import Path
 from PIL import Image
 
 from rexdeploy import images
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import BatchRange, Preprocess
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.loadgen import Load, measure
-from rexdeploy.manifest import BatchRange, Preprocess
 from rexdeploy.progress import Report, silent
 from rexdeploy.serve import Address, Binary, free_port, running
 from rexdeploy.triton import Deployment, backend_here, deploy

@@ -20,26 +20,25 @@ from rexdeploy.backends import (
     open_backend,
 )
 from rexdeploy.bounds import check_memory
-from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.bundle.labels import read_labels
+from rexdeploy.bundle.manifest import (
+    DEFAULT_BATCH,
+    MAX_BATCH,
+    VERIFICATION,
+    Artifact,
+    BatchRange,
+    ModelSpec,
+    to_json,
+)
+from rexdeploy.bundle.metadata import check_preprocess, preprocess_of
+from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.compare import Compared, Comparison, Limits, Signal, comparable
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import read_plain
 from rexdeploy.interface import forms
 from rexdeploy.judge import Candidate, Headroom, Judge, Skipped, is_meant, sizes
-from rexdeploy.labels import read_labels
 from rexdeploy.localize import OWN_LIMITS, Localization, localize
-from rexdeploy.manifest import (
-    DEFAULT_BATCH,
-    MAX_BATCH,
-    TYPE_NAMES,
-    VERIFICATION,
-    Artifact,
-    BatchRange,
-    ModelSpec,
-    Precision,
-    to_json,
-)
-from rexdeploy.metadata import check_preprocess, preprocess_of
 from rexdeploy.parity import float32_noise, run_batches, walk_room
 from rexdeploy.precision import (
     NotOnnx,
@@ -51,7 +50,7 @@ from rexdeploy.precision import (
     type_name,
 )
 from rexdeploy.progress import Report, silent
-from rexdeploy.proof import PrecisionProof, prove
+from rexdeploy.proof import prove
 from rexdeploy.rounding import sixteen_bit_types
 from rexdeploy.tensorrt_api import RTX_MAGIC, is_plan
 from rexdeploy.walk import GraphWalk, TorchWalk, Walk

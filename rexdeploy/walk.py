@@ -14,8 +14,8 @@ from rexdeploy.arrays import Float32, Float64
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.backends.pytorch import reference
 from rexdeploy.blocks import Block, find_blocks, floating_outputs, literal, subgraph, with_outputs
+from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.interface import unwrap
-from rexdeploy.manifest import ModelSpec
 from rexdeploy.precision import node_name
 
 if TYPE_CHECKING:

@@ -30,12 +30,12 @@ from sklearn.datasets import load_sample_images
 
 from rexdeploy import arrays, image_sets, images
 from rexdeploy.backends import open_backend
+from rexdeploy.bundle.manifest import BatchRange, ModelSpec, Preprocess, WeightsOrigin
 from rexdeploy.compare import Comparison, Limits, Signal
 from rexdeploy.graph import MIN_OPSET, export_graph, simplify
 from rexdeploy.judge import Candidate, Judge
 from rexdeploy.localize import OWN_LIMITS, localize
 from rexdeploy.machine import machine
-from rexdeploy.manifest import BatchRange, ModelSpec, Preprocess, WeightsOrigin
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, RexNet, recalibrate_batch_norms
 from rexdeploy.models.zoo import published

@@ -37,10 +37,10 @@ from tritonclient.utils import InferenceServerException
 
 from rexdeploy import Classifier, images, load
 from rexdeploy.arrays import Float32, UInt8
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.export import ExportOptions, export
 from rexdeploy.machine import machine
-from rexdeploy.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.serve import Address, find_server, free_port, running
 from rexdeploy.triton import deploy
 

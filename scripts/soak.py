@@ -43,12 +43,12 @@ from load_test import (
 )
 
 from rexdeploy import images, load
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import Preprocess
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError
 from rexdeploy.export import ExportOptions, export
 from rexdeploy.leftovers import SHARED_MEMORY
 from rexdeploy.machine import machine
-from rexdeploy.manifest import Preprocess
 from rexdeploy.serve import Address, free_port
 from rexdeploy.triton import deploy
 from rexdeploy.watch import stubs

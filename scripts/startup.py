@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.machine import machine
 
 RUNS = 15

@@ -17,9 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from rexdeploy.build import BuildOptions, build
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import BatchRange
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.export import ExportOptions, export
-from rexdeploy.manifest import BatchRange
 from rexdeploy.models.rexnet import ReXNetV1, ReXNetV1_lite
 from tests.helpers import reacting
 

@@ -29,7 +29,8 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from rexdeploy import export, images, interface, manifest, precision, tensorrt_api
+from rexdeploy import export, images, interface, precision, tensorrt_api
+from rexdeploy.bundle import manifest
 from rexdeploy.errors import RexdeployError
 from rexdeploy.models import checkpoints
 from tests import hostile_images as hostile

@@ -24,8 +24,8 @@ from onnx import ModelProto, numpy_helper
 
 from rexdeploy import cli
 from rexdeploy.arrays import Float32
+from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.image_sets import varied
-from rexdeploy.manifest import Preprocess
 from rexdeploy.models.rexnet import recalibrate_batch_norms
 
 DATA = Path(__file__).parent / "data"

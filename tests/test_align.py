@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rexdeploy import images
+from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.compare import Signal
-from rexdeploy.manifest import Preprocess
 from rexdeploy.models.align import AlignedBottleneck, align
 from rexdeploy.models.rexnet import CONFIGS, Family, LinearBottleneck, RexNet, ReXNetV1
 from tests.helpers import reacting

@@ -14,7 +14,7 @@ import pytest
 from rexdeploy import machine
 from rexdeploy.backends import Backend, open_backend
 from rexdeploy.bench import bench, bench_published_table
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.competitors import BenchOptions, Latency
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.models.zoo import cost

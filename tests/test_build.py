@@ -13,12 +13,12 @@ import torch
 from onnx import ModelProto
 
 from rexdeploy.build import BuildOptions, build, float32_nodes, import_onnx
-from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.bundle.manifest import Artifact, BatchRange
+from rexdeploy.bundle.precision import PrecisionProof
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.classify import load
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.inspection import inspect
-from rexdeploy.manifest import Artifact, BatchRange
-from rexdeploy.proof import PrecisionProof
 from rexdeploy.subjects import BundleSubject
 from rexdeploy.verify import VerifyOptions, verify
 from tests.helpers import edit_weights, folder_state, nodes_of, reacting

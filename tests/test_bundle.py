@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rexdeploy.bundle import Bundle, check_writable, commit, sha256
+from rexdeploy.bundle.manifest import FORMAT, Artifact, Manifest
+from rexdeploy.bundle.store import Bundle, check_writable, commit, sha256
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.manifest import FORMAT, Artifact, Manifest
 from tests.helpers import folder_state, run_python
 from tests.test_manifest import SPEC
 

@@ -19,10 +19,10 @@ import rexdeploy
 from rexdeploy import arrays, images, machine
 from rexdeploy.arrays import softmax
 from rexdeploy.backends import has_onnxruntime_cuda
-from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.bundle.manifest import Artifact, BatchRange
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.classify import load
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.manifest import Artifact, BatchRange
 from rexdeploy.models.checkpoints import load_checkpoint
 from tests.helpers import assert_refused, run_cli, run_python
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from tests.helpers import assert_refused, folder_state, run_cli, run_python
 
 COMMANDS = [

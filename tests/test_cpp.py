@@ -23,10 +23,10 @@ import pytest
 from PIL import Image
 
 from rexdeploy import images, machine
-from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.bundle.manifest import Preprocess, to_json
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.classify import load
 from rexdeploy.errors import UsageError
-from rexdeploy.manifest import Preprocess, to_json
 from tests.helpers import ROOT, run_cli
 from tests.hostile_images import chunk
 from tests.mutations import mutated, mutated_png

@@ -15,7 +15,7 @@ import pytest
 
 import rexdeploy
 from rexdeploy import images
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.classify import load
 from tests.helpers import ROOT
 from tests.test_cpp import BUILD, Programs, built, release, sanitized

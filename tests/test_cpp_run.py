@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rexdeploy import images
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.predictions import expand
 from rexdeploy.text import printable

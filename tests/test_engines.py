@@ -22,10 +22,10 @@ from rexdeploy.backends.cuda import Gpu
 from rexdeploy.backends.trt import TensorRTBackend
 from rexdeploy.backends.trt_load import validity
 from rexdeploy.bench import Benchmark, bench
-from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.bundle.manifest import ModelSpec
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
-from rexdeploy.manifest import ModelSpec
 from rexdeploy.subjects import BundleSubject
 from rexdeploy.verify import Verification, VerifyOptions, verify
 from tests.cuda_standin import CUresult, Driver

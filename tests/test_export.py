@@ -16,10 +16,10 @@ import torch
 from onnx import ModelProto
 
 from rexdeploy import images
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import BatchRange
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.export import ExportOptions, export
-from rexdeploy.manifest import BatchRange
 from tests.helpers import edit_weights, folder_state, nodes_of
 
 # Small and quick where the network itself does not matter.

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.front import Front, budget
 from rexdeploy.front_json import checked

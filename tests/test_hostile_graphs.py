@@ -16,7 +16,7 @@ from onnx import numpy_helper as numpy_helper
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bounds import MAX_RUN_BYTES, peak_bytes
 from rexdeploy.build import BuildOptions, import_onnx
-from rexdeploy.bundle import Bundle, commit
+from rexdeploy.bundle.store import Bundle, commit
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.inspection import inspect
 from rexdeploy.machine import bounded

@@ -14,10 +14,10 @@ from sklearn.datasets import load_sample_images
 
 from rexdeploy.arrays import Float32, UInt8
 from rexdeploy.backends.onnxrt import GraphSession
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import Preprocess
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.image_sets import copies, pool, varied, varied_pixels
 from rexdeploy.images import normalise, take
-from rexdeploy.manifest import Preprocess
 from rexdeploy.rounding import with_peaks
 
 

@@ -19,8 +19,8 @@ from timm.data.dataset import ImageDataset
 from timm.data.transforms_factory import create_transform
 
 from rexdeploy import arrays, images
+from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.errors import UsageError
-from rexdeploy.manifest import Preprocess
 
 
 def _timm(image: Image.Image, spec: Preprocess) -> arrays.Float32:

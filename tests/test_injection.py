@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from rexdeploy.bundle import Bundle, commit, sha256
+from rexdeploy.bundle.manifest import FORMAT, VERIFICATION, Artifact, Manifest
+from rexdeploy.bundle.store import Bundle, commit, sha256
 from rexdeploy.console import write_text
 from rexdeploy.errors import RexdeployError
-from rexdeploy.manifest import FORMAT, VERIFICATION, Artifact, Manifest
 from rexdeploy.results import Results, partial_of
 from rexdeploy.triton import deploy
 from tests.helpers import assert_refused, folder_state, run_cli

@@ -14,7 +14,7 @@ from rexdeploy import images
 from rexdeploy.arrays import UInt8, softmax
 from rexdeploy.backends import open_backend
 from rexdeploy.bench import bench
-from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.classify import load
 from rexdeploy.compare import comparable
 from rexdeploy.competitors import BenchOptions

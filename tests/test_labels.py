@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.labels import parse_labels
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.classify import load
 from rexdeploy.errors import UsageError
-from rexdeploy.labels import parse_labels
 from tests.helpers import assert_refused, run_cli
 from tests.test_triton import with_labels
 

@@ -9,21 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rexdeploy.errors import UsageError
-from rexdeploy.manifest import (
+from rexdeploy.bundle.manifest import (
     FORMAT,
     VERIFICATION,
     Artifact,
     BatchRange,
     Manifest,
     ModelSpec,
-    Precision,
     Preprocess,
     WeightsOrigin,
     decode,
     to_json,
 )
-from rexdeploy.proof import PrecisionProof
+from rexdeploy.bundle.precision import Precision, PrecisionProof
+from rexdeploy.errors import UsageError
 
 SPEC = ModelSpec(
     "rexnet", 1.5, 10, "input", "logits", Preprocess(), WeightsOrigin("a.pth", "0" * 64, True)

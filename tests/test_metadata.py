@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rexdeploy import triton
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.metadata import read_metadata
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.classify import load
 from rexdeploy.errors import UsageError
-from rexdeploy.metadata import read_metadata
 from tests.helpers import assert_refused, run_cli, run_python
 
 

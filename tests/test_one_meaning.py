@@ -12,8 +12,7 @@ from typing import Literal
 
 import pytest
 
-from rexdeploy.errors import UsageError
-from rexdeploy.manifest import (
+from rexdeploy.bundle.manifest import (
     Artifact,
     BatchRange,
     Manifest,
@@ -23,7 +22,8 @@ from rexdeploy.manifest import (
     decode,
     to_json,
 )
-from rexdeploy.proof import PrecisionProof
+from rexdeploy.bundle.precision import PrecisionProof
+from rexdeploy.errors import UsageError
 from tests.cpp_probe import probe
 from tests.mutations import ODD_JSON, mutated_json
 

@@ -25,7 +25,7 @@ from rexdeploy.backends import open_backend
 from rexdeploy.backends.onnxrt import load_session
 from rexdeploy.backends.pytorch import use_cuda
 from rexdeploy.bench import bench
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.precision import parse, to_bf16

@@ -11,7 +11,7 @@ import pytest
 
 from rexdeploy import images
 from rexdeploy.backends import open_backend
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.compare import Signal
 from rexdeploy.errors import RexdeployError, UsageError
 from tests.helpers import edit_weights, nodes_of, run_cli

@@ -9,7 +9,7 @@ import torch
 
 from rexdeploy import images
 from rexdeploy.backends import open_backend
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.compare import Signal
 from rexdeploy.errors import UsageError
 from rexdeploy.models.rexnet import RexNet

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from rexdeploy.build import _check_precision
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.precision import PrecisionProof
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.export import ExportOptions, _labels
 from rexdeploy.files import open_plain, read_plain, sha256_of
-from rexdeploy.proof import PrecisionProof
 from rexdeploy.tensorrt_api import read_header
 from tests.helpers import assert_refused, run_cli, run_python
 

@@ -12,7 +12,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rexdeploy import arrays
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.precision import emulate_bf16, precision_of, to_bf16, to_fp16
 from tests.helpers import edit_weights, nodes_of

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from rexdeploy.arrays import Float32, Images
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.classify import Classifier, load
 from rexdeploy.errors import UsageError
 from rexdeploy.predictions import classify_files, expand

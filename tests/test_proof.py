@@ -10,10 +10,11 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.precision import PrecisionProof
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.models import zoo
 from rexdeploy.precision import products
-from rexdeploy.proof import PrecisionProof, Product, prove
+from rexdeploy.proof import Product, prove
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 from rexdeploy import repository as repository_module
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError
 from rexdeploy.repository import Model, changing, deployed, publish
 from tests.helpers import run_cli, run_python

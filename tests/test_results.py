@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.classify import Prediction
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.predictions import Row

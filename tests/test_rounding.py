@@ -10,7 +10,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rexdeploy.arrays import Float32, Images
 from rexdeploy.blocks import literal
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.image_sets import varied
 from rexdeploy.interface import unwrap
 from rexdeploy.precision import emulate_bf16, node_name, to_bf16, to_fp16

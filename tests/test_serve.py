@@ -26,7 +26,7 @@ from PIL import Image
 
 from rexdeploy import images, load
 from rexdeploy.arrays import UInt8
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.serve import Binary, choose_backend, find_server, free_port
 from rexdeploy.triton import deploy

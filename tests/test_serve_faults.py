@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from rexdeploy import images, load
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.leftovers import SHARED_MEMORY, workplace
 from rexdeploy.serve import Address, Guard, find_server, free_port, running

@@ -12,9 +12,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rexdeploy import images, tensorrt_api
 from rexdeploy.arrays import Float32
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.compare import Signal
-from rexdeploy.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.precision import to_fp16
 from rexdeploy.shortcuts import to_plain_adds
 from rexdeploy.tensorrt_api import EngineSettings

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from rexdeploy.bundle import SIGNATURE, Bundle, sha256
+from rexdeploy.bundle import signing
+from rexdeploy.bundle.manifest import Artifact, to_json
+from rexdeploy.bundle.store import SIGNATURE, Bundle, sha256
 from rexdeploy.classify import load
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.manifest import Artifact, to_json
 from rexdeploy.verify import Verification
 from tests.helpers import assert_refused, folder_state, run_cli, run_python
 
@@ -22,8 +23,6 @@ verifying = pytest.importorskip("model_signing.verifying", reason="the extra sig
 
 from cryptography.hazmat.primitives import serialization  # noqa: E402 - of the same extra
 from cryptography.hazmat.primitives.asymmetric import ec, rsa  # noqa: E402
-
-from rexdeploy import signing  # noqa: E402
 
 
 def _write_key(key: Any, file: Path, passphrase: bytes | None = None) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from tests.test_cpp import Programs, built, release  # noqa: F401 - fixtures
 
 VARIABLE = "ORT_DISABLE_TELEMETRY"

@@ -13,9 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rexdeploy import tensorrt_api
 from rexdeploy.backends.trt_load import DIAGNOSES
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import BatchRange
+from rexdeploy.bundle.precision import Precision
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.manifest import BatchRange, Precision
 from rexdeploy.precision import products, to_fp16
 from rexdeploy.proof import Product, prove
 from rexdeploy.tensorrt_api import (

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.console import print_table, say
 from rexdeploy.text import STEERING, one_line, plain
 from tests.helpers import on_a_terminal, run_cli

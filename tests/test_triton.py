@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 from rexdeploy import images, load
-from rexdeploy.bundle import Bundle, sha256
+from rexdeploy.bundle.manifest import Artifact, BatchRange
+from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.manifest import TYPE_NAMES, Artifact, BatchRange, Precision
-from rexdeploy.proof import PrecisionProof
 from rexdeploy.triton import deploy
 from rexdeploy.triton_backend import decoded, run_each
 from tests.helpers import assert_refused, edit_weights, run_cli

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rexdeploy import images, load, machine
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.repository import DEFAULT_REPOSITORY, deployed
 from rexdeploy.serve import Binary, free_port

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from rexdeploy import loadgen, tune_serving
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import BatchRange
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError
 from rexdeploy.loadgen import Load, measure
-from rexdeploy.manifest import BatchRange
 from rexdeploy.repository import deployed
 from rexdeploy.serve import find_server
 from rexdeploy.triton import deploy

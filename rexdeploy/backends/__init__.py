@@ -9,9 +9,9 @@ from typing import Literal, Protocol
 import numpy as np
 
 from rexdeploy.arrays import Float32, Images, softmax
+from rexdeploy.bundle.manifest import Artifact, Manifest, ModelSpec
 from rexdeploy.errors import UsageError
 from rexdeploy.images import normalise
-from rexdeploy.manifest import Artifact, Manifest, ModelSpec
 from rexdeploy.tensorrt_api import Flavor
 
 ONNX_BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino")

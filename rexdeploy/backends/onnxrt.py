@@ -10,8 +10,8 @@ import numpy as np
 from rexdeploy.arrays import Float32, Images
 from rexdeploy.backends import Resident
 from rexdeploy.backends.onnxrt_cuda import open_session
+from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
-from rexdeploy.manifest import ModelSpec
 
 _NUMPY_TYPES: dict[str, Any] = {
     "tensor(float)": np.float32,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from rexdeploy.arrays import Float32, Images
+from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.manifest import ModelSpec
 
 
 class OpenVinoBackend:

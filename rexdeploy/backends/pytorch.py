@@ -12,8 +12,8 @@ import numpy as np
 
 from rexdeploy.arrays import Float32, Images
 from rexdeploy.backends import Resident
+from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
-from rexdeploy.manifest import ModelSpec
 
 if TYPE_CHECKING:
     import torch

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from rexdeploy.bundle.manifest import MAX_CLASSES
 from rexdeploy.errors import UsageError, first_line
 from rexdeploy.files import MAX_GRAPH_BYTES, open_plain
-from rexdeploy.manifest import MAX_CLASSES
 from rexdeploy.models.archives import check_archive, check_legacy
 from rexdeploy.models.rexnet import CONFIGS, MAX_WIDTH, MIN_WIDTH, Family, RexNet, RexNetConfig
 

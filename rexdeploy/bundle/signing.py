@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rexdeploy.bundle import SIGNATURE, Bundle, attach_signature, readable, sha256
+from rexdeploy.bundle.manifest import MANIFEST, decode
+from rexdeploy.bundle.store import SIGNATURE, Bundle, attach_signature, readable, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
 from rexdeploy.files import MAX_TEXT_BYTES, read_plain
-from rexdeploy.manifest import MANIFEST, decode
 
 _KEY = "an EC key of the curve P-256, P-384 or P-521 as PEM"
 _LARGEST = 2**20  # bytes of a key or a signature; a bundle of a hundred files has 20 KB

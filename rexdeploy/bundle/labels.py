@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.text import STEERING
 

@@ -18,12 +18,19 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from rexdeploy.bundle.manifest import (
+    MANIFEST,
+    VERIFICATION,
+    Artifact,
+    Manifest,
+    decode,
+    judged,
+    to_json,
+)
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sync_folder, write_synced
-from rexdeploy.manifest import MANIFEST, VERIFICATION, Artifact, Manifest, decode, judged, to_json
 
 DEFAULT_ROOT = Path("artifacts")
-
 SIGNATURE = "bundle.sig"
 """See `rexdeploy.signing`; it is of one state of the bundle, and goes with it."""
 _JOURNAL = ".manifest.commit"

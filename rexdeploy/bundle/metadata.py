@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from rexdeploy.bundle import Bundle
+from rexdeploy.bundle.manifest import Artifact, Preprocess
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
-from rexdeploy.manifest import Artifact, Preprocess
 
 _METADATA = 14  # metadata_props of onnx.ModelProto, an entry each: 1 is its key, 2 its value
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # how protobuf encodes a field

@@ -9,9 +9,9 @@ from typing import Literal
 
 import msgspec
 
-from rexdeploy import strict_json
+from rexdeploy.bundle import strict_json
+from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
 from rexdeploy.errors import UsageError
-from rexdeploy.proof import PrecisionProof
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -21,17 +21,11 @@ VERIFICATION = "verify.json"
 MAX_CLASSES = 1_000_000
 MAX_BATCH = 4096
 MAX_IMAGE_SIZE = 4096  # pixels a side; no ReXNet is used at a quarter of it
-
-Precision = Literal["fp32", "fp16", "bf16"]
-TYPE_NAMES: dict[Precision, str] = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16"}
-"""Each precision's type, by TensorRT-RTX's names."""
 Kind = Literal["weights", "onnx", "engine", "labels", "report"]
-
 InputForm = Literal["float32", "uint8"]
 """What a model's files take: float32 `[N, 3, H, W]`, normalised, or uint8 RGB `[N, H, W, 3]`."""
 OutputForm = Literal["logits", "probabilities"]
 """What a model's files give, float32 `[N, classes]`."""
-
 _FILE_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*")
 
 
