@@ -9,7 +9,6 @@ import onnx
 from onnx import ModelProto
 
 from rexdeploy import machine, tensorrt_api
-from rexdeploy.bounds import check_memory
 from rexdeploy.bundle.manifest import (
     DEFAULT_BATCH,
     FORMAT,
@@ -27,16 +26,11 @@ from rexdeploy.bundle.manifest import (
 from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
 from rexdeploy.bundle.store import Bundle, check_writable, commit, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed, first_line
-from rexdeploy.forms import Source, engine_form
-from rexdeploy.interface import interface_nodes
-from rexdeploy.precision import (
-    graph_inputs,
-    parse,
-    precision_of,
-    products,
-    read_with_external_data,
-    type_name,
-)
+from rexdeploy.graphs.bounds import check_memory
+from rexdeploy.graphs.engine_graph import Source, engine_form
+from rexdeploy.graphs.products import precision_of, products
+from rexdeploy.graphs.read import graph_inputs, parse, read_with_external_data, type_name
+from rexdeploy.graphs.wrapper import interface_nodes
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PROOF_REVISION, prove
 from rexdeploy.tensorrt_api import BUILD_REVISION, FLAVORS, EngineSettings, Flavor

@@ -34,9 +34,9 @@ from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle, check_writable, commit,
 from rexdeploy.compare import Compared, Comparison, Signal, comparable, compare
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sha256_of
-from rexdeploy.graph import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
+from rexdeploy.graphs.from_torch import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
+from rexdeploy.graphs.wrapper import PIXELS, PROBABILITIES, wrap
 from rexdeploy.image_sets import varied, varied_pixels
-from rexdeploy.interface import PIXELS, PROBABILITIES, wrap
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.checkpoints import Checkpoint, load_checkpoint
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, recalibrate_batch_norms

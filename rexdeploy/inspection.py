@@ -159,13 +159,8 @@ def _engine(path: Path, data: bytes, place: Place | None) -> Inspection:
 
 
 def _graph(path: Path, place: Place | None, report: Report) -> Inspection:
-    from rexdeploy.precision import (
-        NotOnnx,
-        describe,
-        parse,
-        products,
-        read_with_external_data,
-    )
+    from rexdeploy.graphs.products import products
+    from rexdeploy.graphs.read import NotOnnx, describe, parse, read_with_external_data
 
     try:
         data = read_with_external_data(path)
@@ -199,7 +194,7 @@ def _graph(path: Path, place: Place | None, report: Report) -> Inspection:
 def _graph_runners(data: bytes, model: ModelProto, report: Report) -> list[Runner]:
     """Whether ONNX Runtime takes the graph; CUDA only where its onnxruntime is installed."""
     from rexdeploy.backends.onnxrt import load_session
-    from rexdeploy.bounds import check_memory
+    from rexdeploy.graphs.bounds import check_memory
 
     names = ["onnxruntime", *(["onnxruntime-cuda"] if has_onnxruntime_cuda() else [])]
     try:

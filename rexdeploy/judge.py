@@ -12,12 +12,23 @@ from onnx import ModelProto, TensorProto
 from rexdeploy.arrays import Array, Images
 from rexdeploy.backends import ENGINE_BACKENDS, Kernels, open_backend
 from rexdeploy.backends.onnxrt import GraphSession
-from rexdeploy.blocks import check_literal, literal
 from rexdeploy.bundle.manifest import BatchRange, InputForm, ModelSpec
 from rexdeploy.bundle.precision import Precision, PrecisionProof
 from rexdeploy.compare import Compared, Comparison, Limits, Signal, comparable, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.interface import unwrap
+from rexdeploy.graphs.cast import FP16_MAX, to_bf16, to_fp16
+from rexdeploy.graphs.emulate import (
+    Twin,
+    check_literal,
+    emulate_bf16,
+    literal,
+    sixteen_bit_types,
+    twin,
+    widened,
+    with_peaks,
+)
+from rexdeploy.graphs.read import parse
+from rexdeploy.graphs.wrapper import unwrap
 from rexdeploy.parity import (
     ENGINE_MARGIN,
     GRAPH_MARGIN,
@@ -29,8 +40,6 @@ from rexdeploy.parity import (
     rounding_limits,
     run_batches,
 )
-from rexdeploy.precision import FP16_MAX, emulate_bf16, parse, to_bf16, to_fp16
-from rexdeploy.rounding import Twin, sixteen_bit_types, twin, widened, with_peaks
 
 MAX_GRAPH_BATCH = 64  # of ONNX graphs, which run on the CPU; engines run at all their sizes
 _PEAK_IMAGES = 16  # synthetic ones are of every kind by then

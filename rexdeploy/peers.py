@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rexdeploy.bundle.manifest import ModelSpec, Preprocess, WeightsOrigin
 from rexdeploy.errors import BackendUnavailable, UsageError
-from rexdeploy.graph import MIN_OPSET, export_graph, simplify
+from rexdeploy.graphs.from_torch import MIN_OPSET, export_graph, simplify
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, Family, LinearBottleneck, RexNet
 

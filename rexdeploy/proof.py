@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from rexdeploy.bundle.precision import FLOATING, TYPES, PrecisionProof
+from rexdeploy.graphs.products import Product
 
 PROOF_REVISION = "2"
 """Of `prove` and of what a layer's type is read from: raise it with every change of the rule."""
@@ -33,20 +33,6 @@ class Layer(Protocol):
     @property
     def weights_count(self) -> int:
         """How many values its largest constant has; 0 where it has none, or it is not told."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """A convolution or matrix product of an ONNX graph; as a Layer, the graph's own."""
-
-    name: str
-    precision: str  # its weights' type in the graph, by TensorRT-RTX's names
-    macs: int | None  # multiply-accumulates for one image; None where shapes do not tell
-    weights_count: int = field(default=0, compare=False)  # values; 0 where shapes do not tell
-
-    @property
-    def onnx_nodes(self) -> tuple[str, ...]:
-        return (self.name,)
 
 
 def prove(

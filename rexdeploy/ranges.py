@@ -8,7 +8,7 @@ import numpy as np
 from onnx import ModelProto
 
 from rexdeploy.arrays import Float32
-from rexdeploy.precision import BF16_MAX, FP16_MAX
+from rexdeploy.graphs.cast import BF16_MAX, FP16_MAX
 from rexdeploy.walk import GraphWalk, Node
 
 NEAR = 0.25

@@ -113,7 +113,8 @@ class PeerSubject:
         name = f"{self.network} exported"
         if not fp16:
             return ModelFile(name, self._graph, "fp32", None)
-        from rexdeploy.precision import parse, to_fp16
+        from rexdeploy.graphs.cast import to_fp16
+        from rexdeploy.graphs.read import parse
 
         data = to_fp16(parse(self._graph, name)).SerializeToString()
         return ModelFile(name, data, "fp16", None)

@@ -17,24 +17,18 @@ from onnx import ModelProto
 from rexdeploy import image_sets, images, machine, tensorrt_api
 from rexdeploy.arrays import Float32
 from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend
-from rexdeploy.blocks import check_literal, literal
 from rexdeploy.bundle.manifest import Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.bundle.store import Bundle, check_writable, sha256
 from rexdeploy.compare import Comparison, Limits, Signal, compare
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
-from rexdeploy.forms import REVISION, TUNED, Source, engine_form
-from rexdeploy.interface import change_core, unwrap
+from rexdeploy.graphs.cast import FP16_REVISION, beyond_fp16, to_fp16
+from rexdeploy.graphs.emulate import check_literal, literal
+from rexdeploy.graphs.engine_graph import REVISION, TUNED, Source, engine_form
+from rexdeploy.graphs.products import precision_of, products
+from rexdeploy.graphs.read import node_name, parse
+from rexdeploy.graphs.wrapper import change_core, unwrap
 from rexdeploy.localize import OWN_LIMITS, localize
 from rexdeploy.parity import LIMITS, ceiling, run_batches
-from rexdeploy.precision import (
-    FP16_REVISION,
-    beyond_fp16,
-    node_name,
-    parse,
-    precision_of,
-    products,
-    to_fp16,
-)
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PROOF_REVISION, prove
 from rexdeploy.ranges import Ranges, measure_ranges

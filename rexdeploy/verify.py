@@ -19,7 +19,6 @@ from rexdeploy.backends import (
     has_onnxruntime_cuda,
     open_backend,
 )
-from rexdeploy.bounds import check_memory
 from rexdeploy.bundle.labels import read_labels
 from rexdeploy.bundle.manifest import (
     DEFAULT_BATCH,
@@ -36,22 +35,16 @@ from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.compare import Compared, Comparison, Limits, Signal, comparable
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import read_plain
-from rexdeploy.interface import forms
+from rexdeploy.graphs.bounds import check_memory
+from rexdeploy.graphs.emulate import sixteen_bit_types
+from rexdeploy.graphs.products import precision_of, products
+from rexdeploy.graphs.read import NotOnnx, graph_inputs, parse, read_with_external_data, type_name
+from rexdeploy.graphs.wrapper import forms
 from rexdeploy.judge import Candidate, Headroom, Judge, Skipped, is_meant, sizes
 from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.parity import float32_noise, run_batches, walk_room
-from rexdeploy.precision import (
-    NotOnnx,
-    graph_inputs,
-    parse,
-    precision_of,
-    products,
-    read_with_external_data,
-    type_name,
-)
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import prove
-from rexdeploy.rounding import sixteen_bit_types
 from rexdeploy.tensorrt_api import RTX_MAGIC, is_plan
 from rexdeploy.walk import GraphWalk, TorchWalk, Walk
 

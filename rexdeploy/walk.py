@@ -13,10 +13,11 @@ from onnx import ModelProto
 from rexdeploy.arrays import Float32, Float64
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.backends.pytorch import reference
-from rexdeploy.blocks import Block, find_blocks, floating_outputs, literal, subgraph, with_outputs
 from rexdeploy.bundle.manifest import ModelSpec
-from rexdeploy.interface import unwrap
-from rexdeploy.precision import node_name
+from rexdeploy.graphs.blocks import Block, find_blocks, floating_outputs, subgraph, with_outputs
+from rexdeploy.graphs.emulate import literal
+from rexdeploy.graphs.read import node_name
+from rexdeploy.graphs.wrapper import unwrap
 
 if TYPE_CHECKING:
     import torch

@@ -32,7 +32,9 @@ from rexdeploy import arrays, image_sets, images
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.manifest import BatchRange, ModelSpec, Preprocess, WeightsOrigin
 from rexdeploy.compare import Comparison, Limits, Signal
-from rexdeploy.graph import MIN_OPSET, export_graph, simplify
+from rexdeploy.graphs.cast import to_bf16, to_fp16
+from rexdeploy.graphs.from_torch import MIN_OPSET, export_graph, simplify
+from rexdeploy.graphs.shortcuts import to_plain_adds
 from rexdeploy.judge import Candidate, Judge
 from rexdeploy.localize import OWN_LIMITS, localize
 from rexdeploy.machine import machine
@@ -40,8 +42,6 @@ from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, RexNet, recalibrate_batch_norms
 from rexdeploy.models.zoo import published
 from rexdeploy.parity import float32_noise, walk_room
-from rexdeploy.precision import to_bf16, to_fp16
-from rexdeploy.shortcuts import to_plain_adds
 from rexdeploy.walk import GraphWalk, TorchWalk
 
 PREPROCESS = Preprocess()

@@ -29,9 +29,10 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from rexdeploy import export, images, interface, precision, tensorrt_api
+from rexdeploy import export, images, tensorrt_api
 from rexdeploy.bundle import manifest
 from rexdeploy.errors import RexdeployError
+from rexdeploy.graphs import cast, products, read, wrapper
 from rexdeploy.models import checkpoints
 from tests import hostile_images as hostile
 from tests.cpp_probe import probe
@@ -80,11 +81,11 @@ def _seeds(target: Target) -> Sequence[bytes]:
 
 def _read_graph(data: bytes) -> None:
     """As `inspect` and the building of an engine read a graph of somebody else's."""
-    model = precision.parse(data, "x.onnx")
-    precision.describe(model)
-    precision.products(model)
-    precision.precision_of(model)
-    interface.forms(model)
+    model = read.parse(data, "x.onnx")
+    read.describe(model)
+    products.products(model)
+    products.precision_of(model)
+    wrapper.forms(model)
 
 
 def _read_plan(data: bytes) -> None:
@@ -128,7 +129,7 @@ def _graphs() -> list[bytes]:
         helper.make_node("Flatten", ["p"], ["logits"], "flat"),
     ]
     plain = _graph(nodes, {"w": weights})
-    half = precision.to_fp16(onnx.load_from_string(plain)).SerializeToString()
+    half = cast.to_fp16(onnx.load_from_string(plain)).SerializeToString()
     then = helper.make_graph(
         [helper.make_node("Relu", ["c"], ["r"])],
         "then",
@@ -149,7 +150,7 @@ def _graphs() -> list[bytes]:
         "uint8",
         "probabilities",
     )
-    wrapped = interface.wrap(onnx.load_from_string(plain), spec).SerializeToString()
+    wrapped = wrapper.wrap(onnx.load_from_string(plain), spec).SerializeToString()
     return [plain, half, branched, wrapped]
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 from onnx import ModelProto
 
-from rexdeploy import blocks
 from rexdeploy.errors import BackendUnavailable
+from rexdeploy.graphs import emulate
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     """Asks anew: a process asks once."""
-    blocks._literal_sum.cache_clear()
+    emulate._literal_sum.cache_clear()
 
 
 def test_a_literal_graph_overflows_where_float16_does() -> None:
-    blocks.check_literal()
+    emulate.check_literal()
 
 
 def test_without_the_rounding_nothing_may_be_judged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +25,7 @@ def test_without_the_rounding_nothing_may_be_judged(monkeypatch: pytest.MonkeyPa
     def unrounded(model: ModelProto) -> ModelProto:
         return model
 
-    monkeypatch.setattr(blocks, "literal", unrounded)
+    monkeypatch.setattr(emulate, "literal", unrounded)
     with pytest.raises(BackendUnavailable, match="60000 \\+ 60000 gave 120000, expected infinity"):
-        blocks.check_literal()
-    blocks._literal_sum.cache_clear()
+        emulate.check_literal()
+    emulate._literal_sum.cache_clear()

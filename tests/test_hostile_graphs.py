@@ -14,10 +14,10 @@ from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInf
 from onnx import numpy_helper as numpy_helper
 
 from rexdeploy.backends.onnxrt import GraphSession
-from rexdeploy.bounds import MAX_RUN_BYTES, peak_bytes
 from rexdeploy.build import BuildOptions, import_onnx
 from rexdeploy.bundle.store import Bundle, commit
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.graphs.bounds import MAX_RUN_BYTES, peak_bytes
 from rexdeploy.inspection import inspect
 from rexdeploy.machine import bounded
 from rexdeploy.verify import VerifyOptions, verify

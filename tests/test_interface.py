@@ -19,8 +19,8 @@ from rexdeploy.classify import load
 from rexdeploy.compare import comparable
 from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import UsageError
-from rexdeploy.interface import change_core, forms, interface_nodes, unwrap
-from rexdeploy.precision import element_types
+from rexdeploy.graphs.read import element_types
+from rexdeploy.graphs.wrapper import change_core, forms, interface_nodes, unwrap
 from rexdeploy.subjects import BundleSubject
 from rexdeploy.verify import VerifyOptions, verify
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rexdeploy import images
 from rexdeploy.arrays import Float32
-from rexdeploy.blocks import find_blocks
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
+from rexdeploy.graphs.blocks import find_blocks
 from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.models.rexnet import LinearBottleneck, ReXNetV1
 from rexdeploy.verify import VerifyOptions, verify

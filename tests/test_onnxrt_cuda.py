@@ -28,7 +28,8 @@ from rexdeploy.bench import bench
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.precision import parse, to_bf16
+from rexdeploy.graphs.cast import to_bf16
+from rexdeploy.graphs.read import parse
 from rexdeploy.subjects import BundleSubject, ModelFile
 from rexdeploy.verify import VerifyOptions, verify
 

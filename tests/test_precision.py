@@ -14,7 +14,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from rexdeploy import arrays
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.precision import emulate_bf16, precision_of, to_bf16, to_fp16
+from rexdeploy.graphs.cast import to_bf16, to_fp16
+from rexdeploy.graphs.emulate import emulate_bf16
+from rexdeploy.graphs.products import precision_of
 from tests.helpers import edit_weights, nodes_of
 
 IR_VERSION = 10

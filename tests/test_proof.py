@@ -12,9 +12,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle
+from rexdeploy.graphs.products import Product, products
 from rexdeploy.models import zoo
-from rexdeploy.precision import products
-from rexdeploy.proof import Product, prove
+from rexdeploy.proof import prove
 
 
 @dataclass(frozen=True)

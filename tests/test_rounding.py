@@ -9,12 +9,19 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rexdeploy.arrays import Float32, Images
-from rexdeploy.blocks import literal
 from rexdeploy.bundle.store import Bundle
+from rexdeploy.graphs.cast import to_bf16, to_fp16
+from rexdeploy.graphs.emulate import (
+    emulate_bf16,
+    literal,
+    sixteen_bit_types,
+    twin,
+    widened,
+    with_peaks,
+)
+from rexdeploy.graphs.read import node_name
+from rexdeploy.graphs.wrapper import unwrap
 from rexdeploy.image_sets import varied
-from rexdeploy.interface import unwrap
-from rexdeploy.precision import emulate_bf16, node_name, to_bf16, to_fp16
-from rexdeploy.rounding import sixteen_bit_types, twin, widened, with_peaks
 from tests.helpers import edit_weights, nodes_of
 
 HALF, BFLOAT16 = TensorProto.FLOAT16, TensorProto.BFLOAT16

@@ -15,8 +15,8 @@ from rexdeploy.arrays import Float32
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.compare import Signal
-from rexdeploy.precision import to_fp16
-from rexdeploy.shortcuts import to_plain_adds
+from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.shortcuts import to_plain_adds
 from rexdeploy.tensorrt_api import EngineSettings
 from tests.helpers import nodes_of
 

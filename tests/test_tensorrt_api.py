@@ -17,8 +17,9 @@ from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.precision import products, to_fp16
-from rexdeploy.proof import Product, prove
+from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.products import Product, products
+from rexdeploy.proof import prove
 from rexdeploy.tensorrt_api import (
     BuiltEngine,
     EngineSettings,

@@ -12,15 +12,17 @@ import pytest
 from onnx import ModelProto
 
 from rexdeploy import machine
-from rexdeploy.blocks import find_blocks
 from rexdeploy.build import BuildOptions, build
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
+from rexdeploy.graphs.blocks import find_blocks
+from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.products import precision_of, products
+from rexdeploy.graphs.read import parse
+from rexdeploy.graphs.wrapper import forms, unwrap
 from rexdeploy.image_sets import varied
-from rexdeploy.interface import forms, unwrap
 from rexdeploy.localize import OWN_LIMITS, localize
-from rexdeploy.precision import parse, precision_of, products, to_fp16
 from rexdeploy.tune import STATE, TuneOptions, tune
 from rexdeploy.verify import VerifyOptions, verify
 from rexdeploy.walk import GraphWalk

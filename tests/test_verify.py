@@ -21,17 +21,17 @@ from rexdeploy import image_sets
 from rexdeploy.arrays import Float32
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.onnxrt import GraphSession
-from rexdeploy.blocks import find_blocks
 from rexdeploy.build import BuildOptions, build
 from rexdeploy.bundle.manifest import BatchRange, to_json
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
 from rexdeploy.export import ExportOptions, export
+from rexdeploy.graphs.blocks import find_blocks
+from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.emulate import with_peaks
 from rexdeploy.images import normalise, synthetic
 from rexdeploy.models.rexnet import ReXNetV1_lite
-from rexdeploy.precision import to_fp16
-from rexdeploy.rounding import with_peaks
 from rexdeploy.verify import Verification, VerifyOptions, store, verify
 from tests.helpers import (
     assert_refused,

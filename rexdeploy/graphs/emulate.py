@@ -8,17 +8,23 @@ with the graph stands out, however small it is beside the rounding.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import onnx.version_converter
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from rexdeploy.precision import element_types, node_name
+from rexdeploy.errors import BackendUnavailable
+from rexdeploy.graphs.cast import _BF16, _FLOAT, _cast
+from rexdeploy.graphs.read import element_types, node_name
 
 SIXTEEN_BITS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
-_FLOAT = TensorProto.FLOAT
+
 _PEAK = "/peak"
 
 
@@ -183,3 +189,113 @@ def _widen(tensor: TensorProto) -> None:
     if tensor.data_type in SIXTEEN_BITS:
         values = numpy_helper.to_array(tensor).astype(np.float32)
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+def literal(model: ModelProto) -> ModelProto:
+    """A copy of the graph that onnxruntime computes in the graph's own types.
+
+    Between float16 nodes that it has no float16 code for, onnxruntime (1.32, on x86, at every
+    optimisation level) keeps float32 and rounds nothing: an overflow that an engine would have is
+    not seen. Two Concats of one tensor, which it has in float16 and does not remove, make it round;
+    a single one between other nodes it would do in float32 as well.
+    """
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    halves = {
+        value.name
+        for value in [*inferred.value_info, *inferred.output]
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16
+        and len(value.type.tensor_type.shape.dim)  # Concat takes no scalars
+    }
+    nodes = []
+    for node in copy.graph.node:
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if name in halves:
+                stages = [f"{name}/unrounded", f"{name}/rounded", name]
+                node.output[index] = stages[0]
+                nodes += [
+                    helper.make_node("Concat", [source], [target], axis=0)
+                    for source, target in itertools.pairwise(stages)
+                ]
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del copy.graph.node[:]
+    copy.graph.node.extend(kept)
+    return copy
+
+
+def check_literal() -> None:
+    """Raises BackendUnavailable unless a graph made `literal` really is rounded here.
+
+    Without that, no float16 graph that onnxruntime runs can be judged: 60000 + 60000 would be
+    120000, where an engine has infinity. Cheap after the first call in a process.
+    """
+    found = _literal_sum()
+    if not math.isinf(found):
+        raise BackendUnavailable(
+            f"onnxruntime computes float16 graphs in a wider type here: 60000 + 60000 gave "
+            f"{found:g}, expected infinity, so a 16-bit graph cannot be judged; "
+            "install another onnxruntime"
+        )
+
+
+@functools.cache
+def _literal_sum() -> float:
+    """60000 + 60000 in float16, made literal: halved in the graph, and doubled here."""
+    import onnxruntime
+
+    half = TensorProto.FLOAT16
+    graph = helper.make_graph(
+        [
+            helper.make_node("Add", ["x", "x"], ["sum"]),
+            helper.make_node("Mul", ["sum", "half"], ["y"]),
+        ],
+        "rounding",
+        [helper.make_tensor_value_info("x", half, [1])],
+        [helper.make_tensor_value_info("y", half, [1])],
+        [numpy_helper.from_array(np.array([0.5], np.float16), "half")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        literal(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (result,) = session.run(None, {"x": np.array([60000], np.float16)})
+    return 2 * float(result[0])
+
+
+def emulate_bf16(model: ModelProto) -> ModelProto:
+    """A copy of a bfloat16 graph that computes in float32 and rounds every tensor to bfloat16.
+
+    For runtimes that have bfloat16 casts and no bfloat16 arithmetic (onnxruntime 1.32 on a CPU).
+    It rounds what a GPU rounds, products accumulated in float32 included; an engine that fuses
+    nodes rounds less often.
+    """
+    emulated = ModelProto()
+    emulated.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    graph = emulated.graph
+    rounded = {name for name, kind in element_types(graph).items() if kind == _BF16}
+    nodes: list[NodeProto] = []
+    widened: set[str] = set()
+    for node in graph.node:
+        outputs = list(node.output)
+        if node.op_type != "Cast":
+            for index, name in enumerate(node.input):
+                if name in rounded:
+                    node.input[index] = f"{name}_widened"
+                    if name not in widened:
+                        widened.add(name)
+                        nodes.append(_cast(name, f"{name}_widened", _FLOAT))
+            for index, name in enumerate(outputs):
+                if name in rounded:
+                    node.output[index] = f"{name}_exact"
+        nodes.append(node)
+        for name, inner in zip(outputs, node.output, strict=True):
+            if name != inner:
+                nodes.append(_cast(inner, name, _BF16))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    return emulated

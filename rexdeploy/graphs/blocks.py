@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from rexdeploy.errors import BackendUnavailable, UsageError
-from rexdeploy.precision import element_types, graph_inputs
+from rexdeploy.errors import UsageError
+from rexdeploy.graphs.read import element_types, graph_inputs
 
 FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-
 # What may stand between a convolution and its activation's output, in any exporter's writing.
 _LINEAR = {"BatchNormalization", "Cast", "Identity"}
 _ACTIVATION = {"Sigmoid", "Mul", "Clip", "Relu", "Min", "Max", "HardSwish", "HardSigmoid", "Swish"}
@@ -90,81 +85,6 @@ def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
         if name not in known:
             copy.graph.output.append(helper.make_tensor_value_info(name, types[name], None))
     return copy
-
-
-def literal(model: ModelProto) -> ModelProto:
-    """A copy of the graph that onnxruntime computes in the graph's own types.
-
-    Between float16 nodes that it has no float16 code for, onnxruntime (1.32, on x86, at every
-    optimisation level) keeps float32 and rounds nothing: an overflow that an engine would have is
-    not seen. Two Concats of one tensor, which it has in float16 and does not remove, make it round;
-    a single one between other nodes it would do in float32 as well.
-    """
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    halves = {
-        value.name
-        for value in [*inferred.value_info, *inferred.output]
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT16
-        and len(value.type.tensor_type.shape.dim)  # Concat takes no scalars
-    }
-    nodes = []
-    for node in copy.graph.node:
-        nodes.append(node)
-        for index, name in enumerate(node.output):
-            if name in halves:
-                stages = [f"{name}/unrounded", f"{name}/rounded", name]
-                node.output[index] = stages[0]
-                nodes += [
-                    helper.make_node("Concat", [source], [target], axis=0)
-                    for source, target in itertools.pairwise(stages)
-                ]
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del copy.graph.node[:]
-    copy.graph.node.extend(kept)
-    return copy
-
-
-def check_literal() -> None:
-    """Raises BackendUnavailable unless a graph made `literal` really is rounded here.
-
-    Without that, no float16 graph that onnxruntime runs can be judged: 60000 + 60000 would be
-    120000, where an engine has infinity. Cheap after the first call in a process.
-    """
-    found = _literal_sum()
-    if not math.isinf(found):
-        raise BackendUnavailable(
-            f"onnxruntime computes float16 graphs in a wider type here: 60000 + 60000 gave "
-            f"{found:g}, expected infinity, so a 16-bit graph cannot be judged; "
-            "install another onnxruntime"
-        )
-
-
-@functools.cache
-def _literal_sum() -> float:
-    """60000 + 60000 in float16, made literal: halved in the graph, and doubled here."""
-    import onnxruntime
-
-    half = TensorProto.FLOAT16
-    graph = helper.make_graph(
-        [
-            helper.make_node("Add", ["x", "x"], ["sum"]),
-            helper.make_node("Mul", ["sum", "half"], ["y"]),
-        ],
-        "rounding",
-        [helper.make_tensor_value_info("x", half, [1])],
-        [helper.make_tensor_value_info("y", half, [1])],
-        [numpy_helper.from_array(np.array([0.5], np.float16), "half")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        literal(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    (result,) = session.run(None, {"x": np.array([60000], np.float16)})
-    return 2 * float(result[0])
 
 
 def subgraph(model: ModelProto, block: Block, outputs: Sequence[str]) -> ModelProto:

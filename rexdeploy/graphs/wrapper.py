@@ -13,10 +13,9 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from rexdeploy.bundle.manifest import InputForm, ModelSpec, OutputForm
-from rexdeploy.precision import graph_inputs
+from rexdeploy.graphs.read import graph_inputs
 
 PIXELS, PROBABILITIES = "pixels", "probabilities"  # names of the outer input and output
-
 _OURS = "interface/"  # how the names of these nodes and their constants begin
 _WEIGHTS = (_OURS + "scale", _OURS + "offset")
 _INNER = tuple(_OURS + name for name in ("float", "nchw", "scaled"))  # tensors between the nodes

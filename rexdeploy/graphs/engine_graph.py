@@ -12,10 +12,11 @@ from rexdeploy.bundle.manifest import Artifact
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
-from rexdeploy.interface import change_core
-from rexdeploy.precision import BF16_REVISION, FP16_REVISION, parse, to_bf16, to_fp16
+from rexdeploy.graphs.cast import BF16_REVISION, FP16_REVISION, to_bf16, to_fp16
+from rexdeploy.graphs.read import parse
+from rexdeploy.graphs.shortcuts import PLAIN_ADDS_REVISION, to_plain_adds
+from rexdeploy.graphs.wrapper import change_core
 from rexdeploy.progress import Report
-from rexdeploy.shortcuts import PLAIN_ADDS_REVISION, to_plain_adds
 
 REVISION = "revision"
 """In built_with: which revision of the pass that made the graph."""
