@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from rexdeploy import images
 from rexdeploy.arrays import Array, Float32, Images, softmax
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.compare import Compared, comparable
 from rexdeploy.errors import RexdeployError
+from rexdeploy.images import decode, sets
 from rexdeploy.parity import CONSTANT_SHARE, LIMITS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ computes something else, or nothing; what a file really owes its network `verify
 
 def inputs(spec: ModelSpec, batch: int) -> Images:
     """`batch` images as the files of that spec take them: the same eight again and again."""
-    pool = images.model_input(images.synthetic_pixels(_POOL, spec.preprocess, seed=2), spec)
+    pool = decode.model_input(sets.synthetic_pixels(_POOL, spec.preprocess, seed=2), spec)
     return cast(Images, np.ascontiguousarray(pool[np.arange(batch) % _POOL]))
 
 

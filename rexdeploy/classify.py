@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 from PIL import Image
 
-from rexdeploy import images, machine
+from rexdeploy import machine
 from rexdeploy.arrays import Float32, Float64, Images, softmax
 from rexdeploy.backends import (
     ENGINE_BACKENDS,
@@ -27,6 +27,7 @@ from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.metadata import check_preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.images import decode
 
 _AGAIN = "build it again: rexdeploy build-trt"
 _MAKES_ONE = "'rexdeploy build-trt' makes an engine, 'rexdeploy export' a graph and the weights"
@@ -84,12 +85,12 @@ class Classifier:
             raise UsageError(f"got one image ({inputs}), expected a list of images")
         preprocess = self.spec.preprocess
         pixels = [
-            images.take(item, f"image {index}", preprocess)
+            decode.take(item, f"image {index}", preprocess)
             if isinstance(item, Image.Image)
-            else images.read(Path(item), preprocess)
+            else decode.read(Path(item), preprocess)
             for index, item in enumerate(inputs)
         ]
-        return images.model_input(np.stack(pixels), self.spec)
+        return decode.model_input(np.stack(pixels), self.spec)
 
     def run(self, batch: Images) -> Float32:
         """What the model itself gives, float32 `[N, classes]`: by `spec.output`, of any batch.

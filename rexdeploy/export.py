@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from onnx import ModelProto
 
-from rexdeploy import images
 from rexdeploy.arrays import Array
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.labels import parse_labels
@@ -36,7 +35,8 @@ from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sha256_of
 from rexdeploy.graphs.from_torch import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
 from rexdeploy.graphs.wrapper import PIXELS, PROBABILITIES, wrap
-from rexdeploy.image_sets import varied, varied_pixels
+from rexdeploy.images import decode
+from rexdeploy.images.sets import varied, varied_pixels
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.checkpoints import Checkpoint, load_checkpoint
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, recalibrate_batch_norms
@@ -289,7 +289,7 @@ def _compare(
 ) -> list[Comparison]:
     """Each graph against torch and against the graph before it, at batch 1, 2 and 5."""
     pixels = varied_pixels(_CHECK_IMAGES, spec.preprocess, seed=_CHECK_SEED)
-    pool = torch.from_numpy(images.normalise(pixels, spec.preprocess))
+    pool = torch.from_numpy(decode.normalise(pixels, spec.preprocess))
     with torch.inference_mode():
         reference = model(pool).numpy()
         exact = copy.deepcopy(model).double()(pool.double()).numpy()
@@ -300,7 +300,7 @@ def _compare(
         own = spec if name == FINAL else spec.core
         backend = open_backend("onnxruntime", graph.SerializeToString(), own)
         try:
-            rows = run_batches(backend, images.model_input(pixels, own), sizes)
+            rows = run_batches(backend, decode.model_input(pixels, own), sizes)
         finally:
             backend.close()
         compared: Compared = "logits" if own.output == "logits" else "log-probabilities"

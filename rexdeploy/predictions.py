@@ -13,10 +13,10 @@ from typing import cast
 
 import numpy as np
 
-from rexdeploy import images
 from rexdeploy.arrays import Images
 from rexdeploy.classify import Classifier, NonFiniteOutput, Prediction
 from rexdeploy.errors import UsageError
+from rexdeploy.images import sets
 from rexdeploy.text import printable
 
 _MAX_BATCH = 64  # of what an engine may take more of: rows should come, and memory stay, small
@@ -42,7 +42,7 @@ def expand(inputs: Sequence[Path]) -> list[str]:
     files: dict[str, None] = {}
     for path in inputs:
         # Not Path.is_dir, which raises for a name too long: that is one image's error.
-        found = images.walk(path) if os.path.isdir(path) else [path]  # noqa: PTH112
+        found = sets.walk(path) if os.path.isdir(path) else [path]  # noqa: PTH112
         files.update(dict.fromkeys(map(str, found)))
     return list(files)
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from rexdeploy import images
 from rexdeploy.arrays import Float32, Images, UInt8
 from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.classify import load
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.images import decode
 
 _MOST_BYTES = 2**26  # of one file; `rexdeploy serve` takes less, other servers do not ask
 
@@ -81,7 +81,7 @@ class Preprocess:
         for futures in waiting:
             try:
                 pixels = np.stack([future.result() for future in futures])
-                answers.append(images.model_input(pixels, self._spec))
+                answers.append(decode.model_input(pixels, self._spec))
             except RexdeployError as error:
                 answers.append(error)
         return [_response(self._utils, "preprocessed", answer) for answer in answers]
@@ -116,8 +116,8 @@ def decoded(data: bytes, index: int, spec: ModelSpec) -> UInt8:
         raise UsageError(
             f"image {index}: got {len(data)} bytes, expected at most {_MOST_BYTES}; send it smaller"
         )
-    with images.opened(data, f"image {index}") as image:
-        return images.crop(images.to_rgb(image), spec.preprocess)
+    with decode.opened(data, f"image {index}") as image:
+        return decode.crop(decode.to_rgb(image), spec.preprocess)
 
 
 def _cores() -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from rexdeploy import image_sets, images, machine, tensorrt_api
+from rexdeploy import machine, tensorrt_api
 from rexdeploy.arrays import Float32
 from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend
 from rexdeploy.bundle.manifest import Artifact, BatchRange, ModelSpec, to_json
@@ -27,6 +27,7 @@ from rexdeploy.graphs.engine_graph import REVISION, TUNED, Source, engine_form
 from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import node_name, parse
 from rexdeploy.graphs.wrapper import change_core, unwrap
+from rexdeploy.images import decode, sets
 from rexdeploy.localize import OWN_LIMITS, localize
 from rexdeploy.parity import LIMITS, ceiling, run_batches
 from rexdeploy.progress import Report, silent
@@ -126,8 +127,8 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
     if root is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
     preprocess = bundle.manifest.model.preprocess
-    pixels, described = image_sets.pool(options.images, options.samples, preprocess)
-    pool = images.normalise(pixels, preprocess)
+    pixels, described = sets.pool(options.images, options.samples, preprocess)
+    pool = decode.normalise(pixels, preprocess)
     check_writable(bundle.path)
     form = engine_form(Source(bundle), root, None, options.command, report)
     if form.made:

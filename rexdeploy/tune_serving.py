@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from rexdeploy import images
 from rexdeploy.bundle.manifest import BatchRange, Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.images import decode, sets
 from rexdeploy.loadgen import Load, measure
 from rexdeploy.progress import Report, silent
 from rexdeploy.serve import Address, Binary, free_port, running
@@ -192,13 +192,13 @@ def _row(
 def _files(folder: Path | None, spec: Preprocess) -> tuple[list[bytes], str]:
     """The bytes of image files to send, and what they are."""
     if folder is None:
-        pixels = images.synthetic_pixels(_FILES, spec, seed=5)
+        pixels = sets.synthetic_pixels(_FILES, spec, seed=5)
         width, height = _PREVIEW
         made = [_jpeg(Image.fromarray(image).resize(_PREVIEW)) for image in pixels]
         return made, f"synthetic JPEG files of {width} x {height} pixels"
-    found = list(islice(images.walk(folder), _FILES))
+    found = list(islice(sets.walk(folder), _FILES))
     for path in found:
-        images.read(path, spec)  # raises for one that the server would refuse
+        decode.read(path, spec)  # raises for one that the server would refuse
     return [path.read_bytes() for path in found], f"{len(found)} files of {folder}"
 
 

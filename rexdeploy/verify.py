@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from onnx import ModelProto, TensorProto
 
-from rexdeploy import image_sets, images
 from rexdeploy.arrays import Float32
 from rexdeploy.backends import (
     ENGINE_BACKENDS,
@@ -40,6 +39,7 @@ from rexdeploy.graphs.emulate import sixteen_bit_types
 from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import NotOnnx, graph_inputs, parse, read_with_external_data, type_name
 from rexdeploy.graphs.wrapper import forms
+from rexdeploy.images import decode, sets
 from rexdeploy.judge import Candidate, Headroom, Judge, Skipped, is_meant, sizes
 from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.parity import float32_noise, run_batches, walk_room
@@ -130,11 +130,11 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
     otherwise = _range_of(candidates)
     rows = max((sizes(item, otherwise)[-1] for item in candidates if item.backends), default=0)
     _check_sizes(files, otherwise, max(options.samples, rows), spec)
-    pool, described = image_sets.pool(
+    pool, described = sets.pool(
         options.images, options.samples, spec.preprocess, min(rows, MAX_DISTINCT)
     )
     report("running the reference")
-    images_of_core = images.normalise(pool, spec.preprocess)
+    images_of_core = decode.normalise(pool, spec.preprocess)
     logits = _reference(bundle, images_of_core)
     ends_in_softmax = any(item.spec.output == "probabilities" for item in candidates)
     compared: Compared = "log-probabilities" if ends_in_softmax else "logits"

@@ -28,13 +28,14 @@ from onnx import ModelProto, numpy_helper
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from rexdeploy import arrays, image_sets, images
+from rexdeploy import arrays
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.manifest import BatchRange, ModelSpec, Preprocess, WeightsOrigin
 from rexdeploy.compare import Comparison, Limits, Signal
 from rexdeploy.graphs.cast import to_bf16, to_fp16
 from rexdeploy.graphs.from_torch import MIN_OPSET, export_graph, simplify
 from rexdeploy.graphs.shortcuts import to_plain_adds
+from rexdeploy.images import decode, sets
 from rexdeploy.judge import Candidate, Judge
 from rexdeploy.localize import OWN_LIMITS, localize
 from rexdeploy.machine import machine
@@ -74,7 +75,7 @@ class Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.model = RexNet(CONFIGS[family](width, classes))
-        calibration = image_sets.varied(MOST, preprocess, seed=0)  # as `export` makes one
+        calibration = sets.varied(MOST, preprocess, seed=0)  # as `export` makes one
         recalibrate_batch_norms(self.model, torch.from_numpy(calibration))
         self.model.eval()
         origin = WeightsOrigin("untrained", "", trained=False)
@@ -107,7 +108,7 @@ class Judged:
         self, network: Network, pixels: arrays.UInt8, most: int, sizes: BatchRange
     ) -> None:
         self.network, self.most, self.sizes = network, most, sizes
-        self.pool = images.normalise(pixels, network.preprocess)
+        self.pool = decode.normalise(pixels, network.preprocess)
         with torch.inference_mode():
             chunks = torch.from_numpy(self.pool).split(16)
             self.logits = torch.cat([network.model(chunk) for chunk in chunks]).numpy()
@@ -173,14 +174,14 @@ def honest(network: Network) -> list[dict[str, Any]]:
     rows = []
     photos = np.stack(
         [
-            images.take(Image.fromarray(pixels), "photo", PREPROCESS)
+            decode.take(Image.fromarray(pixels), "photo", PREPROCESS)
             for pixels in load_sample_images().images
         ]
     )
     is_first = (network.spec.width, network.spec.num_classes) == (1.0, 1000)
     sizes = HONEST_RANGE if is_first else FEW_RANGE
-    copies = list(image_sets.copies(photos))[: sizes.max - len(photos)]
-    synthetic, _ = image_sets.pool(None, MOST, PREPROCESS, sizes.max)
+    copies = list(sets.copies(photos))[: sizes.max - len(photos)]
+    synthetic, _ = sets.pool(None, MOST, PREPROCESS, sizes.max)
     for kind, pixels in (
         ("synthetic", synthetic),
         ("photographs", np.concatenate([photos, np.stack(copies)])),
@@ -235,7 +236,7 @@ def _numbers(edge: Comparison) -> dict[str, Any]:
 
 def defects(network: Network, count: int) -> list[dict[str, Any]]:
     """How many defects of every kind each number catches, in each precision."""
-    pixels, _ = image_sets.pool(None, MOST, network.preprocess)
+    pixels, _ = sets.pool(None, MOST, network.preprocess)
     judged = network.over(pixels, MOST, FEW)
     rows = []
     for file in ("fp32.onnx", "fp16.onnx", "bf16.onnx"):

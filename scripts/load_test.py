@@ -35,11 +35,12 @@ import tritonclient.http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from rexdeploy import Classifier, images, load
+from rexdeploy import Classifier, load
 from rexdeploy.arrays import Float32, UInt8
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.export import ExportOptions, export
+from rexdeploy.images import sets
 from rexdeploy.machine import machine
 from rexdeploy.serve import Address, find_server, free_port, running
 from rexdeploy.triton import deploy
@@ -82,7 +83,7 @@ def run(folder: Path, requests: int, timed: int, connections: int) -> dict[str, 
     deploy(first, repository, "python", ALONE)
     config = repository / ALONE / "config.pbtxt"
     config.write_text(re.sub(r"dynamic_batching \{.*\}\n", "", config.read_text(), count=1))
-    files = [_jpeg(pixels) for pixels in images.synthetic_pixels(POOL, Preprocess(), seed=5)]
+    files = [_jpeg(pixels) for pixels in sets.synthetic_pixels(POOL, Preprocess(), seed=5)]
     address, cores = Address(port=free_port()), len(os.sched_getaffinity(0))
     with (
         # With the threads that the served network has, which do not spin while they wait.

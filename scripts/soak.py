@@ -42,11 +42,12 @@ from load_test import (
     _request,
 )
 
-from rexdeploy import images, load
+from rexdeploy import load
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError
 from rexdeploy.export import ExportOptions, export
+from rexdeploy.images import sets
 from rexdeploy.leftovers import SHARED_MEMORY
 from rexdeploy.machine import machine
 from rexdeploy.serve import Address, free_port
@@ -129,7 +130,7 @@ def run(folder: Path, skipped: str | None, requests: int, connections: int) -> d
     """The whole result."""
     first = export(ExportOptions(width=1.0, name=NAME, out=folder, image_size=64)).bundle
     second = export(ExportOptions(lite=True, name="second", out=folder, image_size=64)).bundle
-    files = [_jpeg(pixels) for pixels in images.synthetic_pixels(POOL, Preprocess(), seed=5)]
+    files = [_jpeg(pixels) for pixels in sets.synthetic_pixels(POOL, Preprocess(), seed=5)]
     with load(first, "onnxruntime") as old, load(second, "onnxruntime") as new:
         pool = Pool(files, old, new)
     repository = folder / "disk" / "models"

@@ -29,10 +29,11 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from rexdeploy import export, images, tensorrt_api
+from rexdeploy import export, tensorrt_api
 from rexdeploy.bundle import manifest
 from rexdeploy.errors import RexdeployError
 from rexdeploy.graphs import cast, products, read, wrapper
+from rexdeploy.images import decode
 from rexdeploy.models import checkpoints
 from tests import hostile_images as hostile
 from tests.cpp_probe import probe
@@ -109,8 +110,8 @@ def _read_weights(data: bytes) -> None:
 
 
 def _read_image(data: bytes) -> None:
-    with images.opened(data, "image") as image:
-        images.crop(images.to_rgb(image), manifest.Preprocess(32, 32))
+    with decode.opened(data, "image") as image:
+        decode.crop(decode.to_rgb(image), manifest.Preprocess(32, 32))
 
 
 # Good files of each kind

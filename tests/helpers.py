@@ -25,7 +25,7 @@ from onnx import ModelProto, numpy_helper
 from rexdeploy import cli
 from rexdeploy.arrays import Float32
 from rexdeploy.bundle.manifest import Preprocess
-from rexdeploy.image_sets import varied
+from rexdeploy.images.sets import varied
 from rexdeploy.models.rexnet import recalibrate_batch_norms
 
 DATA = Path(__file__).parent / "data"

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rexdeploy import images
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.compare import Signal
+from rexdeploy.images import sets
 from rexdeploy.models.align import AlignedBottleneck, align
 from rexdeploy.models.rexnet import CONFIGS, Family, LinearBottleneck, RexNet, ReXNetV1
 from tests.helpers import reacting
 
 SIZE = 96
-POOL = torch.from_numpy(images.synthetic(6, Preprocess(SIZE, SIZE), seed=2))
+POOL = torch.from_numpy(sets.synthetic(6, Preprocess(SIZE, SIZE), seed=2))
 
 
 def _network(family: Family, width: float) -> RexNet:

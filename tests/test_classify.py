@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 
 import rexdeploy
-from rexdeploy import arrays, images, machine
+from rexdeploy import arrays, machine
 from rexdeploy.arrays import softmax
 from rexdeploy.backends import has_onnxruntime_cuda
 from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.classify import load
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.images import decode, sets
 from rexdeploy.models.checkpoints import load_checkpoint
 from tests.helpers import assert_refused, run_cli, run_python
 
@@ -30,9 +31,9 @@ from tests.helpers import assert_refused, run_cli, run_python
 def test_predictions_are_the_networks_own(
     timm_original: Bundle, timm_checkpoint: Path, photos: Path
 ) -> None:
-    paths = images.find(photos)
+    paths = sets.find(photos)
     preprocess = timm_original.manifest.model.preprocess
-    batch = images.normalise(images.load_batch(paths, preprocess), preprocess)
+    batch = decode.normalise(sets.load_batch(paths, preprocess), preprocess)
     with torch.inference_mode():
         expected = load_checkpoint(timm_checkpoint).build()(torch.from_numpy(batch)).numpy()
     with rexdeploy.load(timm_original.path) as classifier:
@@ -47,7 +48,7 @@ def test_predictions_are_the_networks_own(
 
 
 def test_every_backend_that_runs_gives_the_same_classes(v1_original: Bundle, photos: Path) -> None:
-    paths = images.find(photos)
+    paths = sets.find(photos)
     answers = {}
     for backend in ("onnxruntime", "pytorch"):
         with load(v1_original, backend) as classifier:
@@ -87,7 +88,7 @@ def test_a_cpu_onnxruntime_on_a_machine_with_a_gpu_is_named(
 
 
 def test_many_threads_get_their_own_answers(v1_original: Bundle) -> None:
-    pool = images.synthetic(12, v1_original.manifest.model.preprocess, seed=5)
+    pool = sets.synthetic(12, v1_original.manifest.model.preprocess, seed=5)
     with load(v1_original, "onnxruntime") as classifier:
         expected = classifier.logits(pool)
 
@@ -101,7 +102,7 @@ def test_many_threads_get_their_own_answers(v1_original: Bundle) -> None:
 
 def test_closing_waits_for_who_runs_and_refuses_who_comes(v1_original: Bundle) -> None:
     """However the threads meet: each gets its logits or the one error, and nothing crashes."""
-    image = images.synthetic(1, v1_original.manifest.model.preprocess)
+    image = sets.synthetic(1, v1_original.manifest.model.preprocess)
     classifier = load(v1_original, "onnxruntime")
     expected, running = classifier.logits(image), threading.Barrier(5)
 
@@ -136,13 +137,13 @@ def test_a_fixed_batch_is_filled_and_cut(v1_original: Bundle, tmp_path: Path) ->
     graph = bundle.manifest.find("onnx", "fp32")
     assert graph is not None
     fixed = bundle.update(replace(graph, batch=BatchRange(4, 4, 4)), files={})
-    pool = images.synthetic(6, bundle.manifest.model.preprocess, seed=6)
+    pool = sets.synthetic(6, bundle.manifest.model.preprocess, seed=6)
     with load(v1_original, "onnxruntime") as free, load(fixed, "onnxruntime") as filled:
         np.testing.assert_allclose(filled.logits(pool), free.logits(pool), atol=1e-4)
 
 
 def test_pillow_images_are_taken_in_any_mode(v1_original: Bundle, photos: Path) -> None:
-    path = images.find(photos)[0]
+    path = sets.find(photos)[0]
     with Image.open(path) as image, load(v1_original) as classifier:
         same = classifier.classify([path, image.convert("RGBA")])
         assert [item.index for item in same[0]] == [item.index for item in same[1]]
@@ -152,7 +153,7 @@ def test_pillow_images_are_taken_in_any_mode(v1_original: Bundle, photos: Path) 
 def test_pillow_images_that_are_broken_are_refused_like_files(
     v1_original: Bundle, photos: Path
 ) -> None:
-    photo = images.find(photos)[0].read_bytes()
+    photo = sets.find(photos)[0].read_bytes()
     lazy = Image.open(io.BytesIO(photo[: len(photo) // 2]))  # its pixels are not read yet
     with load(v1_original) as classifier:
         for image, reason in (
@@ -181,7 +182,7 @@ def test_wrong_types_and_empty_calls_are_refused(v1_original: Bundle, photos: Pa
         with pytest.raises(UsageError, match="got 0 images and top 5"):
             classifier.classify([])
         with pytest.raises(UsageError, match="got 1 images and top -1"):
-            classifier.classify(images.find(photos)[:1], top=-1)
+            classifier.classify(sets.find(photos)[:1], top=-1)
 
 
 def test_pillow_images_are_turned_upright_like_files(
@@ -190,7 +191,7 @@ def test_pillow_images_are_turned_upright_like_files(
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = tmp_path / "turned.png"
-    with Image.open(images.find(photos)[0]) as image:
+    with Image.open(sets.find(photos)[0]) as image:
         image.save(turned, exif=exif)
     with load(v1_original) as classifier, Image.open(turned) as opened:
         from_file, from_image = classifier.classify([turned, opened])
@@ -216,16 +217,16 @@ def test_serving_needs_no_torch(v1_original: Bundle, photos: Path) -> None:
         "with rexdeploy.load(sys.argv[1]) as classifier:\n"
         "    print(classifier.backend, classifier.classify([sys.argv[2]])[0][0].index)\n"
     )
-    answer = run_python(code, v1_original.path, images.find(photos)[0])
+    answer = run_python(code, v1_original.path, sets.find(photos)[0])
     with load(v1_original, "onnxruntime") as classifier:
-        best = classifier.classify([images.find(photos)[0]])[0][0].index
+        best = classifier.classify([sets.find(photos)[0]])[0][0].index
     assert answer.stdout == f"onnxruntime {best}\n", answer.stderr
 
 
 def test_predict_prints_labels_and_probabilities(
     v1_bundle: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    paths = images.find(photos)
+    paths = sets.find(photos)
     result = run_cli("predict", *paths, "--top", "2", cwd=tmp_path)
     assert result.code == 0
     lines = result.out.splitlines()
@@ -237,7 +238,7 @@ def test_predict_prints_labels_and_probabilities(
 
 def test_predict_refuses_what_is_no_image(v1_bundle: Bundle, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
-    good = images.find(photos)[0]
+    good = sets.find(photos)[0]
     result = run_cli("predict", good, "notes.txt", "--quiet", cwd=tmp_path)
     assert_refused(result, "notes.txt: not an image")
     assert result.out == ""

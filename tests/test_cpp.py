@@ -22,11 +22,12 @@ import PIL
 import pytest
 from PIL import Image
 
-from rexdeploy import images, machine
+from rexdeploy import machine
 from rexdeploy.bundle.manifest import Preprocess, to_json
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.classify import load
 from rexdeploy.errors import UsageError
+from rexdeploy.images import decode, sets
 from tests.helpers import ROOT, run_cli
 from tests.hostile_images import chunk
 from tests.mutations import mutated, mutated_png
@@ -131,7 +132,7 @@ def test_logits_are_pythons_bit_for_bit(
     release: Programs, v1_original: Bundle, tmp_path: Path
 ) -> None:
     """18 images are one more than a whole chunk and one."""
-    pool = images.synthetic(18, v1_original.manifest.model.preprocess, seed=3)
+    pool = sets.synthetic(18, v1_original.manifest.model.preprocess, seed=3)
     for count in (1, 18):
         got = _outputs(release, v1_original.path, pool[:count], tmp_path / "logits")
         with load(v1_original, "onnxruntime") as classifier:
@@ -141,7 +142,7 @@ def test_logits_are_pythons_bit_for_bit(
 def test_logits_are_the_same_under_the_sanitizers(
     sanitized: Programs, v1_original: Bundle, tmp_path: Path
 ) -> None:
-    pool = images.synthetic(2, v1_original.manifest.model.preprocess, seed=4)
+    pool = sets.synthetic(2, v1_original.manifest.model.preprocess, seed=4)
     got = _outputs(sanitized, v1_original.path, pool, tmp_path / "logits")
     with load(v1_original, "onnxruntime") as classifier:
         np.testing.assert_array_equal(got, classifier.logits(pool))
@@ -157,7 +158,7 @@ def test_bytes_in_and_probabilities_out(
         np.testing.assert_array_equal(got, classifier.run(pool))
 
     # No second softmax.
-    arguments: list[str | Path] = [*images.find(photos), "--backend", "onnxruntime"]
+    arguments: list[str | Path] = [*sets.find(photos), "--backend", "onnxruntime"]
     answer = release.run("run", pixels_original.path, *arguments)
     expected = run_cli("predict", *arguments, "--bundle", pixels_original.path, cwd=tmp_path)
     assert answer.out == expected.out
@@ -199,7 +200,7 @@ def test_preprocessing_is_pillows_bit_for_bit(
         file = tmp_path / f"{width}x{height}.png"
         image.save(file, compress_level=1)
         calls.append((tmp_path / f"{file.stem}.f32", tmp_path / "manifest.json", file))
-        expected.append(images.normalise(images.crop(image, spec), spec))
+        expected.append(decode.normalise(decode.crop(image, spec), spec))
     assert set(release.probe("preprocess", calls)) == {"ok"}
     for call, wanted in zip(calls, expected, strict=True):
         got = np.fromfile(call[0], np.float32).reshape(wanted.shape)
@@ -290,7 +291,7 @@ def _samples() -> Iterator[tuple[str, bytes]]:
 def test_decoded_pixels_are_pillows(
     release: Programs, sanitized: Programs, photos: Path, tmp_path: Path
 ) -> None:
-    with Image.open(images.find(photos)[0]) as photo:
+    with Image.open(sets.find(photos)[0]) as photo:
         photo.save(tmp_path / "photo.jpg", quality=88)
     for name, data in _samples():
         (tmp_path / name).write_bytes(data)
@@ -300,7 +301,7 @@ def test_decoded_pixels_are_pillows(
     for programs in (release, sanitized):
         lines = programs.probe("decode", calls)
         for (raw, file), line in zip(calls, lines, strict=True):
-            wanted = np.asarray(images.load(file))
+            wanted = np.asarray(decode.load(file))
             assert line == f"{wanted.shape[1]} {wanted.shape[0]}", file.name
             got = np.fromfile(raw, np.uint8).reshape(wanted.shape)
             np.testing.assert_array_equal(got, wanted, err_msg=file.name)
@@ -312,7 +313,7 @@ def test_decoded_pixels_are_pillows(
 def test_run_prints_what_predict_prints(
     release: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    paths = images.find(photos)
+    paths = sets.find(photos)
     common = ("--backend", "onnxruntime", "--top", "3")
     answer = release.run("run", v1_original.path, *paths, *common)
     expected = run_cli("predict", *paths, "--bundle", v1_original.path, *common, cwd=tmp_path)
@@ -338,7 +339,7 @@ def test_labels_are_pythons(release: Programs, v1_bundle: Bundle, photos: Path) 
     names = [f"{'äß犬 '[n % 4]}{n}" for n in range(37)]
     text = "\ufeff" + "".join(name + ["\n", "\r\n"][index % 2] for index, name in enumerate(names))
     bundle = with_labels(v1_bundle, text.encode())
-    photo = images.find(photos)[0]
+    photo = sets.find(photos)[0]
     answer = release.run("run", bundle.path, photo, "--top", "99", "--backend", "onnxruntime")
     with load(bundle, "onnxruntime") as classifier:
         expected = [item.label for item in classifier.classify([photo], 99)[0]]
@@ -376,7 +377,7 @@ def test_an_edited_preprocessing_is_refused(
     for old, new in (("0.229", "0.228"), ('"bicubic"', '"bilinear"'), ("0.875", "0.876")):
         before = file.read_text()
         file.write_text(before.replace(old, new))
-        refused = sanitized.refused(v1_bundle.path, images.find(photos)[0])
+        refused = sanitized.refused(v1_bundle.path, sets.find(photos)[0])
         assert "the manifest's preprocessing is not that of the graph; make it again" in refused
         file.write_text(before)
 
@@ -410,7 +411,7 @@ def test_wrong_arguments_are_refused(sanitized: Programs, v1_original: Bundle) -
 def test_unusable_images_are_refused(
     sanitized: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    photo = images.find(photos)[0].read_bytes()
+    photo = sets.find(photos)[0].read_bytes()
     with Image.open(io.BytesIO(photo)) as opened:
         jpeg = _encoded(opened, "JPEG")
         gif = _encoded(opened.convert("P"), "GIF")
@@ -480,7 +481,7 @@ def test_the_most_texts_that_are_read_fit_in_memory(release: Programs, tmp_path:
 def test_damaged_bundles_are_refused(
     sanitized: Programs, v1_bundle: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    photo = images.find(photos)[0]
+    photo = sets.find(photos)[0]
     graph = v1_bundle.manifest.find("onnx")
     assert graph is not None
     file, manifest = v1_bundle.path / graph.file, v1_bundle.path / "manifest.json"
@@ -526,7 +527,7 @@ def test_damaged_bundles_are_refused(
 def test_libraries_that_are_missing_or_wrong_are_named(
     sanitized: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    photo = images.find(photos)[0]
+    photo = sets.find(photos)[0]
     (tmp_path / "text.so").write_text("no library")
     # As a library of long ago answers.
     _compile(
@@ -614,7 +615,7 @@ def test_engines_that_cannot_be_loaded_are_explained(
     for plan, reason in cases:
         file = replace(engine, sha256=sha256(plan))
         bundle = v1_bundle.update(file, files={engine.file: plan})
-        arguments = (bundle.path, images.find(photos)[0], "--backend", "tensorrt-rtx")
+        arguments = (bundle.path, sets.find(photos)[0], "--backend", "tensorrt-rtx")
         assert reason in with_tensorrt.refused(*arguments)
 
 
@@ -631,7 +632,7 @@ def test_a_library_of_another_major_version_is_not_called(
     _compile(source, library)
     line = with_tensorrt.refused(
         v1_original.path,
-        images.find(photos)[0],
+        sets.find(photos)[0],
         "--backend",
         "tensorrt-rtx",
         env={"REXDEPLOY_TENSORRT_RTX": str(library)},

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import rexdeploy
-from rexdeploy import images
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.classify import load
+from rexdeploy.images import sets
 from tests.helpers import ROOT
 from tests.test_cpp import BUILD, Programs, built, release, sanitized
 
@@ -110,7 +110,7 @@ def place(small_v1_original: Bundle, photos: Path, session_dir: Path) -> Path:
     folder = session_dir / "place"
     (folder / "artifacts").mkdir(parents=True)
     (folder / "artifacts" / "rexnet_1.5").symlink_to(small_v1_original.path)
-    (folder / "flower.jpg").symlink_to(images.find(photos)[0])
+    (folder / "flower.jpg").symlink_to(sets.find(photos)[0])
     return folder
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rexdeploy import images
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
+from rexdeploy.images import sets
 from rexdeploy.predictions import expand
 from rexdeploy.text import printable
 from tests.helpers import run_cli
@@ -42,7 +42,7 @@ def test_json_is_pythons(
     release: Programs, small_pixels_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     """All of it, digit by digit: probabilities that the graph computes leave nothing to round."""
-    files = (tmp_path / "gone.png", photos, photos / "." / images.find(photos)[0].name)
+    files = (tmp_path / "gone.png", photos, photos / "." / sets.find(photos)[0].name)
     got, expected = _both(release, small_pixels_original, *files, "--top", "37", cwd=tmp_path)
     assert got == expected
     assert [row["error"] for row in got["images"]] == ["no such file", None, None]
@@ -122,7 +122,7 @@ def test_what_steers_a_terminal_is_escaped(
     """The JSON document has the names as they are."""
     bundle, folder = small_v1_original.path, tmp_path / "named\x1b[31m\u202e\x9b\n"
     folder.mkdir()
-    (folder / "a.png").symlink_to(images.find(photos)[0])
+    (folder / "a.png").symlink_to(sets.find(photos)[0])
     (folder / "b.png").touch()
     answer = sanitized.run("run", bundle, folder, *CPU)
     assert answer.code == 2
@@ -139,7 +139,7 @@ def test_what_steers_a_terminal_is_escaped(
 def test_json_files_are_whole_or_the_old_ones(
     sanitized: Programs, small_v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    bundle, photo = small_v1_original.path, images.find(photos)[0]
+    bundle, photo = small_v1_original.path, sets.find(photos)[0]
     file, link = tmp_path / "result.json", tmp_path / "link.json"
     file.write_text("old")
     link.symlink_to(file)

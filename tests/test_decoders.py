@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rexdeploy import arrays, image_limits, images
+from rexdeploy import arrays
 from rexdeploy.errors import UsageError
-from rexdeploy.image_limits import MAX_PIXELS, MAX_SCAN_PIXELS
+from rexdeploy.images import decode, limits
+from rexdeploy.images.limits import MAX_PIXELS, MAX_SCAN_PIXELS
 from tests import hostile_images as hostile
 from tests.cpp_probe import probe
 from tests.helpers import ROOT
@@ -25,8 +26,8 @@ from tests.hostile_images import after_start, bare_jpeg, encoded, gradients, seg
 def _refusal(data: bytes) -> str:
     """Why Python refuses an image file; empty if it does not."""
     try:
-        with images.opened(data, "x") as image:
-            images.to_rgb(image)
+        with decode.opened(data, "x") as image:
+            decode.to_rgb(image)
     except UsageError as error:
         refusal = str(error).removeprefix("x: ")
     else:
@@ -96,7 +97,7 @@ def test_too_much_work_is_refused(name: str) -> None:
 def test_what_looks_like_it_is_decoded(name: str, tmp_path: Path) -> None:
     data = WITHIN[name]()
     (tmp_path / "file").write_bytes(data)
-    np.testing.assert_array_equal(images.load(tmp_path / "file"), _pillows(data))
+    np.testing.assert_array_equal(decode.load(tmp_path / "file"), _pillows(data))
 
 
 @pytest.mark.slow
@@ -119,9 +120,9 @@ def test_cpp_refuses_and_reads_the_same(tmp_path: Path) -> None:
 def test_scans_are_counted_at_the_limits() -> None:
     for width, height, most in ((8, 8, 500), (4000, 3000, 89), (9459, 9459, 12), (1, 65535, 500)):
         assert most == 500 or (most + 1) * width * height > MAX_SCAN_PIXELS
-        image_limits.check(bare_jpeg(width, height, most))
+        limits.check(bare_jpeg(width, height, most))
         with pytest.raises(UsageError, match="scans"):
-            image_limits.check(bare_jpeg(width, height, most + 1))
+            limits.check(bare_jpeg(width, height, most + 1))
 
 
 def test_scans_of_a_jpeg_within_a_tiff_are_counted_too() -> None:
@@ -179,7 +180,7 @@ def test_other_bombs_are_refused(name: str) -> None:
 def test_pieces_are_counted_in_every_format(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = hostile.png(9, 7, 1000 * hostile.chunk(b"teSt", b""))
     assert _refusal(chunks) == ""
-    monkeypatch.setattr(images, "_MAX_READS", 2000)
+    monkeypatch.setattr(decode, "_MAX_READS", 2000)
     for data in (chunks, hostile.gif_of_blocks(1000), hostile.packed_bmp(300, 1000)):
         assert _refusal(data) == "it is in more than 2000 pieces; save it anew"
 
@@ -199,8 +200,8 @@ HARMLESS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("name", HARMLESS)
 def test_the_same_in_ordinary_numbers_is_decoded(name: str) -> None:
     data = HARMLESS[name]()
-    with images.opened(data, "x") as image:
-        np.testing.assert_array_equal(images.to_rgb(image), _pillows(data))
+    with decode.opened(data, "x") as image:
+        np.testing.assert_array_equal(decode.to_rgb(image), _pillows(data))
 
 
 @pytest.mark.parametrize("kind", ["PPM", "DDS", "SGI", "TGA", "JPEG2000", "ICO", "PCX"])
@@ -214,7 +215,7 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "sparse.png", "wb") as sparse:
         sparse.truncate(2**40)
     with pytest.raises(UsageError, match=r"too large to decode safely \(limit 1073741824 bytes\)"):
-        images.load(tmp_path / "sparse.png")
+        decode.load(tmp_path / "sparse.png")
 
 
 def test_pillows_own_limit_may_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +232,7 @@ def test_large_images_are_decoded_few_at_a_time() -> None:
     entered, leave = threading.Condition(), threading.Event()
 
     def hold(side: int) -> None:
-        with images.opened(hostile.png(side, side, rows=b""), "x"):
+        with decode.opened(hostile.png(side, side, rows=b""), "x"):
             with entered:
                 inside.append(side)
                 entered.notify_all()

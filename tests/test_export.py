@@ -15,11 +15,11 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from rexdeploy import images
 from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.export import ExportOptions, export
+from rexdeploy.images import decode, sets
 from tests.helpers import edit_weights, folder_state, nodes_of
 
 # Small and quick where the network itself does not matter.
@@ -223,7 +223,7 @@ def test_onnx_logits_are_the_checkpoints_on_photographs(
     bundle: Bundle = request.getfixturevalue(name)
     checkpoint = request.getfixturevalue(name.replace("original", "checkpoint"))
     preprocess = bundle.manifest.model.preprocess
-    batch = images.normalise(images.load_batch(images.find(photos), preprocess), preprocess)
+    batch = decode.normalise(sets.load_batch(sets.find(photos), preprocess), preprocess)
     with torch.inference_mode():
         expected = load_checkpoint(checkpoint).build()(torch.from_numpy(batch)).numpy()
     session = ort.InferenceSession(_model(bundle).SerializeToString())

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rexdeploy import images
 from rexdeploy.errors import UsageError
+from rexdeploy.images import decode
 from tests.cpp_probe import probe
 from tests.fuzz_targets import TARGETS, damaged, run, run_cpp
 from tests.helpers import DATA, ROOT
@@ -64,7 +64,7 @@ def test_damaged_images_that_both_languages_read_are_the_same(tmp_path: Path) ->
     both = 0
     for (raw, file), line in zip(calls, probe("decode", calls), strict=True):
         try:
-            wanted = np.asarray(images.load(file))
+            wanted = np.asarray(decode.load(file))
         except UsageError:
             continue
         if line.startswith("error: "):

@@ -17,8 +17,8 @@ from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.graphs.emulate import with_peaks
-from rexdeploy.image_sets import copies, pool, varied, varied_pixels
-from rexdeploy.images import normalise, take
+from rexdeploy.images.decode import normalise, take
+from rexdeploy.images.sets import copies, pool, varied, varied_pixels
 
 
 def _different(pixels: UInt8) -> int:

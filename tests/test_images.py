@@ -18,9 +18,10 @@ from PIL import Image, PngImagePlugin
 from timm.data.dataset import ImageDataset
 from timm.data.transforms_factory import create_transform
 
-from rexdeploy import arrays, images
+from rexdeploy import arrays
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.errors import UsageError
+from rexdeploy.images import decode, sets
 
 
 def _timm(image: Image.Image, spec: Preprocess) -> arrays.Float32:
@@ -44,11 +45,11 @@ def _timm(image: Image.Image, spec: Preprocess) -> arrays.Float32:
     ],
 )
 def test_photographs_become_what_timm_makes_of_them(photos: Path, spec: Preprocess) -> None:
-    for path in images.find(photos):
-        image = images.load(path)
+    for path in sets.find(photos):
+        image = decode.load(path)
         for shape in (image.size, (301, 700), (700, 301), (256, 256), (257, 255), (40, 33)):
             resized = image.resize(shape)
-            got = images.normalise(images.crop(resized, spec), spec)
+            got = decode.normalise(decode.crop(resized, spec), spec)
             assert got.dtype == np.float32
             np.testing.assert_array_equal(got, _timm(resized, spec))
 
@@ -63,7 +64,7 @@ def test_every_image_gives_the_networks_shape(
     size: tuple[int, int], wanted: tuple[int, int], crop: float
 ) -> None:
     spec = Preprocess(wanted[0], wanted[1], crop)
-    got = images.normalise(images.crop(Image.new("RGB", size, (255, 255, 255)), spec), spec)
+    got = decode.normalise(decode.crop(Image.new("RGB", size, (255, 255, 255)), spec), spec)
     assert got.shape == (3, *wanted)
     # No pixel of the crop comes from outside the (white) image.
     expected = (1 - np.array(spec.mean)) / np.array(spec.std)
@@ -74,7 +75,7 @@ def test_any_mode_is_decoded_to_rgb(tmp_path: Path) -> None:
     for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
         path = tmp_path / f"{mode}.tif"
         Image.new(mode, (20, 10)).save(path)
-        assert images.load(path).mode == "RGB"
+        assert decode.load(path).mode == "RGB"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_exif_orientation_is_applied(
     turned = upright if stored is None else upright.transpose(stored)
     for name in ("turned.png", "turned.webp", "turned.tif"):
         turned.save(tmp_path / name, exif=exif, lossless=True)
-        np.testing.assert_array_equal(images.load(tmp_path / name), upright)
+        np.testing.assert_array_equal(decode.load(tmp_path / name), upright)
 
 
 def test_transparent_pixels_keep_their_colour(tmp_path: Path) -> None:
@@ -114,17 +115,17 @@ def test_transparent_pixels_keep_their_colour(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("bytes.png", "index.png", "index.gif", "rgba.png"):
-            np.testing.assert_array_equal(images.load(tmp_path / name), rgb)
-        np.testing.assert_array_equal(images.to_rgb(colours.convert("PA")), rgb)
+            np.testing.assert_array_equal(decode.load(tmp_path / name), rgb)
+        np.testing.assert_array_equal(decode.to_rgb(colours.convert("PA")), rgb)
     grey = _noise((20, 10)).convert("L")
     Image.merge("LA", (grey, alpha)).save(tmp_path / "la.png")
-    np.testing.assert_array_equal(images.load(tmp_path / "la.png"), grey.convert("RGB"))
+    np.testing.assert_array_equal(decode.load(tmp_path / "la.png"), grey.convert("RGB"))
 
 
 def test_cmyk_is_not_inverted(tmp_path: Path) -> None:
     for name in ("cmyk.jpg", "cmyk.tif"):
         Image.new("RGB", (16, 16), (200, 100, 50)).convert("CMYK").save(tmp_path / name)
-        pixel = np.asarray(images.load(tmp_path / name))[8, 8]
+        pixel = np.asarray(decode.load(tmp_path / name))[8, 8]
         np.testing.assert_allclose(pixel, (200, 100, 50), atol=4)
 
 
@@ -134,19 +135,19 @@ def test_the_first_frame_of_an_animation_is_taken(name: str, tmp_path: Path) -> 
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
     with Image.open(tmp_path / name) as image:
         assert getattr(image, "n_frames", 1) == 2
-    np.testing.assert_array_equal(images.load(tmp_path / name), frames[0])
+    np.testing.assert_array_equal(decode.load(tmp_path / name), frames[0])
 
 
 def test_16_bit_colour_is_its_high_bytes(tmp_path: Path) -> None:
     rows = b"".join(b"\0" + bytes((200, 7, 100, 7, 50, 7)) * 4 for _ in range(4))
     (tmp_path / "deep.png").write_bytes(_png(4, 4, 16, rows))
-    np.testing.assert_array_equal(images.load(tmp_path / "deep.png"), [[[200, 100, 50]] * 4] * 4)
+    np.testing.assert_array_equal(decode.load(tmp_path / "deep.png"), [[[200, 100, 50]] * 4] * 4)
 
 
 def test_the_bytes_count_and_not_the_name(tmp_path: Path) -> None:
     _noise((20, 10)).save(tmp_path / "a.bmp")
     (tmp_path / "a.bmp").rename(tmp_path / "a.jpg")
-    np.testing.assert_array_equal(images.load(tmp_path / "a.jpg"), _noise((20, 10)))
+    np.testing.assert_array_equal(decode.load(tmp_path / "a.jpg"), _noise((20, 10)))
 
 
 def test_timms_loader_leaves_a_turned_image_as_it_lies(tmp_path: Path) -> None:
@@ -159,48 +160,48 @@ def test_timms_loader_leaves_a_turned_image_as_it_lies(tmp_path: Path) -> None:
     lying.save(path, exif=exif)
     theirs, _ = ImageDataset(str(tmp_path))[0]  # type: ignore[no-untyped-call]
     np.testing.assert_array_equal(np.asarray(theirs), np.asarray(lying))
-    np.testing.assert_array_equal(np.asarray(images.load(path)), np.rot90(np.asarray(lying), -1))
+    np.testing.assert_array_equal(np.asarray(decode.load(path)), np.rot90(np.asarray(lying), -1))
 
 
 def test_a_huge_exif_block_does_no_harm(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x9286] = b"x" * 65_000  # a comment
     _noise((20, 10)).save(tmp_path / "a.jpg", exif=exif)
-    assert images.load(tmp_path / "a.jpg").size == (20, 10)
+    assert decode.load(tmp_path / "a.jpg").size == (20, 10)
 
 
 def test_exif_that_cannot_be_read_is_ignored(tmp_path: Path) -> None:
     image = _noise((20, 10))
     for name in ("a.jpg", "a.png", "a.webp"):
         image.save(tmp_path / name, exif=b"neither of TIFF's byte orders", lossless=True)
-        assert images.load(tmp_path / name).size == (20, 10)
+        assert decode.load(tmp_path / name).size == (20, 10)
     profile = PngImagePlugin.PngInfo()
     profile.add_text("Raw profile type exif", "\nexif\n4\nnot hexadecimal\n")
     image.save(tmp_path / "b.png", pnginfo=profile)
-    np.testing.assert_array_equal(images.load(tmp_path / "b.png"), image)
+    np.testing.assert_array_equal(decode.load(tmp_path / "b.png"), image)
 
 
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray((ramp / 257).round().astype(np.uint8)).save(tmp_path / "shallow.png")
-    deep, shallow = (images.load(tmp_path / f"{name}.png") for name in ("deep", "shallow"))
+    deep, shallow = (decode.load(tmp_path / f"{name}.png") for name in ("deep", "shallow"))
     assert np.abs(np.asarray(deep).astype(int) - np.asarray(shallow)).max() <= 1
 
 
 def test_pixels_without_a_known_range_and_threads_of_pixels_are_refused(tmp_path: Path) -> None:
     Image.new("F", (20, 10)).save(tmp_path / "float.tif")
     with pytest.raises(UsageError, match="float.tif: pixels of type F have no known range"):
-        images.load(tmp_path / "float.tif")
+        decode.load(tmp_path / "float.tif")
     with pytest.raises(UsageError, match="too thin"):
-        images.crop(Image.new("RGB", (1, 2000)), Preprocess())
+        decode.crop(Image.new("RGB", (1, 2000)), Preprocess())
 
 
 def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "real.png")
     (tmp_path / "._real.png").write_bytes(b"resource fork")
     (tmp_path / "folder.jpg").mkdir()
-    assert images.find(tmp_path) == [tmp_path / "real.png"]
+    assert sets.find(tmp_path) == [tmp_path / "real.png"]
 
 
 def test_a_folders_images_are_found_by_name_at_every_depth(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_a_folders_images_are_found_by_name_at_every_depth(tmp_path: Path) -> No
     (tmp_path / "dangling.png").symlink_to(tmp_path / "gone")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     os.mkfifo(tmp_path / "pipe.png")
-    assert images.find(tmp_path) == sorted(tmp_path / name for name in (*names, "link.png"))
+    assert sets.find(tmp_path) == sorted(tmp_path / name for name in (*names, "link.png"))
 
 
 def _noise(size: tuple[int, int]) -> Image.Image:
@@ -270,7 +271,7 @@ def test_what_is_no_image_is_refused(make: object, message: str, tmp_path: Path)
     path = tmp_path / "image.png"
     make(path)  # type: ignore[operator]
     with pytest.raises(UsageError, match=message):
-        images.load(path)
+        decode.load(path)
 
 
 def test_large_images_are_refused_in_many_threads(tmp_path: Path) -> None:
@@ -280,7 +281,7 @@ def test_large_images_are_refused_in_many_threads(tmp_path: Path) -> None:
 
     def refused(_: int) -> bool:
         with pytest.raises(UsageError, match="too large to decode safely"):
-            images.load(tmp_path / "large.png")
+            decode.load(tmp_path / "large.png")
         return True
 
     with ThreadPoolExecutor(8) as threads:
@@ -331,7 +332,7 @@ def test_no_bytes_do_more_than_be_refused(
         mutated = mutated or bytearray(b"x")
     (tmp_path / "image").write_bytes(mutated)
     try:
-        pixels = images.read(tmp_path / "image", Preprocess(32, 32))
+        pixels = decode.read(tmp_path / "image", Preprocess(32, 32))
     except UsageError as error:
         refused = str(error)
     else:
@@ -344,17 +345,17 @@ def test_no_bytes_do_more_than_be_refused(
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UsageError, match="no images in"):
-        images.find(tmp_path)
+        sets.find(tmp_path)
     with pytest.raises(UsageError, match="expected a folder of images"):
-        images.find(tmp_path / "notes.txt")
+        sets.find(tmp_path / "notes.txt")
 
 
 def test_synthetic_images_are_reproducible_and_differ() -> None:
     spec = Preprocess(64, 64)
-    pool = images.synthetic(6, spec, seed=3)
-    np.testing.assert_array_equal(pool, images.synthetic(6, spec, seed=3))
+    pool = sets.synthetic(6, spec, seed=3)
+    np.testing.assert_array_equal(pool, sets.synthetic(6, spec, seed=3))
     assert pool.shape == (6, 3, 64, 64)
     assert pool.dtype == np.float32
-    assert not np.array_equal(pool, images.synthetic(6, spec, seed=4))
+    assert not np.array_equal(pool, sets.synthetic(6, spec, seed=4))
     means = pool.mean(axis=(2, 3))
     assert np.abs(means[:, None] - means[None]).max(axis=2)[~np.eye(6, dtype=bool)].min() > 0.05

@@ -10,7 +10,6 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto
 
-from rexdeploy import images
 from rexdeploy.arrays import UInt8, softmax
 from rexdeploy.backends import open_backend
 from rexdeploy.bench import bench
@@ -21,6 +20,7 @@ from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.read import element_types
 from rexdeploy.graphs.wrapper import change_core, forms, interface_nodes, unwrap
+from rexdeploy.images import decode, sets
 from rexdeploy.subjects import BundleSubject
 from rexdeploy.verify import VerifyOptions, verify
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
@@ -30,7 +30,7 @@ FAST = VerifyOptions(samples=4)
 
 @pytest.fixture(scope="module")
 def pool(small_v1_original: Bundle) -> UInt8:
-    return images.synthetic_pixels(5, small_v1_original.manifest.model.preprocess, seed=9)
+    return sets.synthetic_pixels(5, small_v1_original.manifest.model.preprocess, seed=9)
 
 
 def _graph(bundle: Bundle, file: str) -> ModelProto:
@@ -81,7 +81,7 @@ def test_normalisation_and_softmax_stay_float32_in_a_float16_graph(
 def test_pixels_and_probabilities_are_those_of_the_float32_bundle(
     small_v1_original: Bundle, small_pixels_original: Bundle, pool: UInt8
 ) -> None:
-    normalised = images.normalise(pool, small_v1_original.manifest.model.preprocess)
+    normalised = decode.normalise(pool, small_v1_original.manifest.model.preprocess)
     with load(small_v1_original, "onnxruntime") as plain:
         logits = plain.logits(normalised)
         expected = softmax(logits)

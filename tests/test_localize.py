@@ -13,13 +13,13 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from rexdeploy import images
 from rexdeploy.arrays import Float32
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.blocks import find_blocks
+from rexdeploy.images import sets
 from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.models.rexnet import LinearBottleneck, ReXNetV1
 from rexdeploy.verify import VerifyOptions, verify
@@ -63,7 +63,7 @@ def _case(bundle: Bundle) -> Case:
         TorchWalk(bundle.read(weights), spec),
         planted._graph(bundle, "fp32"),
         planted._graph(bundle, "fp16"),
-        images.synthetic(2, spec.preprocess, seed=1),
+        sets.synthetic(2, spec.preprocess, seed=1),
     )
 
 
@@ -196,7 +196,7 @@ def test_somebody_elses_graph_of_the_same_blocks(
         graph = _exported(model)
     assert len(nodes_of(graph, "ScatterND")) > 5
     assert len(nodes_of(graph, "BatchNormalization")) > 50
-    pool = images.synthetic(2, Preprocess(64, 64), seed=1)
+    pool = sets.synthetic(2, Preprocess(64, 64), seed=1)
     case = Case(expected, graph, graph, pool)
     assert case.walk(graph, "fp32").culprit is None
     norm = nodes_of(graph, "BatchNormalization")[20]

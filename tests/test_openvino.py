@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
-from rexdeploy import images
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.compare import Signal
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.images import sets
 from tests.helpers import edit_weights, nodes_of, run_cli
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
@@ -24,7 +24,7 @@ def test_its_logits_are_onnxruntimes_in_float32(v1_original: Bundle) -> None:
     spec, graph = v1_original.manifest.model, v1_original.manifest.find("onnx")
     assert graph is not None
     data = v1_original.read(graph)
-    pool = images.synthetic(5, spec.preprocess, seed=3)
+    pool = sets.synthetic(5, spec.preprocess, seed=3)
     logits = []
     for name in ("onnxruntime", "openvino"):
         backend = open_backend(name, data, spec, threads=1)

@@ -7,12 +7,12 @@ import onnx
 import pytest
 import torch
 
-from rexdeploy import images
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.compare import Signal
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.products import precision_of
+from rexdeploy.images import sets
 from rexdeploy.models.rexnet import RexNet
 from rexdeploy.peers import own_peer, timm_peer
 from rexdeploy.subjects import BundleSubject, PeerSubject, compared
@@ -31,7 +31,7 @@ def test_the_published_form_is_the_network_bit_for_bit_and_exports_its_scatters(
 ) -> None:
     network, spec = _network(v1_original), v1_original.manifest.model
     subject = PeerSubject(own_peer("published", "v1", network, spec))
-    pool = images.synthetic(3, spec.preprocess, seed=5)
+    pool = sets.synthetic(3, spec.preprocess, seed=5)
     with torch.inference_mode():
         expected = network(torch.from_numpy(pool))
         assert torch.equal(subject.peer.module(torch.from_numpy(pool)), expected)

@@ -21,7 +21,7 @@ from rexdeploy.graphs.emulate import (
 )
 from rexdeploy.graphs.read import node_name
 from rexdeploy.graphs.wrapper import unwrap
-from rexdeploy.image_sets import varied
+from rexdeploy.images.sets import varied
 from tests.helpers import edit_weights, nodes_of
 
 HALF, BFLOAT16 = TensorProto.FLOAT16, TensorProto.BFLOAT16

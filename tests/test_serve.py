@@ -24,10 +24,11 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from rexdeploy import images, load
+from rexdeploy import load
 from rexdeploy.arrays import UInt8
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.images import sets
 from rexdeploy.serve import Binary, choose_backend, find_server, free_port
 from rexdeploy.triton import deploy
 from tests.helpers import assert_refused, run_cli
@@ -138,7 +139,7 @@ def file_tensor(*files: bytes) -> UInt8:
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_answers_are_those_of_the_library(served: Served, photos: Path, protocol: str) -> None:
     client = getattr(served, protocol)
-    paths = images.find(photos)
+    paths = sets.find(photos)
     files = file_tensor(*(path.read_bytes() for path in paths))
     with load(served.bundle, "onnxruntime") as classifier:
         batch = classifier.prepare(paths)
@@ -156,7 +157,7 @@ def test_answers_are_those_of_the_library(served: Served, photos: Path, protocol
 def test_the_classification_extension_gives_the_labels(
     served: Served, photos: Path, model: str
 ) -> None:
-    path = images.find(photos)[0]
+    path = sets.find(photos)[0]
     with load(served.bundle, "onnxruntime") as classifier:
         tensor = classifier.prepare([path])
         expected = classifier.classify([path], top=3)[0]
@@ -175,7 +176,7 @@ def test_the_classification_extension_gives_the_labels(
 def test_the_printed_command_works(served: Served, photos: Path, tmp_path: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    with Image.open(images.find(photos)[0]) as photo:
+    with Image.open(sets.find(photos)[0]) as photo:
         photo.save(tmp_path / "photo.jpg")
     lines = served.printed.splitlines()
     command = "\n".join(lines[lines.index("the five best classes of photo.jpg:") + 1 : -1])
@@ -194,8 +195,8 @@ def test_requests_are_batched_and_broken_ones_harm_only_themselves(
     served: Served, photos: Path
 ) -> None:
     """Many connections at once: every request gets its own answer or its own error."""
-    good = file_tensor(images.find(photos)[0].read_bytes())
-    with Image.open(images.find(photos)[0]) as photo:
+    good = file_tensor(sets.find(photos)[0].read_bytes())
+    with Image.open(sets.find(photos)[0]) as photo:
         jpeg = encoded(photo, "JPEG")
     bad = {
         "image 0: cannot be decoded": file_tensor(jpeg[: len(jpeg) // 2]),
@@ -263,7 +264,7 @@ def test_metrics_answer(served: Served) -> None:
 @pytest.mark.slow
 def test_a_new_version_takes_over_under_load(served: Served, photos: Path) -> None:
     """Nobody is refused meanwhile, and every answer is the old network's or the new one's."""
-    path = images.find(photos)[0]
+    path = sets.find(photos)[0]
     file = file_tensor(path.read_bytes())
     changed = with_changed_weights(served.bundle)
     with load(changed, "onnxruntime") as classifier:
@@ -305,7 +306,7 @@ def _same(answer: Any, known: Any) -> bool:
 @needs_server
 @pytest.mark.slow
 def test_a_damaged_version_is_told_and_the_last_one_goes_on(served: Served, photos: Path) -> None:
-    file = file_tensor(images.find(photos)[0].read_bytes())
+    file = file_tensor(sets.find(photos)[0].read_bytes())
     before = infer(served.http, "pixels_image", "image", file)
     latest = max(int(path.name) for path in (served.repository / "pixels").glob("[1-9]*"))
     damaged = served.repository / "pixels" / str(latest + 1)
@@ -325,7 +326,7 @@ def test_a_damaged_version_is_told_and_the_last_one_goes_on(served: Served, phot
 def test_float32_gives_logits_ports_are_checked_and_sigterm_ends_it_cleanly(
     v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    paths = images.find(photos)
+    paths = sets.find(photos)
     with load(v1_original, "onnxruntime") as classifier:
         batch = classifier.prepare(paths)
         expected = classifier.logits(batch)

@@ -24,9 +24,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rexdeploy import images, load
+from rexdeploy import load
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.images import sets
 from rexdeploy.leftovers import SHARED_MEMORY, workplace
 from rexdeploy.serve import Address, Guard, find_server, free_port, running
 from rexdeploy.watch import stubs
@@ -179,7 +180,7 @@ def test_only_inference_health_and_descriptions_are_open(served: Served) -> None
 
 def test_large_and_packed_requests_are_refused(served: Served, photos: Path) -> None:
     """With gRPC, the connection goes on; memory does not grow by what was refused."""
-    good = file_tensor(images.find(photos)[0].read_bytes())
+    good = file_tensor(sets.find(photos)[0].read_bytes())
     large = np.zeros((1, 2**24 + 1), np.uint8)
     for client, part in ((served.http, "413.* bytes"), (served.grpc, "EXHAUSTED.*16777216")):
         expected = infer(client, "small_pixels_image", "image", good)
@@ -210,7 +211,7 @@ def resident(pid: int) -> int:
 def test_a_dead_or_stopped_process_is_told_and_replaced(
     served: Served, photos: Path, number: int, said: str
 ) -> None:
-    file = file_tensor(images.find(photos)[0].read_bytes())
+    file = file_tensor(sets.find(photos)[0].read_bytes())
     before = infer(served.http, "small_pixels_image", "image", file)
     pid = triton_of(served)
     folder, told = folder_of(pid), len(served.errors.read_text())

@@ -10,13 +10,14 @@ import onnxruntime as ort
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from rexdeploy import images, tensorrt_api
+from rexdeploy import tensorrt_api
 from rexdeploy.arrays import Float32
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.compare import Signal
 from rexdeploy.graphs.cast import to_fp16
 from rexdeploy.graphs.shortcuts import to_plain_adds
+from rexdeploy.images import sets
 from rexdeploy.tensorrt_api import EngineSettings
 from tests.helpers import nodes_of
 
@@ -54,7 +55,7 @@ def _run(model: ModelProto, pool: Float32, *names: str) -> list[Float32]:
 
 def _pool(model: ModelProto, count: int) -> Float32:
     size = model.graph.input[0].type.tensor_type.shape.dim[2].dim_value
-    return images.synthetic(count, Preprocess(size, size), seed=3)
+    return sets.synthetic(count, Preprocess(size, size), seed=3)
 
 
 def _shapes(model: ModelProto) -> dict[str, list[int | str]]:

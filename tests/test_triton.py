@@ -17,11 +17,12 @@ import onnx
 import pytest
 from PIL import Image
 
-from rexdeploy import images, load
+from rexdeploy import load
 from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.images import decode, sets
 from rexdeploy.triton import deploy
 from rexdeploy.triton_backend import decoded, run_each
 from tests.helpers import assert_refused, edit_weights, run_cli
@@ -139,7 +140,7 @@ def test_a_version_of_the_python_backend_is_a_bundle_with_the_same_logits(
     deploy(v1_bundle, tmp_path / "models", "python")
     folder = tmp_path / "models" / "v1" / "1"
     with load(folder, "onnxruntime") as served, load(v1_bundle, "onnxruntime") as original:
-        batch = original.prepare(images.find(photos))
+        batch = original.prepare(sets.find(photos))
         np.testing.assert_array_equal(served.run(batch), original.run(batch))
     (folder / "fp32.onnx").write_bytes(b"damaged")
     with pytest.raises(UsageError, match="is not the file the manifest describes"):
@@ -334,10 +335,10 @@ def test_the_server_decodes_what_the_library_decodes(
 ) -> None:
     """Also with the zeros that fill up the shorter files of a batch."""
     spec = v1_original.manifest.model
-    with Image.open(images.find(photos)[0]) as photo:
+    with Image.open(sets.find(photos)[0]) as photo:
         data = GOOD[kind](photo)
     (tmp_path / "photo").write_bytes(data)
-    expected = images.crop(images.load(tmp_path / "photo"), spec.preprocess)
+    expected = decode.crop(decode.load(tmp_path / "photo"), spec.preprocess)
     for end in (b"", bytes(1000)):
         np.testing.assert_array_equal(decoded(data + end, 0, spec), expected)
 
@@ -363,7 +364,7 @@ def test_what_cannot_be_decoded_names_the_image(
 
 def test_one_request_that_fails_does_not_fail_its_neighbours(v1_original: Bundle) -> None:
     spec = v1_original.manifest.model
-    good = images.synthetic(3, spec.preprocess)
+    good = sets.synthetic(3, spec.preprocess)
     bad = np.full_like(good[:1], np.nan)
     with load(v1_original, "onnxruntime") as classifier:
         first, second, third = run_each(classifier.run, [good[:1], bad, good[1:]])

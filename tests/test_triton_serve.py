@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rexdeploy import images, load, machine
+from rexdeploy import load, machine
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
+from rexdeploy.images import sets
 from rexdeploy.repository import DEFAULT_REPOSITORY, deployed
 from rexdeploy.serve import Binary, free_port
 from rexdeploy.triton import backend_here, deploy, servable
@@ -79,7 +80,7 @@ def test_what_triton_adds_a_running_server_takes_up(
     assert result.code == 0, result.err
     assert "small_v1: python backend (no NVIDIA GPU on this machine)" in result.out
     assert result.out.endswith("next: rexdeploy serve\n")
-    path = images.find(photos)[0]
+    path = sets.find(photos)[0]
     file = file_tensor(path.read_bytes())
 
     def expected(bundle: Bundle) -> Any:

@@ -21,7 +21,7 @@ from rexdeploy.graphs.cast import to_fp16
 from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import forms, unwrap
-from rexdeploy.image_sets import varied
+from rexdeploy.images.sets import varied
 from rexdeploy.localize import OWN_LIMITS, localize
 from rexdeploy.tune import STATE, TuneOptions, tune
 from rexdeploy.verify import VerifyOptions, verify

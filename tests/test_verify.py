@@ -17,7 +17,6 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from rexdeploy import image_sets
 from rexdeploy.arrays import Float32
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.onnxrt import GraphSession
@@ -30,7 +29,9 @@ from rexdeploy.export import ExportOptions, export
 from rexdeploy.graphs.blocks import find_blocks
 from rexdeploy.graphs.cast import to_fp16
 from rexdeploy.graphs.emulate import with_peaks
-from rexdeploy.images import normalise, synthetic
+from rexdeploy.images import sets
+from rexdeploy.images.decode import normalise
+from rexdeploy.images.sets import synthetic
 from rexdeploy.models.rexnet import ReXNetV1_lite
 from rexdeploy.verify import Verification, VerifyOptions, store, verify
 from tests.helpers import (
@@ -779,7 +780,7 @@ def test_few_classes_pass_and_a_constant_answer_does_not(
         model = _constant_output(model)
         constant = next(item for item in model.graph.initializer if item.name == "always")
         spec = two_classes.manifest.model
-        pool, _ = image_sets.pool(None, 16, spec.preprocess, 64)
+        pool, _ = sets.pool(None, 16, spec.preprocess, 64)
         weights = two_classes.manifest.find("weights")
         assert weights is not None
         backend = open_backend("pytorch", two_classes.read(weights), spec)
@@ -867,7 +868,7 @@ def test_values_that_overflow_on_other_images_are_found_or_warned_of(
     result = verify(high, VerifyOptions())
     assert "logits are NaN or infinite" in result.failures[0]
     assert result.headroom[0].factor < 1
-    pool, _ = image_sets.pool(None, 16, spec, 64)
+    pool, _ = sets.pool(None, 16, spec, 64)
     near = _with_gate_at(high, 20_000, normalise(pool[:16], spec))
     shown = run_cli("verify", near.path, "--samples", "16", cwd=tmp_path)
     assert shown.code == 0, shown.err
@@ -1003,9 +1004,9 @@ def test_rows_of_grey_images_cannot_stand_for_each_other(
     folder = tmp_path / "grey"
     folder.mkdir()
     spec = small_lite_original.manifest.model.preprocess
-    for index, pixels in enumerate(image_sets.varied_pixels(4, spec, seed=3)):
+    for index, pixels in enumerate(sets.varied_pixels(4, spec, seed=3)):
         Image.fromarray(pixels).convert("L").convert("RGB").save(folder / f"{index}.png")
-    pool, _ = image_sets.pool(folder, 4, spec, 64)
+    pool, _ = sets.pool(folder, 4, spec, 64)
     assert len({image.tobytes() for image in pool}) == len(pool) == 64
     path = tmp_path / "copied.onnx"
     path.write_bytes(_copied_rows(_graph(small_lite_original, "fp32"), 32).SerializeToString())

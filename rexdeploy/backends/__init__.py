@@ -11,7 +11,7 @@ import numpy as np
 from rexdeploy.arrays import Float32, Images, softmax
 from rexdeploy.bundle.manifest import Artifact, Manifest, ModelSpec
 from rexdeploy.errors import UsageError
-from rexdeploy.images import normalise
+from rexdeploy.images.decode import normalise
 from rexdeploy.tensorrt_api import Flavor
 
 ONNX_BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino")

@@ -26,7 +26,6 @@ MAX_ENTRIES = 1024  # of a directory of a TIFF
 MAX_DIRECTORIES = 8
 MAX_VALUES = 2**20  # of a TIFF's entries that are numbers, each an object in Python
 MAX_TILE = 2**24  # pixels of a TIFF's tile, unless its image has more
-
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd8-\xef\xfe]")  # all other markers have no content
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _IMAGE_START, _IMAGE_END, _SCAN, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1

@@ -1,15 +1,11 @@
-"""The images that networks are compared over: a folder's, or seeded ones that ask more than those.
-
-A judge that sees smooth images only overlooks overflow: checkerboards, text and hard edges drive
-activations several times as high (issue 10). So natural statistics (edges that occlude each other,
-spectra that fall with frequency) stand beside artificial extremes, and no two images are equal.
-"""
+"""Many images: those of a folder, and synthetic ones."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +13,85 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rexdeploy.arrays import Float32, UInt8
 from rexdeploy.bundle.manifest import Preprocess
-from rexdeploy.images import find, load_batch, normalise, synthetic_pixels
+from rexdeploy.errors import UsageError
+from rexdeploy.images.decode import normalise, read
+
+_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def load_batch(paths: Sequence[Path], spec: Preprocess) -> UInt8:
+    """Image files to uint8 RGB `[N, height, width, 3]`, resized and cropped."""
+    return np.stack([read(path, spec) for path in paths])
+
+
+def find(folder: Path) -> list[Path]:
+    """The image files in `folder` and below, by name; raises like `walk`."""
+    return list(walk(folder))
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Yields the image files in `folder` and below, by name; holds a few folders' names at once.
+
+    Links to folders are not followed. Raises UsageError if there are no images, OSError for a
+    folder that cannot be listed.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"images: got {folder}, expected a folder of images")
+    found = False
+    stack = _entries(folder)
+    while stack:
+        entry = stack.pop()
+        path = Path(entry.path)
+        if entry.is_dir(follow_symlinks=False):
+            stack += _entries(path)
+        elif (
+            path.suffix.lower() in _EXTENSIONS
+            and not entry.name.startswith(".")
+            # Path's own raises for what may not be looked at.
+            and (entry.is_file(follow_symlinks=False) or os.path.isfile(path))  # noqa: PTH113
+        ):
+            found = True
+            yield path
+    if not found:
+        raise UsageError(f"no images in {folder}: expected files such as .jpg or .png")
+
+
+def synthetic(count: int, spec: Preprocess, seed: int = 0) -> Float32:
+    """`synthetic_pixels`, normalised: float32 `[count, 3, height, width]`."""
+    return normalise(synthetic_pixels(count, spec, seed), spec)
+
+
+def synthetic_pixels(count: int, spec: Preprocess, seed: int = 0) -> UInt8:
+    """Seeded images that differ in colour, brightness and texture: uint8 RGB `[count, H, W, 3]`.
+
+    Random grids from 2 to 40 cells a side, enlarged and summed: structure at every scale, which
+    plain noise lacks (a network's pooled features hardly vary over noise images).
+    """
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(count):
+        mixed = np.zeros((spec.height, spec.width, 3))
+        for cells in (2, 5, 12, 40):
+            grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+            enlarged = grid.resize((spec.width, spec.height), Image.Resampling.BICUBIC)
+            mixed += np.asarray(enlarged) * rng.uniform()
+        mixed *= rng.uniform(60, 255) / max(mixed.max(), 1)
+        images.append(mixed.astype(np.uint8))
+    return np.stack(images)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, the first by name at the end."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name, reverse=True)
+
 
 SEED = 1
 """Of the synthetic images that `verify` and `tune-precision` judge by.
 
 `export` checks its graphs over others, and sets an untrained network's batch norms over yet others.
 """
-
 _Kind = Callable[[np.random.Generator, Preprocess], UInt8]
-
 _WORDS = "lorem ipsum dolor sit amet 0123456789 ReXNet WMNQ#%&@ "
 
 

@@ -8,7 +8,7 @@ import stat
 import struct
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from rexdeploy import image_limits
 from rexdeploy.arrays import Float32, Images, UInt8
 from rexdeploy.bundle.manifest import ModelSpec, Preprocess
 from rexdeploy.errors import UsageError, first_line
+from rexdeploy.images import limits
 
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -44,7 +44,6 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _LARGE = 2**24  # pixels: 48 MiB decoded, and several copies of it on the way to the network
 _MAX_RLE = 2**24  # pixels of a compressed BMP, which Pillow unpacks in Python
 _MAX_READS = 2**19  # of one file: a PNG of the largest size in chunks of 8 KiB takes half of them
-_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def load(path: Path) -> Image.Image:
@@ -70,7 +69,7 @@ def opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
     """
     with _named(name):
         data = source if isinstance(source, bytes) else _read(source)
-        image_limits.check(data)
+        limits.check(data)
         with _open(data) as image:
             pixels = image.width * image.height
             if image.tile and image.tile[0][0] == "bmp_rle" and pixels > _MAX_RLE:
@@ -152,67 +151,6 @@ def model_input(pixels: UInt8, spec: ModelSpec) -> Images:
     return pixels if spec.input == "uint8" else normalise(pixels, spec.preprocess)
 
 
-def load_batch(paths: Sequence[Path], spec: Preprocess) -> UInt8:
-    """Image files to uint8 RGB `[N, height, width, 3]`, resized and cropped."""
-    return np.stack([read(path, spec) for path in paths])
-
-
-def find(folder: Path) -> list[Path]:
-    """The image files in `folder` and below, by name; raises like `walk`."""
-    return list(walk(folder))
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """Yields the image files in `folder` and below, by name; holds a few folders' names at once.
-
-    Links to folders are not followed. Raises UsageError if there are no images, OSError for a
-    folder that cannot be listed.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"images: got {folder}, expected a folder of images")
-    found = False
-    stack = _entries(folder)
-    while stack:
-        entry = stack.pop()
-        path = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False):
-            stack += _entries(path)
-        elif (
-            path.suffix.lower() in _EXTENSIONS
-            and not entry.name.startswith(".")
-            # Path's own raises for what may not be looked at.
-            and (entry.is_file(follow_symlinks=False) or os.path.isfile(path))  # noqa: PTH113
-        ):
-            found = True
-            yield path
-    if not found:
-        raise UsageError(f"no images in {folder}: expected files such as .jpg or .png")
-
-
-def synthetic(count: int, spec: Preprocess, seed: int = 0) -> Float32:
-    """`synthetic_pixels`, normalised: float32 `[count, 3, height, width]`."""
-    return normalise(synthetic_pixels(count, spec, seed), spec)
-
-
-def synthetic_pixels(count: int, spec: Preprocess, seed: int = 0) -> UInt8:
-    """Seeded images that differ in colour, brightness and texture: uint8 RGB `[count, H, W, 3]`.
-
-    Random grids from 2 to 40 cells a side, enlarged and summed: structure at every scale, which
-    plain noise lacks (a network's pooled features hardly vary over noise images).
-    """
-    rng = np.random.default_rng(seed)
-    images = []
-    for _ in range(count):
-        mixed = np.zeros((spec.height, spec.width, 3))
-        for cells in (2, 5, 12, 40):
-            grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-            enlarged = grid.resize((spec.width, spec.height), Image.Resampling.BICUBIC)
-            mixed += np.asarray(enlarged) * rng.uniform()
-        mixed *= rng.uniform(60, 255) / max(mixed.max(), 1)
-        images.append(mixed.astype(np.uint8))
-    return np.stack(images)
-
-
 @contextmanager
 def _named(name: str) -> Iterator[None]:
     """Makes UsageError, `NAME: why`, of whatever goes wrong with one image in the block."""
@@ -240,8 +178,8 @@ def _read(path: Path) -> bytes:
     # A named pipe would be waited for, and a folder's error differs between systems.
     if not stat.S_ISREG(status.st_mode):
         raise UsageError("not a file")
-    if status.st_size > image_limits.MAX_BYTES:
-        raise UsageError(f"too large to decode safely (limit {image_limits.MAX_BYTES} bytes)")
+    if status.st_size > limits.MAX_BYTES:
+        raise UsageError(f"too large to decode safely (limit {limits.MAX_BYTES} bytes)")
     return path.read_bytes()
 
 
@@ -254,7 +192,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(_Bytes(data), formats=_FORMATS)
-    image_limits.check_size(image.width, image.height)  # whatever Pillow's own limit is set to
+    limits.check_size(image.width, image.height)  # whatever Pillow's own limit is set to
     return image
 
 
@@ -276,7 +214,7 @@ class _LargeImages:
     """Lets images in while they have together no more pixels than one may have, one by one."""
 
     def __init__(self) -> None:
-        self._free = image_limits.MAX_PIXELS
+        self._free = limits.MAX_PIXELS
         self._turn = threading.Lock()  # the next in line, who may need most, is not overtaken
         self._changed = threading.Condition()
 
@@ -296,9 +234,3 @@ class _LargeImages:
 
 
 _large_images = _LargeImages()
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, the first by name at the end."""
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name, reverse=True)

@@ -1,0 +1,1 @@
+"""Images: decoded safely, and sets of them."""
