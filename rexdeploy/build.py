@@ -8,7 +8,10 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto
 
-from rexdeploy import machine, tensorrt_api
+from rexdeploy import machine
+from rexdeploy.backends import tensorrt_api, tensorrt_build
+from rexdeploy.backends.tensorrt_api import FLAVORS, Flavor
+from rexdeploy.backends.tensorrt_build import BUILD_REVISION, EngineSettings
 from rexdeploy.bundle.manifest import (
     DEFAULT_BATCH,
     FORMAT,
@@ -33,7 +36,6 @@ from rexdeploy.graphs.read import graph_inputs, parse, read_with_external_data, 
 from rexdeploy.graphs.wrapper import interface_nodes
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import PROOF_REVISION, prove
-from rexdeploy.tensorrt_api import BUILD_REVISION, FLAVORS, EngineSettings, Flavor
 from rexdeploy.text import printable
 
 MAX_WORKSPACE_MIB = 1 << 20
@@ -104,7 +106,7 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
 
     precision = graph_artifact.precision or "mixed"
     report(f"building a {precision} engine with {trt.__name__} {trt.__version__}")
-    built = tensorrt_api.build(data, settings)
+    built = tensorrt_build.build(data, settings)
     report("proving its precision")
     # A mixed graph (of tune-precision) is to be computed in each product's own type.
     kind = TYPE_NAMES[graph_artifact.precision] if graph_artifact.precision else None

@@ -10,7 +10,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from rexdeploy import machine, tensorrt_api
+from rexdeploy import machine
+from rexdeploy.backends import tensorrt_api
 from rexdeploy.errors import BackendUnavailable
 
 Status = Literal["ok", "missing", "conflict"]

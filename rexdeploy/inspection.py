@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rexdeploy import machine, tensorrt_api
-from rexdeploy.backends import has_onnxruntime_cuda
+from rexdeploy import machine
+from rexdeploy.backends import has_onnxruntime_cuda, tensorrt_api
+from rexdeploy.backends.tensorrt_api import PlanHeader
 from rexdeploy.bundle.manifest import Artifact
 from rexdeploy.bundle.precision import TYPE_NAMES, PrecisionProof
 from rexdeploy.bundle.store import Bundle, is_bundle, sha256
@@ -20,7 +21,6 @@ from rexdeploy.errors import (
 from rexdeploy.files import read_plain, sha256_of
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import prove
-from rexdeploy.tensorrt_api import PlanHeader
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from rexdeploy import machine, tensorrt_api
+from rexdeploy import machine
 from rexdeploy.arrays import Float32
-from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend
+from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend, tensorrt_api, tensorrt_build
 from rexdeploy.bundle.manifest import Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.bundle.store import Bundle, check_writable, sha256
 from rexdeploy.compare import Comparison, Limits, Signal, compare
@@ -275,7 +275,7 @@ class _Search:
         self.limits = LIMITS["fp16"].at_most(ceiling(self._signal.constant))
         key = hashlib.sha256(
             f"{root.sha256} {self.limits} {onnx.__version__} {options.backend} "
-            f"{FP16_REVISION} {PROOF_REVISION} {tensorrt_api.BUILD_REVISION}".encode()
+            f"{FP16_REVISION} {PROOF_REVISION} {tensorrt_build.BUILD_REVISION}".encode()
             + pool.tobytes()
         ).hexdigest()
         self._state = _read_state(bundle, key)
@@ -319,21 +319,21 @@ class _Search:
         mixed = self._mixed(trial)
         try:
             self._report("proving that an engine keeps these nodes")
-            built = tensorrt_api.build(mixed.SerializeToString(), self._settings("rtx"))
+            built = tensorrt_build.build(mixed.SerializeToString(), self._settings("rtx"))
         except BackendUnavailable:
             return False  # nobody knows without TensorRT-RTX: whole blocks are the safe choice
         return prove(built.layers, products(mixed)).holds
 
-    def _settings(self, flavor: tensorrt_api.Flavor) -> tensorrt_api.EngineSettings:
+    def _settings(self, flavor: tensorrt_api.Flavor) -> tensorrt_build.EngineSettings:
         batch = BatchRange(self._size, self._size, self._size)
-        return tensorrt_api.EngineSettings(flavor, batch, (), None)
+        return tensorrt_build.EngineSettings(flavor, batch, (), None)
 
     def _open(self, mixed: ModelProto) -> Backend:
         if self._backend == "onnxruntime":
             check_literal()
             return open_backend(self._backend, literal(mixed).SerializeToString(), self._spec)
         flavor: tensorrt_api.Flavor = "rtx" if self._backend == "tensorrt-rtx" else "tensorrt"
-        built = tensorrt_api.build(mixed.SerializeToString(), self._settings(flavor))
+        built = tensorrt_build.build(mixed.SerializeToString(), self._settings(flavor))
         return open_backend(self._backend, built.plan, self._spec)
 
     def _run(self, trial: Trial) -> Trial:

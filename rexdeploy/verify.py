@@ -18,6 +18,7 @@ from rexdeploy.backends import (
     has_onnxruntime_cuda,
     open_backend,
 )
+from rexdeploy.backends.tensorrt_api import RTX_MAGIC, is_plan
 from rexdeploy.bundle.labels import read_labels
 from rexdeploy.bundle.manifest import (
     DEFAULT_BATCH,
@@ -45,7 +46,6 @@ from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.parity import float32_noise, run_batches, walk_room
 from rexdeploy.progress import Report, silent
 from rexdeploy.proof import prove
-from rexdeploy.tensorrt_api import RTX_MAGIC, is_plan
 from rexdeploy.walk import GraphWalk, TorchWalk, Walk
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from rexdeploy import export, tensorrt_api
+from rexdeploy import export
+from rexdeploy.backends import tensorrt_api
 from rexdeploy.bundle import manifest
 from rexdeploy.errors import RexdeployError
 from rexdeploy.graphs import cast, products, read, wrapper

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import rexdeploy
-from rexdeploy import machine, tensorrt_api
+from rexdeploy import machine
 from rexdeploy.answers import inputs
-from rexdeploy.backends import open_backend
+from rexdeploy.backends import open_backend, tensorrt_api
 from rexdeploy.backends.cuda import Gpu
 from rexdeploy.backends.trt import TensorRTBackend
 from rexdeploy.backends.trt_load import validity

@@ -10,15 +10,15 @@ import onnxruntime as ort
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from rexdeploy import tensorrt_api
 from rexdeploy.arrays import Float32
+from rexdeploy.backends import tensorrt_build
+from rexdeploy.backends.tensorrt_build import EngineSettings
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.compare import Signal
 from rexdeploy.graphs.cast import to_fp16
 from rexdeploy.graphs.shortcuts import to_plain_adds
 from rexdeploy.images import sets
-from rexdeploy.tensorrt_api import EngineSettings
 from tests.helpers import nodes_of
 
 Change = Callable[[ModelProto], None]
@@ -150,7 +150,7 @@ def test_tensorrt_makes_at_most_120_layers_of_v1_1_0(v1_original: Bundle, precis
     if precision == "fp16":
         model = to_fp16(model)
     settings = EngineSettings("rtx", DEFAULT_BATCH)
-    assert len(tensorrt_api.build(model.SerializeToString(), settings).layers) <= 120
+    assert len(tensorrt_build.build(model.SerializeToString(), settings).layers) <= 120
 
 
 def _chain() -> ModelProto:

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from rexdeploy import tensorrt_api
+from rexdeploy.backends import tensorrt_api, tensorrt_build
+from rexdeploy.backends.tensorrt_api import read_header
+from rexdeploy.backends.tensorrt_build import BuiltEngine, EngineSettings, Layer, parse_layers
 from rexdeploy.backends.trt_load import DIAGNOSES
 from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.precision import Precision
@@ -20,13 +22,6 @@ from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_fp16
 from rexdeploy.graphs.products import Product, products
 from rexdeploy.proof import prove
-from rexdeploy.tensorrt_api import (
-    BuiltEngine,
-    EngineSettings,
-    Layer,
-    parse_layers,
-    read_header,
-)
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -50,7 +45,7 @@ def _named(*names: str) -> list[Product]:
 @pytest.fixture(scope="module")
 def engines(v1_original: Bundle) -> dict[str, BuiltEngine]:
     return {
-        precision: tensorrt_api.build(_graph(v1_original, precision), SETTINGS)
+        precision: tensorrt_build.build(_graph(v1_original, precision), SETTINGS)
         for precision in ("fp32", "fp16")
     }
 
@@ -108,7 +103,7 @@ def test_one_float_convolution_among_half_ones_is_named() -> None:
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    built = tensorrt_api.build(model.SerializeToString(), SETTINGS)
+    built = tensorrt_build.build(model.SerializeToString(), SETTINGS)
     found = products(model)
     proof = prove(built.layers, found, "Half")
     assert proof.share("Half") > 0.5
@@ -209,14 +204,14 @@ def test_int8_weights_make_an_int8_layer() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     found = products(model)
     assert found == [Product("conv", "Int8", 30 * 30 * 64 * 64 * 9)]
-    built = tensorrt_api.build(model.SerializeToString(), SETTINGS)
+    built = tensorrt_build.build(model.SerializeToString(), SETTINGS)
     assert prove(built.layers, found).macs == {"Int8": 30 * 30 * 64 * 64 * 9}
 
 
 @pytest.mark.parametrize("model", [b"", b"garbage", b"\x08\x0a" * 50])
 def test_parser_errors_are_in_the_message(model: bytes) -> None:
     with pytest.raises(RexdeployError, match="TensorRT-RTX cannot parse the ONNX graph: ") as error:
-        tensorrt_api.build(model, SETTINGS)
+        tensorrt_build.build(model, SETTINGS)
     assert "\n" not in str(error.value)
 
 
@@ -234,7 +229,7 @@ def test_every_unsupported_operator_is_named() -> None:
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("somebody", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     with pytest.raises(RexdeployError, match=r"node Unknown1 first.*node Unknown2 second"):
-        tensorrt_api.build(model.SerializeToString(), SETTINGS)
+        tensorrt_build.build(model.SerializeToString(), SETTINGS)
 
 
 def test_every_diagnosis_of_rtx_has_words() -> None:
@@ -254,7 +249,7 @@ def test_an_rtx_engine_is_built_so_that_it_can_be_captured(
         return real(builder, network, config)
 
     monkeypatch.setattr(trt.Builder, "build_serialized_network", build)
-    assert tensorrt_api.build(_graph(v1_original, "fp16"), SETTINGS).layers
+    assert tensorrt_build.build(_graph(v1_original, "fp16"), SETTINGS).layers
     assert asked == [True, False]
 
 
@@ -265,7 +260,7 @@ def test_every_target_name_is_one_that_rtx_knows() -> None:
 
 def test_without_targets_the_engine_is_for_sm80_and_newer(v1_original: Bundle) -> None:
     settings = EngineSettings("rtx", BatchRange(1, 1, 1), workspace_mib=512)
-    header = read_header(tensorrt_api.build(_graph(v1_original, "fp16"), settings).plan)
+    header = read_header(tensorrt_build.build(_graph(v1_original, "fp16"), settings).plan)
     assert header.targets == ("sm80", "sm86", "sm89", "sm120", "sm121")
 
 
@@ -290,7 +285,7 @@ def test_foreign_graphs_convert_and_build_too() -> None:
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    built = tensorrt_api.build(to_fp16(model).SerializeToString(), SETTINGS)
+    built = tensorrt_build.build(to_fp16(model).SerializeToString(), SETTINGS)
     found = products(to_fp16(model))
     assert [product.name for product in found] == ["node_of_c", "node_of_y_fp16"]
     assert prove(built.layers, found, "Half").holds, built.layers

@@ -9,10 +9,10 @@ from typing import Literal, Protocol
 import numpy as np
 
 from rexdeploy.arrays import Float32, Images, softmax
+from rexdeploy.backends.tensorrt_api import Flavor
 from rexdeploy.bundle.manifest import Artifact, Manifest, ModelSpec
 from rexdeploy.errors import UsageError
 from rexdeploy.images.decode import normalise
-from rexdeploy.tensorrt_api import Flavor
 
 ONNX_BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino")
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")

@@ -10,10 +10,10 @@ import numpy as np
 from rexdeploy.arrays import Float32, Images
 from rexdeploy.backends import Kernels, Resident
 from rexdeploy.backends.cuda import Gpu
+from rexdeploy.backends.tensorrt_api import Flavor, Log, captured_log, load, start
 from rexdeploy.backends.trt_load import check_version, deserialize
 from rexdeploy.bundle.manifest import MAX_BATCH, BatchRange, ModelSpec
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.tensorrt_api import Flavor, Log, captured_log, load, start
 
 
 class TensorRTBackend:

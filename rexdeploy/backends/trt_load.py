@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rexdeploy.backends.tensorrt_api import Flavor, Log, captured_log, load, read_header, start
 from rexdeploy.errors import BackendUnavailable, RexdeployError
-from rexdeploy.tensorrt_api import Flavor, Log, captured_log, load, read_header, start
 
 _REBUILD = "build one for it: rexdeploy build-trt"
 # What full TensorRT, which has no preflight, logs of an engine for another version or GPU:
