@@ -11,10 +11,10 @@ import numpy as np
 from rexdeploy.arrays import Array, Float32, Images, softmax
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.manifest import ModelSpec
-from rexdeploy.compare import Compared, comparable
 from rexdeploy.errors import RexdeployError
 from rexdeploy.images import decode, sets
-from rexdeploy.parity import CONSTANT_SHARE, LIMITS
+from rexdeploy.parity.compare import Compared, comparable
+from rexdeploy.parity.limits import CONSTANT_SHARE, LIMITS
 
 if TYPE_CHECKING:
     from torch import nn

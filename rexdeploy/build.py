@@ -34,8 +34,8 @@ from rexdeploy.graphs.engine_graph import Source, engine_form
 from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import graph_inputs, parse, read_with_external_data, type_name
 from rexdeploy.graphs.wrapper import interface_nodes
+from rexdeploy.parity.proof import PROOF_REVISION, prove
 from rexdeploy.progress import Report, silent
-from rexdeploy.proof import PROOF_REVISION, prove
 from rexdeploy.text import printable
 
 MAX_WORKSPACE_MIB = 1 << 20

@@ -30,7 +30,6 @@ from rexdeploy.bundle.manifest import (
     WeightsOrigin,
 )
 from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
-from rexdeploy.compare import Compared, Comparison, Signal, comparable, compare
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sha256_of
 from rexdeploy.graphs.from_torch import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
@@ -41,7 +40,9 @@ from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.checkpoints import Checkpoint, load_checkpoint
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, recalibrate_batch_norms
 from rexdeploy.models.zoo import fetch_pretrained
-from rexdeploy.parity import float32_limits, float32_noise, run_batches
+from rexdeploy.parity.batches import run_batches
+from rexdeploy.parity.compare import Compared, Comparison, Signal, comparable, compare
+from rexdeploy.parity.limits import float32_limits, float32_noise
 from rexdeploy.progress import Report, silent
 from rexdeploy.text import plain, printable
 

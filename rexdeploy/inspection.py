@@ -19,8 +19,8 @@ from rexdeploy.errors import (
     VerificationFailed,
 )
 from rexdeploy.files import read_plain, sha256_of
+from rexdeploy.parity.proof import prove
 from rexdeploy.progress import Report, silent
-from rexdeploy.proof import prove
 
 if TYPE_CHECKING:
     from onnx import ModelProto

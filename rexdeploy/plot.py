@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rexdeploy.bench import Benchmark
     from rexdeploy.competitors import Latency
-    from rexdeploy.localize import Localization
+    from rexdeploy.parity.localize import Localization
     from rexdeploy.tune_serving import Sweep
 
 FORMATS = (".png", ".svg", ".pdf")

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from rexdeploy.competitors import Latency
     from rexdeploy.export import ExportResult
     from rexdeploy.inspection import Inspection
-    from rexdeploy.localize import Localization
     from rexdeploy.models.zoo import Cost, PaperRow, Published
+    from rexdeploy.parity.localize import Localization
+    from rexdeploy.parity.ranges import Ranges
     from rexdeploy.predictions import Row
-    from rexdeploy.ranges import Ranges
     from rexdeploy.repository import Deployed
     from rexdeploy.results import Results
     from rexdeploy.serve import Address, Binary, Guard
@@ -101,8 +101,8 @@ def show_inspection(result: Inspection) -> None:
 
 def show_verification(bundle: Bundle, result: Verification, every_block: bool) -> None:
     """Every comparison, what was skipped and why, and the verdict."""
-    from rexdeploy.compare import correlation_text
-    from rexdeploy.judge import HEADROOM
+    from rexdeploy.parity.compare import correlation_text
+    from rexdeploy.parity.judge import HEADROOM
 
     batches = ", ".join(map(str, result.batches)) or "none"
     say(

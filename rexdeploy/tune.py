@@ -19,7 +19,6 @@ from rexdeploy.arrays import Float32
 from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend, tensorrt_api, tensorrt_build
 from rexdeploy.bundle.manifest import Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.bundle.store import Bundle, check_writable, sha256
-from rexdeploy.compare import Comparison, Limits, Signal, compare
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.graphs.cast import FP16_REVISION, beyond_fp16, to_fp16
 from rexdeploy.graphs.emulate import check_literal, literal
@@ -28,12 +27,14 @@ from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import node_name, parse
 from rexdeploy.graphs.wrapper import change_core, unwrap
 from rexdeploy.images import decode, sets
-from rexdeploy.localize import OWN_LIMITS, localize
-from rexdeploy.parity import LIMITS, ceiling, run_batches
+from rexdeploy.parity.batches import run_batches
+from rexdeploy.parity.compare import Comparison, Limits, Signal, compare
+from rexdeploy.parity.limits import LIMITS, ceiling
+from rexdeploy.parity.localize import OWN_LIMITS, localize
+from rexdeploy.parity.proof import PROOF_REVISION, prove
+from rexdeploy.parity.ranges import Ranges, measure_ranges
+from rexdeploy.parity.walk import GraphWalk
 from rexdeploy.progress import Report, silent
-from rexdeploy.proof import PROOF_REVISION, prove
-from rexdeploy.ranges import Ranges, measure_ranges
-from rexdeploy.walk import GraphWalk
 
 STATE = "tune.json"
 MIXED = "fp16.onnx"  # in place of the plain one, so that all that takes a float16 graph takes it

@@ -32,7 +32,6 @@ from rexdeploy.bundle.manifest import (
 from rexdeploy.bundle.metadata import check_preprocess, preprocess_of
 from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
-from rexdeploy.compare import Compared, Comparison, Limits, Signal, comparable
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import read_plain
 from rexdeploy.graphs.bounds import check_memory
@@ -41,12 +40,14 @@ from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import NotOnnx, graph_inputs, parse, read_with_external_data, type_name
 from rexdeploy.graphs.wrapper import forms
 from rexdeploy.images import decode, sets
-from rexdeploy.judge import Candidate, Headroom, Judge, Skipped, is_meant, sizes
-from rexdeploy.localize import OWN_LIMITS, Localization, localize
-from rexdeploy.parity import float32_noise, run_batches, walk_room
+from rexdeploy.parity.batches import run_batches
+from rexdeploy.parity.compare import Compared, Comparison, Limits, Signal, comparable
+from rexdeploy.parity.judge import Candidate, Headroom, Judge, Skipped, is_meant, sizes
+from rexdeploy.parity.limits import float32_noise, walk_room
+from rexdeploy.parity.localize import OWN_LIMITS, Localization, localize
+from rexdeploy.parity.proof import prove
+from rexdeploy.parity.walk import GraphWalk, TorchWalk, Walk
 from rexdeploy.progress import Report, silent
-from rexdeploy.proof import prove
-from rexdeploy.walk import GraphWalk, TorchWalk, Walk
 
 if TYPE_CHECKING:
     from rexdeploy.backends.trt import TensorRTBackend

@@ -31,19 +31,19 @@ from sklearn.datasets import load_sample_images
 from rexdeploy import arrays
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.manifest import BatchRange, ModelSpec, Preprocess, WeightsOrigin
-from rexdeploy.compare import Comparison, Limits, Signal
 from rexdeploy.graphs.cast import to_bf16, to_fp16
 from rexdeploy.graphs.from_torch import MIN_OPSET, export_graph, simplify
 from rexdeploy.graphs.shortcuts import to_plain_adds
 from rexdeploy.images import decode, sets
-from rexdeploy.judge import Candidate, Judge
-from rexdeploy.localize import OWN_LIMITS, localize
 from rexdeploy.machine import machine
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, RexNet, recalibrate_batch_norms
 from rexdeploy.models.zoo import published
-from rexdeploy.parity import float32_noise, walk_room
-from rexdeploy.walk import GraphWalk, TorchWalk
+from rexdeploy.parity.compare import Comparison, Limits, Signal
+from rexdeploy.parity.judge import Candidate, Judge
+from rexdeploy.parity.limits import float32_noise, walk_room
+from rexdeploy.parity.localize import OWN_LIMITS, localize
+from rexdeploy.parity.walk import GraphWalk, TorchWalk
 
 PREPROCESS = Preprocess()
 SMALL = Preprocess(128, 128)  # of the defects: a third of the arithmetic, the same graphs

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rexdeploy.bundle.manifest import Preprocess
-from rexdeploy.compare import Signal
 from rexdeploy.images import sets
 from rexdeploy.models.align import AlignedBottleneck, align
 from rexdeploy.models.rexnet import CONFIGS, Family, LinearBottleneck, RexNet, ReXNetV1
+from rexdeploy.parity.compare import Signal
 from tests.helpers import reacting
 
 SIZE = 96

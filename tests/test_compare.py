@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rexdeploy.arrays import softmax
-from rexdeploy.compare import Comparison, Limits, Signal, compare, correlation_text
 from rexdeploy.errors import UsageError
+from rexdeploy.parity.compare import Comparison, Limits, Signal, compare, correlation_text
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.standard_normal((8, 20)).astype(np.float32)

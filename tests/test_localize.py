@@ -20,10 +20,10 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.blocks import find_blocks
 from rexdeploy.images import sets
-from rexdeploy.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.models.rexnet import LinearBottleneck, ReXNetV1
+from rexdeploy.parity.localize import OWN_LIMITS, Localization, localize
+from rexdeploy.parity.walk import GraphWalk, TorchWalk, Walk
 from rexdeploy.verify import VerifyOptions, verify
-from rexdeploy.walk import GraphWalk, TorchWalk, Walk
 from tests import test_verify as planted
 from tests.helpers import (
     assert_refused,

@@ -11,9 +11,9 @@ import pytest
 
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.compare import Signal
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import sets
+from rexdeploy.parity.compare import Signal
 from tests.helpers import edit_weights, nodes_of, run_cli
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")

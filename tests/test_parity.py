@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rexdeploy.arrays import Float32, Images
-from rexdeploy.compare import Limits, Signal
 from rexdeploy.errors import RexdeployError
-from rexdeploy.parity import (
+from rexdeploy.parity.batches import run_batches
+from rexdeploy.parity.compare import Limits, Signal
+from rexdeploy.parity.limits import (
     ENGINE_MARGIN,
     GRAPH_MARGIN,
     LIMITS,
@@ -19,7 +20,6 @@ from rexdeploy.parity import (
     float32_limits,
     float32_noise,
     rounding_limits,
-    run_batches,
     walk_room,
 )
 

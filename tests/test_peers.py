@@ -9,11 +9,11 @@ import torch
 
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.compare import Signal
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.products import precision_of
 from rexdeploy.images import sets
 from rexdeploy.models.rexnet import RexNet
+from rexdeploy.parity.compare import Signal
 from rexdeploy.peers import own_peer, timm_peer
 from rexdeploy.subjects import BundleSubject, PeerSubject, compared
 from tests.helpers import nodes_of

@@ -10,7 +10,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from rexdeploy.compare import Signal
 from rexdeploy.errors import UsageError
 from rexdeploy.models.checkpoints import load_checkpoint
 from rexdeploy.models.rexnet import (
@@ -22,6 +21,7 @@ from rexdeploy.models.rexnet import (
     check_width,
     v1_config,
 )
+from rexdeploy.parity.compare import Signal
 from tests.helpers import DATA, golden_input, golden_state, reacting
 
 GOLDEN = dict(np.load(DATA / "published_logits.npz"))

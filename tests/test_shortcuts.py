@@ -15,10 +15,10 @@ from rexdeploy.backends import tensorrt_build
 from rexdeploy.backends.tensorrt_build import EngineSettings
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.compare import Signal
 from rexdeploy.graphs.cast import to_fp16
 from rexdeploy.graphs.shortcuts import to_plain_adds
 from rexdeploy.images import sets
+from rexdeploy.parity.compare import Signal
 from tests.helpers import nodes_of
 
 Change = Callable[[ModelProto], None]

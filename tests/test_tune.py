@@ -22,10 +22,10 @@ from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import forms, unwrap
 from rexdeploy.images.sets import varied
-from rexdeploy.localize import OWN_LIMITS, localize
+from rexdeploy.parity.localize import OWN_LIMITS, localize
+from rexdeploy.parity.walk import GraphWalk
 from rexdeploy.tune import STATE, TuneOptions, tune
 from rexdeploy.verify import VerifyOptions, verify
-from rexdeploy.walk import GraphWalk
 from tests import test_verify as planted
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
 

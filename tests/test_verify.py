@@ -920,7 +920,7 @@ def test_a_runtime_that_rounds_elsewhere_gets_the_room_that_it_needs(
     small_v1: Bundle, monkeypatch: pytest.MonkeyPatch, defect: Defect | None
 ) -> None:
     """Without `literal`, onnxruntime as it is keeps float32 where the graph has float16."""
-    monkeypatch.setattr("rexdeploy.judge.literal", lambda model: model)
+    monkeypatch.setattr("rexdeploy.parity.judge.literal", lambda model: model)
     bundle = _plant(small_v1, "fp16", defect) if defect else small_v1
     result = verify(bundle, FAST)
     twin = next(edge for edge in result.edges if ", rounded" in edge.reference)

@@ -9,7 +9,7 @@ from onnx import ModelProto
 
 from rexdeploy.arrays import Float32
 from rexdeploy.graphs.cast import BF16_MAX, FP16_MAX
-from rexdeploy.walk import GraphWalk, Node
+from rexdeploy.parity.walk import GraphWalk, Node
 
 NEAR = 0.25
 """Share of float16's limit from which on other images may well pass it."""

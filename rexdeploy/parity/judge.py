@@ -14,7 +14,6 @@ from rexdeploy.backends import ENGINE_BACKENDS, Kernels, open_backend
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bundle.manifest import BatchRange, InputForm, ModelSpec
 from rexdeploy.bundle.precision import Precision, PrecisionProof
-from rexdeploy.compare import Compared, Comparison, Limits, Signal, comparable, compare
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.graphs.cast import FP16_MAX, to_bf16, to_fp16
 from rexdeploy.graphs.emulate import (
@@ -29,16 +28,16 @@ from rexdeploy.graphs.emulate import (
 )
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import unwrap
-from rexdeploy.parity import (
+from rexdeploy.parity.batches import Rows, run_batches
+from rexdeploy.parity.compare import Compared, Comparison, Limits, Signal, comparable, compare
+from rexdeploy.parity.limits import (
     ENGINE_MARGIN,
     GRAPH_MARGIN,
     LIMITS,
     NO_DIFFERENCE,
-    Rows,
     ceiling,
     float32_limits,
     rounding_limits,
-    run_batches,
 )
 
 MAX_GRAPH_BATCH = 64  # of ONNX graphs, which run on the CPU; engines run at all their sizes

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
-
-from rexdeploy.arrays import Array, Images
-from rexdeploy.backends import Backend
+from rexdeploy.arrays import Array
 from rexdeploy.bundle.precision import Precision
-from rexdeploy.compare import Compared, Limits, Signal, comparable, compare
-from rexdeploy.errors import RexdeployError
+from rexdeploy.parity.compare import Compared, Limits, Signal, comparable, compare
 
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(error=5e-3, rms=5e-4, correlation=1 - 1e-5),
@@ -27,7 +19,6 @@ artifacts/limits/README.md has what honest graphs and defects measure. The limit
 `float32_limits` and `rounding_limits`, which follow what rounding does in that very network over
 these very images, and are mostly far stricter.
 """
-
 NOISE_MARGIN = 16
 """Times what float32 in PyTorch does (against float64) that another float32 runtime may do.
 
@@ -97,52 +88,3 @@ def ceiling(constant: Limits) -> Limits:
     """The limits from which on an answer that ignores its image would be too near to passing."""
     share = CONSTANT_SHARE
     return Limits(share * constant.error, share * constant.rms, 1 - share)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Logits by row, with the image that each row comes from."""
-
-    images: npt.NDArray[np.int64]
-    logits: Array  # [rows, classes]
-    last: int  # how many of the rows, at the end, the largest batch size gave
-
-    def by_image(self) -> Array:
-        """`[images, classes]`: each image's first row, which the smallest batch gave."""
-        _, first = np.unique(self.images, return_index=True)
-        logits: Array = self.logits[first]
-        return logits
-
-
-def run_batches(
-    backend: Backend, images: Images, sizes: Sequence[int], most: int | None = None
-) -> Rows:
-    """Runs the images in batches of each size, so that every row's neighbours differ.
-
-    The largest size runs all images, the others the first `most` of them (None: all). No batch has
-    a period: where it is larger than the images are many, they are drawn in random order, so that
-    no row can stand for another. Raises RexdeployError where the backend fails, or gives anything
-    but one row an image.
-    """
-    indices, logits = [], []
-    last = 0
-    for size in sorted(set(sizes)):
-        count = len(images) if size == max(sizes) or most is None else min(most, len(images))
-        order = _without_period(count, -(-count // size) * size)
-        last = len(order)
-        for start in range(0, last, size):
-            index = order[start : start + size]
-            answer = backend.run(images[index])
-            if answer.ndim != 2 or len(answer) != size:
-                raise RexdeployError(
-                    f"gave logits of shape {list(answer.shape)} for a batch of {size}"
-                )
-            indices.append(index)
-            logits.append(answer)
-    return Rows(np.concatenate(indices), np.concatenate(logits), last)
-
-
-def _without_period(count: int, rows: int) -> npt.NDArray[np.int64]:
-    """All of `count` images once, in order, and then any of them, until there are `rows`."""
-    more = np.random.default_rng(0).integers(0, count, max(0, rows - count))
-    return np.concatenate([np.arange(count), more])

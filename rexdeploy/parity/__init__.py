@@ -1,0 +1,1 @@
+"""Parity: numbers, limits, verdicts, and where a deviation begins."""
