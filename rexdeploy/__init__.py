@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rexdeploy.classify import Classifier, Prediction, load
+    from rexdeploy.inference.classifier import Classifier, Prediction, load
 
 __all__ = ["Classifier", "Prediction", "__version__", "load"]
 
@@ -22,7 +22,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 def __getattr__(name: str) -> Any:
     """Imports the classifier when it is first asked for: `rexdeploy --help` needs no numpy."""
     if name in ("Classifier", "Prediction", "load"):
-        from rexdeploy import classify
+        from rexdeploy.inference import classifier
 
-        return getattr(classify, name)
+        return getattr(classifier, name)
     raise AttributeError(f"module 'rexdeploy' has no attribute '{name}'")

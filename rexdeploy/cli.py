@@ -50,9 +50,9 @@ from rexdeploy.text import one_line, printable
 if TYPE_CHECKING:
     from rexdeploy.bundle.precision import Precision
     from rexdeploy.bundle.store import Bundle
-    from rexdeploy.classify import Classifier
-    from rexdeploy.predictions import Row
-    from rexdeploy.results import Results
+    from rexdeploy.inference.classifier import Classifier
+    from rexdeploy.inference.rows import Results
+    from rexdeploy.inference.stream import Row
     from rexdeploy.verify import Verification
 
 EXTRA_OF = {
@@ -608,9 +608,9 @@ def predict(
     check_json(json)
     if force and out is None:
         raise UsageError("--force is about the file that --out names: give both")
-    from rexdeploy.classify import load
-    from rexdeploy.predictions import classify_files, expand
-    from rexdeploy.results import Header, Results, check_out
+    from rexdeploy.inference.classifier import load
+    from rexdeploy.inference.rows import Header, Results, check_out
+    from rexdeploy.inference.stream import classify_files, expand
 
     if out is not None:
         check_out(out)
@@ -1100,7 +1100,7 @@ def _classify_into(
     results: Results, classifier: Classifier, files: Sequence[str], quiet: bool
 ) -> None:
     """Adds the rows of the files that have none yet; Ctrl-C leaves at once, with what is done."""
-    from rexdeploy.predictions import classify_files
+    from rexdeploy.inference.stream import classify_files
 
     signal.signal(
         signal.SIGINT,

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from rexdeploy.build import BuildResult
     from rexdeploy.bundle.manifest import Artifact
     from rexdeploy.bundle.store import Bundle
-    from rexdeploy.classify import Classifier
     from rexdeploy.competitors import Latency
     from rexdeploy.export import ExportResult
+    from rexdeploy.inference.classifier import Classifier
+    from rexdeploy.inference.rows import Results
+    from rexdeploy.inference.stream import Row
     from rexdeploy.inspection import Inspection
     from rexdeploy.models.zoo import Cost, PaperRow, Published
     from rexdeploy.parity.localize import Localization
     from rexdeploy.parity.ranges import Ranges
-    from rexdeploy.predictions import Row
     from rexdeploy.repository import Deployed
-    from rexdeploy.results import Results
     from rexdeploy.serve import Address, Binary, Guard
     from rexdeploy.triton import Deployment
     from rexdeploy.tune import Trial, Tuning

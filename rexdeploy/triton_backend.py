@@ -20,9 +20,9 @@ import numpy as np
 from rexdeploy.arrays import Float32, Images, UInt8
 from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.classify import load
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import decode
+from rexdeploy.inference.classifier import load
 
 _MOST_BYTES = 2**26  # of one file; `rexdeploy serve` takes less, other servers do not ask
 

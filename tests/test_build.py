@@ -16,8 +16,8 @@ from rexdeploy.build import BuildOptions, build, float32_nodes, import_onnx
 from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
-from rexdeploy.classify import load
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
+from rexdeploy.inference.classifier import load
 from rexdeploy.inspection import inspect
 from rexdeploy.subjects import BundleSubject
 from rexdeploy.verify import VerifyOptions, verify

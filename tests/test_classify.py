@@ -21,9 +21,9 @@ from rexdeploy.arrays import softmax
 from rexdeploy.backends import has_onnxruntime_cuda
 from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.store import Bundle, sha256
-from rexdeploy.classify import load
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.images import decode, sets
+from rexdeploy.inference.classifier import load
 from rexdeploy.models.checkpoints import load_checkpoint
 from tests.helpers import assert_refused, run_cli, run_python
 

@@ -25,9 +25,9 @@ from PIL import Image
 from rexdeploy import machine
 from rexdeploy.bundle.manifest import Preprocess, to_json
 from rexdeploy.bundle.store import Bundle, sha256
-from rexdeploy.classify import load
 from rexdeploy.errors import UsageError
 from rexdeploy.images import decode, sets
+from rexdeploy.inference.classifier import load
 from tests.helpers import ROOT, run_cli
 from tests.hostile_images import chunk
 from tests.mutations import mutated, mutated_png

@@ -15,8 +15,8 @@ import pytest
 
 import rexdeploy
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.classify import load
 from rexdeploy.images import sets
+from rexdeploy.inference.classifier import load
 from tests.helpers import ROOT
 from tests.test_cpp import BUILD, Programs, built, release, sanitized
 

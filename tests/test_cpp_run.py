@@ -14,7 +14,7 @@ import pytest
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.images import sets
-from rexdeploy.predictions import expand
+from rexdeploy.inference.stream import expand
 from rexdeploy.text import printable
 from tests.helpers import run_cli
 from tests.test_cpp import Programs, built, release, sanitized

@@ -14,12 +14,12 @@ from rexdeploy.arrays import UInt8, softmax
 from rexdeploy.backends import open_backend
 from rexdeploy.bench import bench
 from rexdeploy.bundle.store import Bundle, sha256
-from rexdeploy.classify import load
 from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.read import element_types
 from rexdeploy.graphs.wrapper import change_core, forms, interface_nodes, unwrap
 from rexdeploy.images import decode, sets
+from rexdeploy.inference.classifier import load
 from rexdeploy.parity.compare import comparable
 from rexdeploy.subjects import BundleSubject
 from rexdeploy.verify import VerifyOptions, verify

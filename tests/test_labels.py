@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rexdeploy.bundle.labels import parse_labels
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.classify import load
 from rexdeploy.errors import UsageError
+from rexdeploy.inference.classifier import load
 from tests.helpers import assert_refused, run_cli
 from tests.test_triton import with_labels
 

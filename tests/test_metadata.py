@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from rexdeploy import triton
 from rexdeploy.bundle.metadata import read_metadata
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.classify import load
 from rexdeploy.errors import UsageError
+from rexdeploy.inference.classifier import load
 from tests.helpers import assert_refused, run_cli, run_python
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 from rexdeploy.arrays import Float32, Images
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.classify import Classifier, load
 from rexdeploy.errors import UsageError
-from rexdeploy.predictions import classify_files, expand
+from rexdeploy.inference.classifier import Classifier, load
+from rexdeploy.inference.stream import classify_files, expand
 from tests.helpers import on_a_terminal, run_cli
 
 RED, NAN = (255, 0, 0), (0, 0, 255)

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.classify import Prediction
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.predictions import Row
-from rexdeploy.results import Header, Results, check_out, partial_of
+from rexdeploy.inference.classifier import Prediction
+from rexdeploy.inference.rows import Header, Results, check_out, partial_of
+from rexdeploy.inference.stream import Row
 from tests.helpers import assert_refused, run_cli
 
 HEADER = Header(("photos",), "/here", "0" * 64, "onnxruntime", 2)

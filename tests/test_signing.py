@@ -14,8 +14,8 @@ import pytest
 from rexdeploy.bundle import signing
 from rexdeploy.bundle.manifest import Artifact, to_json
 from rexdeploy.bundle.store import SIGNATURE, Bundle, sha256
-from rexdeploy.classify import load
 from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.inference.classifier import load
 from rexdeploy.verify import Verification
 from tests.helpers import assert_refused, folder_state, run_cli, run_python
 

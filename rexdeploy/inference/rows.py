@@ -24,10 +24,10 @@ import msgspec
 
 from rexdeploy.bundle.manifest import to_json
 from rexdeploy.bundle.store import sha256
-from rexdeploy.classify import Classifier
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import check_replaceable, open_locked, replacing, sync_folder
-from rexdeploy.predictions import Row
+from rexdeploy.inference.classifier import Classifier
+from rexdeploy.inference.stream import Row
 from rexdeploy.text import printable
 
 _SYNC_S = 2.0  # at most so many seconds of work are lost with the machine; with the process, none

@@ -14,9 +14,9 @@ from typing import cast
 import numpy as np
 
 from rexdeploy.arrays import Images
-from rexdeploy.classify import Classifier, NonFiniteOutput, Prediction
 from rexdeploy.errors import UsageError
 from rexdeploy.images import sets
+from rexdeploy.inference.classifier import Classifier, NonFiniteOutput, Prediction
 from rexdeploy.text import printable
 
 _MAX_BATCH = 64  # of what an engine may take more of: rows should come, and memory stay, small

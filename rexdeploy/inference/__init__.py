@@ -1,0 +1,1 @@
+"""Answers to images: one classifier, streams of files, rows of results."""
