@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from rexdeploy.inference.classifier import Classifier
     from rexdeploy.inference.rows import Results
     from rexdeploy.inference.stream import Row
-    from rexdeploy.verify import Verification
+    from rexdeploy.steps.verify import Verification
 
 EXTRA_OF = {
     "torch": "cpu",
@@ -255,8 +255,8 @@ def export(
 
     if width is not None:
         check_width(width)
-    from rexdeploy.export import ExportOptions
-    from rexdeploy.export import export as run
+    from rexdeploy.steps.export import ExportOptions
+    from rexdeploy.steps.export import export as run
 
     options = ExportOptions(
         width=width,
@@ -341,10 +341,11 @@ def build_trt(
     rexdeploy build-trt artifacts/rexnet_1.5 --fp16 --target sm86 --target sm89
     """
     check_json(json)
-    from rexdeploy.build import BuildOptions, import_onnx
-    from rexdeploy.build import build as run
     from rexdeploy.bundle.manifest import BatchRange
     from rexdeploy.bundle.store import Bundle
+    from rexdeploy.steps.build import BuildOptions
+    from rexdeploy.steps.build import build as run
+    from rexdeploy.steps.import_onnx import import_onnx
 
     if onnx is not None and bundle is not None:
         raise UsageError("got a bundle and --onnx, expected one of them")
@@ -440,8 +441,8 @@ def verify(
         if not localize:
             raise UsageError("--plot draws what --localize finds: give both")
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.verify import VerifyOptions
-    from rexdeploy.verify import verify as run
+    from rexdeploy.steps.verify import VerifyOptions
+    from rexdeploy.steps.verify import verify as run
 
     opened = _find(bundle, require_signature)
     options = VerifyOptions(
@@ -498,7 +499,7 @@ def tune_precision(
     check_json(json)
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.tune import TuneOptions, tune
+    from rexdeploy.steps.tune import TuneOptions, tune
 
     options = TuneOptions(images, samples, max_blocks, backend, _command())
     opened = Bundle.find(bundle)
@@ -546,7 +547,7 @@ def inspect(
     """
     check_json(json)
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.inspection import inspect as run
+    from rexdeploy.steps.inspection import inspect as run
 
     with bounded(), progress(quiet) as report:
         result = run(file, report)
@@ -1083,7 +1084,7 @@ def doctor(json: Json = None) -> None:
     rexdeploy doctor
     """
     check_json(json)
-    from rexdeploy.doctor import examine
+    from rexdeploy.steps.doctor import examine
 
     findings = examine()
     emit(json, lambda: findings)
@@ -1185,7 +1186,7 @@ def _tell(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
 def _store(bundle: Bundle, result: Verification) -> None:
     """Keeps the result in the bundle, where it can be written: on a serving machine it may not."""
     from rexdeploy.bundle.store import SIGNATURE
-    from rexdeploy.verify import store
+    from rexdeploy.steps.verify import store
 
     signed = (bundle.path / SIGNATURE).exists()
     try:

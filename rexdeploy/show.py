@@ -12,23 +12,23 @@ from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
     from rexdeploy.bench import Benchmark
-    from rexdeploy.build import BuildResult
     from rexdeploy.bundle.manifest import Artifact
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.competitors import Latency
-    from rexdeploy.export import ExportResult
     from rexdeploy.inference.classifier import Classifier
     from rexdeploy.inference.rows import Results
     from rexdeploy.inference.stream import Row
-    from rexdeploy.inspection import Inspection
     from rexdeploy.models.zoo import Cost, PaperRow, Published
     from rexdeploy.parity.localize import Localization
     from rexdeploy.parity.ranges import Ranges
     from rexdeploy.repository import Deployed
     from rexdeploy.serve import Address, Binary, Guard
+    from rexdeploy.steps.build import BuildResult
+    from rexdeploy.steps.export import ExportResult
+    from rexdeploy.steps.inspection import Inspection
+    from rexdeploy.steps.tune import Trial, Tuning
+    from rexdeploy.steps.verify import Verification
     from rexdeploy.triton import Deployment
-    from rexdeploy.tune import Trial, Tuning
-    from rexdeploy.verify import Verification
 
 
 def show_export(result: ExportResult) -> None:

@@ -39,10 +39,10 @@ from rexdeploy import Classifier, load
 from rexdeploy.arrays import Float32, UInt8
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.export import ExportOptions, export
 from rexdeploy.images import sets
 from rexdeploy.machine import machine
 from rexdeploy.serve import Address, find_server, free_port, running
+from rexdeploy.steps.export import ExportOptions, export
 from rexdeploy.triton import deploy
 
 NAME, ALONE = "rexnet", "rexnet_one_by_one"

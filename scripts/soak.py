@@ -46,11 +46,11 @@ from rexdeploy import load
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError
-from rexdeploy.export import ExportOptions, export
 from rexdeploy.images import sets
 from rexdeploy.leftovers import SHARED_MEMORY
 from rexdeploy.machine import machine
 from rexdeploy.serve import Address, free_port
+from rexdeploy.steps.export import ExportOptions, export
 from rexdeploy.triton import deploy
 from rexdeploy.watch import stubs
 

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from rexdeploy.build import BuildOptions, build
 from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.export import ExportOptions, export
 from rexdeploy.models.rexnet import ReXNetV1, ReXNetV1_lite
+from rexdeploy.steps.build import BuildOptions, build
+from rexdeploy.steps.export import ExportOptions, export
 from tests.helpers import reacting
 
 

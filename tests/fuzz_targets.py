@@ -29,13 +29,13 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from rexdeploy import export
 from rexdeploy.backends import tensorrt_api
 from rexdeploy.bundle import manifest
 from rexdeploy.errors import RexdeployError
 from rexdeploy.graphs import cast, products, read, wrapper
 from rexdeploy.images import decode
 from rexdeploy.models import checkpoints
+from rexdeploy.steps import export
 from tests import hostile_images as hostile
 from tests.cpp_probe import probe
 from tests.mutations import mutated, mutated_image, mutated_json, mutated_message, mutated_zip

@@ -12,15 +12,16 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from rexdeploy.build import BuildOptions, build, float32_nodes, import_onnx
 from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.inference.classifier import load
-from rexdeploy.inspection import inspect
+from rexdeploy.steps.build import BuildOptions, build, float32_nodes
+from rexdeploy.steps.import_onnx import import_onnx
+from rexdeploy.steps.inspection import inspect
+from rexdeploy.steps.verify import VerifyOptions, verify
 from rexdeploy.subjects import BundleSubject
-from rexdeploy.verify import VerifyOptions, verify
 from tests.helpers import edit_weights, folder_state, nodes_of, reacting
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")

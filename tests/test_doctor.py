@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rexdeploy.doctor import examine
+from rexdeploy.steps.doctor import examine
 from tests.helpers import run_cli, run_python
 
 DOCTOR = "from rexdeploy.cli import main; main()"

@@ -26,8 +26,8 @@ from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
+from rexdeploy.steps.verify import Verification, VerifyOptions, verify
 from rexdeploy.subjects import BundleSubject
-from rexdeploy.verify import Verification, VerifyOptions, verify
 from tests.cuda_standin import CUresult, Driver
 from tests.helpers import run_cli
 from tests.trt_standin import EngineInvalidityDiagnostics, EngineValidity, Module, plan

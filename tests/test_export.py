@@ -18,8 +18,8 @@ from onnx import ModelProto
 from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.export import ExportOptions, export
 from rexdeploy.images import decode, sets
+from rexdeploy.steps.export import ExportOptions, export
 from tests.helpers import edit_weights, folder_state, nodes_of
 
 # Small and quick where the network itself does not matter.
@@ -120,7 +120,7 @@ def test_a_fixed_batch_labels_and_plain_graph_on_request(tmp_path: Path) -> None
 
 def test_the_same_export_again_keeps_what_was_built_from_it(tiny: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from rexdeploy.build import BuildOptions, build
+    from rexdeploy.steps.build import BuildOptions, build
 
     options = replace(TINY, out=tmp_path)
     built = build(export(options).bundle, BuildOptions(fp16=True, flavor="rtx")).bundle

@@ -14,13 +14,14 @@ from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInf
 from onnx import numpy_helper as numpy_helper
 
 from rexdeploy.backends.onnxrt import GraphSession
-from rexdeploy.build import BuildOptions, import_onnx
 from rexdeploy.bundle.store import Bundle, commit
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.graphs.bounds import MAX_RUN_BYTES, peak_bytes
-from rexdeploy.inspection import inspect
 from rexdeploy.machine import bounded
-from rexdeploy.verify import VerifyOptions, verify
+from rexdeploy.steps.build import BuildOptions
+from rexdeploy.steps.import_onnx import import_onnx
+from rexdeploy.steps.inspection import inspect
+from rexdeploy.steps.verify import VerifyOptions, verify
 from tests.helpers import assert_refused, run_cli, run_measured
 
 Shape = Sequence[int | str] | None

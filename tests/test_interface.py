@@ -21,8 +21,8 @@ from rexdeploy.graphs.wrapper import change_core, forms, interface_nodes, unwrap
 from rexdeploy.images import decode, sets
 from rexdeploy.inference.classifier import load
 from rexdeploy.parity.compare import comparable
+from rexdeploy.steps.verify import VerifyOptions, verify
 from rexdeploy.subjects import BundleSubject
-from rexdeploy.verify import VerifyOptions, verify
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
 
 FAST = VerifyOptions(samples=4)

@@ -23,7 +23,7 @@ from rexdeploy.images import sets
 from rexdeploy.models.rexnet import LinearBottleneck, ReXNetV1
 from rexdeploy.parity.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.parity.walk import GraphWalk, TorchWalk, Walk
-from rexdeploy.verify import VerifyOptions, verify
+from rexdeploy.steps.verify import VerifyOptions, verify
 from tests import test_verify as planted
 from tests.helpers import (
     assert_refused,

@@ -30,8 +30,8 @@ from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_bf16
 from rexdeploy.graphs.read import parse
+from rexdeploy.steps.verify import VerifyOptions, verify
 from rexdeploy.subjects import BundleSubject, ModelFile
-from rexdeploy.verify import VerifyOptions, verify
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 BENCH = BenchOptions(("onnxruntime-cuda", "onnxruntime"), batches=(1, 2), rounds=1)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from rexdeploy.backends.tensorrt_api import read_header
-from rexdeploy.build import _check_precision
 from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.export import ExportOptions, _labels
 from rexdeploy.files import open_plain, read_plain, sha256_of
+from rexdeploy.steps.build import _check_precision
+from rexdeploy.steps.export import ExportOptions, _labels
 from tests.helpers import assert_refused, run_cli, run_python
 
 PIPE = "it is a named pipe, expected a plain file"

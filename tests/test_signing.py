@@ -16,7 +16,7 @@ from rexdeploy.bundle.manifest import Artifact, to_json
 from rexdeploy.bundle.store import SIGNATURE, Bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.inference.classifier import load
-from rexdeploy.verify import Verification
+from rexdeploy.steps.verify import Verification
 from tests.helpers import assert_refused, folder_state, run_cli, run_python
 
 verifying = pytest.importorskip("model_signing.verifying", reason="the extra sign is missing")
@@ -285,7 +285,7 @@ def test_verify_keeps_a_signature_that_it_requires(
     result = Verification(
         "a model", {}, "logits", "none", (1,), 1.0, {}, (), (), (), (), (), (), (), ()
     )
-    monkeypatch.setattr("rexdeploy.verify.verify", lambda *arguments: result)
+    monkeypatch.setattr("rexdeploy.steps.verify.verify", lambda *arguments: result)
     before = folder_state(signed.path)
     required = run_cli("verify", "-q", "--require-signature", keys.public, cwd=tmp_path)
     assert required.code == 0, required.err

@@ -12,7 +12,6 @@ import pytest
 from onnx import ModelProto
 
 from rexdeploy import machine
-from rexdeploy.build import BuildOptions, build
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
@@ -24,8 +23,9 @@ from rexdeploy.graphs.wrapper import forms, unwrap
 from rexdeploy.images.sets import varied
 from rexdeploy.parity.localize import OWN_LIMITS, localize
 from rexdeploy.parity.walk import GraphWalk
-from rexdeploy.tune import STATE, TuneOptions, tune
-from rexdeploy.verify import VerifyOptions, verify
+from rexdeploy.steps.build import BuildOptions, build
+from rexdeploy.steps.tune import STATE, TuneOptions, tune
+from rexdeploy.steps.verify import VerifyOptions, verify
 from tests import test_verify as planted
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
 

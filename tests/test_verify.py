@@ -20,12 +20,10 @@ from PIL import Image
 from rexdeploy.arrays import Float32
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.onnxrt import GraphSession
-from rexdeploy.build import BuildOptions, build
 from rexdeploy.bundle.manifest import BatchRange, to_json
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
-from rexdeploy.export import ExportOptions, export
 from rexdeploy.graphs.blocks import find_blocks
 from rexdeploy.graphs.cast import to_fp16
 from rexdeploy.graphs.emulate import with_peaks
@@ -33,7 +31,9 @@ from rexdeploy.images import sets
 from rexdeploy.images.decode import normalise
 from rexdeploy.images.sets import synthetic
 from rexdeploy.models.rexnet import ReXNetV1_lite
-from rexdeploy.verify import Verification, VerifyOptions, store, verify
+from rexdeploy.steps.build import BuildOptions, build
+from rexdeploy.steps.export import ExportOptions, export
+from rexdeploy.steps.verify import Verification, VerifyOptions, store, verify
 from tests.helpers import (
     assert_refused,
     edit_weights,

@@ -50,7 +50,6 @@ ALIGNMENTS = ("auto", "off", "8", "16")
 INPUT, OUTPUT = "input", "logits"
 SEED = 0
 FINAL = "final"  # the graph with uint8 input or probabilities around its core
-
 _CHECK_BATCHES = (1, 2, 5)
 _CHECK_IMAGES = 8
 _CHECK_SEED = 2  # other images than `verify` judges by

@@ -15,7 +15,6 @@ from rexdeploy.backends import tensorrt_api
 from rexdeploy.errors import BackendUnavailable
 
 Status = Literal["ok", "missing", "conflict"]
-
 _PURPOSES = {
     "torch": "the reference network: export, verify",
     "onnx": "reading and writing graphs: export, build-trt, verify",

@@ -12,12 +12,7 @@ from rexdeploy.backends.tensorrt_api import PlanHeader
 from rexdeploy.bundle.manifest import Artifact
 from rexdeploy.bundle.precision import TYPE_NAMES, PrecisionProof
 from rexdeploy.bundle.store import Bundle, is_bundle, sha256
-from rexdeploy.errors import (
-    BackendUnavailable,
-    RexdeployError,
-    UsageError,
-    VerificationFailed,
-)
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.files import read_plain, sha256_of
 from rexdeploy.parity.proof import prove
 from rexdeploy.progress import Report, silent

@@ -52,7 +52,6 @@ from rexdeploy.progress import Report, silent
 if TYPE_CHECKING:
     from rexdeploy.backends.trt import TensorRTBackend
 
-
 REFERENCE = "torch"
 MIN_SAMPLES, MAX_SAMPLES = 2, 4096
 MAX_LOGITS = 1 << 25
