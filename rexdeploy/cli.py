@@ -716,12 +716,12 @@ def bench(
     rexdeploy bench --table paper --backend pytorch --backend onnxruntime
     """
     check_json(json)
-    from rexdeploy.bench import bench as run
-    from rexdeploy.bench import bench_published_table
+    from rexdeploy.bench.competitors import BenchOptions
+    from rexdeploy.bench.harness import bench as run
+    from rexdeploy.bench.harness import bench_published_table
+    from rexdeploy.bench.networks import compared
     from rexdeploy.bundle.store import Bundle
-    from rexdeploy.competitors import BenchOptions
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.subjects import compared
 
     if table not in (None, "paper"):
         raise UsageError(f"table: got '{table}', expected paper")

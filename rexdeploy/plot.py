@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rexdeploy.bench import Benchmark
-    from rexdeploy.competitors import Latency
+    from rexdeploy.bench.competitors import Latency
+    from rexdeploy.bench.harness import Benchmark
     from rexdeploy.parity.localize import Localization
     from rexdeploy.tune_serving import Sweep
 

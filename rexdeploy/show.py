@@ -6,15 +6,15 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rexdeploy.bench.ratios import paired_ratio
 from rexdeploy.console import print_table, say
-from rexdeploy.ratios import paired_ratio
 from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
-    from rexdeploy.bench import Benchmark
+    from rexdeploy.bench.competitors import Latency
+    from rexdeploy.bench.harness import Benchmark
     from rexdeploy.bundle.manifest import Artifact
     from rexdeploy.bundle.store import Bundle
-    from rexdeploy.competitors import Latency
     from rexdeploy.inference.classifier import Classifier
     from rexdeploy.inference.rows import Results
     from rexdeploy.inference.stream import Row

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rexdeploy.bench.ratios import Ratio, paired_ratio
 from rexdeploy.models.zoo import paper_rows
-from rexdeploy.ratios import Ratio, paired_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "artifacts" / "benchmarks"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx import ModelProto
 
+from rexdeploy.bench.networks import BundleSubject
 from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
@@ -21,7 +22,6 @@ from rexdeploy.steps.build import BuildOptions, build, float32_nodes
 from rexdeploy.steps.import_onnx import import_onnx
 from rexdeploy.steps.inspection import inspect
 from rexdeploy.steps.verify import VerifyOptions, verify
-from rexdeploy.subjects import BundleSubject
 from tests.helpers import edit_weights, folder_state, nodes_of, reacting
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")

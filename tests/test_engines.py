@@ -16,18 +16,18 @@ import pytest
 
 import rexdeploy
 from rexdeploy import machine
-from rexdeploy.answers import inputs
 from rexdeploy.backends import open_backend, tensorrt_api
 from rexdeploy.backends.cuda import Gpu
 from rexdeploy.backends.trt import TensorRTBackend
 from rexdeploy.backends.trt_load import validity
-from rexdeploy.bench import Benchmark, bench
+from rexdeploy.bench.answers import inputs
+from rexdeploy.bench.competitors import BenchOptions
+from rexdeploy.bench.harness import Benchmark, bench
+from rexdeploy.bench.networks import BundleSubject
 from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.bundle.store import Bundle, sha256
-from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.steps.verify import Verification, VerifyOptions, verify
-from rexdeploy.subjects import BundleSubject
 from tests.cuda_standin import CUresult, Driver
 from tests.helpers import run_cli
 from tests.trt_standin import EngineInvalidityDiagnostics, EngineValidity, Module, plan

@@ -12,9 +12,10 @@ from onnx import ModelProto, TensorProto
 
 from rexdeploy.arrays import UInt8, softmax
 from rexdeploy.backends import open_backend
-from rexdeploy.bench import bench
+from rexdeploy.bench.competitors import BenchOptions
+from rexdeploy.bench.harness import bench
+from rexdeploy.bench.networks import BundleSubject
 from rexdeploy.bundle.store import Bundle, sha256
-from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.read import element_types
 from rexdeploy.graphs.wrapper import change_core, forms, interface_nodes, unwrap
@@ -22,7 +23,6 @@ from rexdeploy.images import decode, sets
 from rexdeploy.inference.classifier import load
 from rexdeploy.parity.compare import comparable
 from rexdeploy.steps.verify import VerifyOptions, verify
-from rexdeploy.subjects import BundleSubject
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
 
 FAST = VerifyOptions(samples=4)

@@ -20,18 +20,18 @@ from onnx import ModelProto, TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
 from rexdeploy import machine
-from rexdeploy.answers import inputs
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.onnxrt import load_session
 from rexdeploy.backends.pytorch import use_cuda
-from rexdeploy.bench import bench
+from rexdeploy.bench.answers import inputs
+from rexdeploy.bench.competitors import BenchOptions
+from rexdeploy.bench.harness import bench
+from rexdeploy.bench.networks import BundleSubject, ModelFile
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.competitors import BenchOptions
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_bf16
 from rexdeploy.graphs.read import parse
 from rexdeploy.steps.verify import VerifyOptions, verify
-from rexdeploy.subjects import BundleSubject, ModelFile
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 BENCH = BenchOptions(("onnxruntime-cuda", "onnxruntime"), batches=(1, 2), rounds=1)

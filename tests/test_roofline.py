@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from rexdeploy import probes
+from rexdeploy.bench import probes
+from rexdeploy.bench.roofline import VALUE_BYTES, Rates, copy, matrix_ms, product, roofline_ms
 from rexdeploy.models.layers import Layer, layers
-from rexdeploy.roofline import VALUE_BYTES, Rates, copy, matrix_ms, product, roofline_ms
 
 RATES = Rates(flops_per_s=100e9, bytes_per_s=10e9)
 

@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 from rexdeploy import cli
-from rexdeploy.bench import BACKENDS
+from rexdeploy.bench.harness import BACKENDS
 from tests.helpers import ROOT
 
 # In the place of rexdeploy: writes down how it was called, makes what the script looks for, and

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from rexdeploy.bench.rounds import Task
 from rexdeploy.errors import RexdeployError, first_line
 from rexdeploy.models.layers import Layer
-from rexdeploy.rounds import Task
 
 MATRIX_SIZE = 1024
 GPU_MATRIX_SIZE = 8192

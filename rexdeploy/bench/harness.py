@@ -8,19 +8,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rexdeploy import probes
 from rexdeploy.backends import ENGINE_BACKENDS, GPU_BACKENDS, ONNX_BACKENDS, TORCH_BACKENDS
-from rexdeploy.competitors import BenchOptions, Competitor, Latency, Opening
+from rexdeploy.bench import probes
+from rexdeploy.bench.competitors import BenchOptions, Competitor, Latency, Opening
+from rexdeploy.bench.networks import Subject, published_table
+from rexdeploy.bench.probes import Probe, computes_in
+from rexdeploy.bench.rounds import Rounds, Task, time_rounds
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.machine import machine
-from rexdeploy.probes import Probe, computes_in
 from rexdeploy.progress import Report, silent
-from rexdeploy.rounds import Rounds, Task, time_rounds
-from rexdeploy.subjects import Subject, published_table
 
 if TYPE_CHECKING:
+    from rexdeploy.bench.roofline import Rates
     from rexdeploy.models.layers import Layer
-    from rexdeploy.roofline import Rates
 
 
 __all__ = [
@@ -201,7 +201,7 @@ def _with_limits(row: Latency, layers: list[Layer] | None, rates: Rates | None) 
     """The row beside the fastest that this machine could be, by the published arithmetic."""
     if rates is None or layers is None:
         return row
-    from rexdeploy.roofline import VALUE_BYTES, matrix_ms, roofline_ms
+    from rexdeploy.bench.roofline import VALUE_BYTES, matrix_ms, roofline_ms
 
     value_bytes = VALUE_BYTES[computes_in(row.threads, row.precision)]
     return replace(

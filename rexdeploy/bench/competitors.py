@@ -11,12 +11,12 @@ from typing import Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from rexdeploy.answers import Answers, answers, inputs
 from rexdeploy.backends import GPU_BACKENDS, TORCH_BACKENDS, Backend, DeviceBackend, open_backend
+from rexdeploy.bench.answers import Answers, answers, inputs
+from rexdeploy.bench.networks import ModelFile, Subject
+from rexdeploy.bench.probes import Place, computes_in
+from rexdeploy.bench.rounds import Task
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.probes import Place, computes_in
-from rexdeploy.rounds import Task
-from rexdeploy.subjects import ModelFile, Subject
 
 FLOAT32_ONLY = ("onnxruntime", "openvino")
 """Backends that keep float32 inside a float16 graph on a CPU: its time is not float16's."""

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from rexdeploy.bench.rounds import Task
 from rexdeploy.errors import RexdeployError
-from rexdeploy.rounds import Task
 
 if TYPE_CHECKING:
-    from rexdeploy.roofline import Rates
+    from rexdeploy.bench.roofline import Rates
+
 
 Place = tuple[int | None, str]
 """Threads of a CPU, or None for the GPU, and the precision that is computed in."""
@@ -47,7 +48,7 @@ def computes_in(threads: int | None, precision: str) -> str:
 def make(places: Iterable[Place], skipped: list[str]) -> list[tuple[Probe, Task]]:
     """Probes for every place in the race; for those that cannot be probed a reason in `skipped`."""
     try:
-        from rexdeploy import roofline
+        from rexdeploy.bench import roofline
     except ImportError:
         skipped.append("the roofline: counting and measuring it needs torch")
         return []
@@ -73,7 +74,7 @@ def rates(probes: Sequence[Probe]) -> dict[Place, Rates]:
     """Both rates of every place where both were measured."""
     if not probes:
         return {}
-    from rexdeploy.roofline import Rates
+    from rexdeploy.bench.roofline import Rates
 
     copies = {probe.threads: probe.rate for probe in probes if probe.precision is None}
     return {

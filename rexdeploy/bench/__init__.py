@@ -1,0 +1,1 @@
+"""Timing: networks and runtimes, side by side in interleaved rounds."""
