@@ -813,9 +813,8 @@ def triton(
     check_json(kserve)
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import BackendUnavailable
-    from rexdeploy.kserve import check_place, inference_service
-    from rexdeploy.serve import Binary, find_server
-    from rexdeploy.triton import backend_here, deploy
+    from rexdeploy.serving.deploy import backend_here, check_place, deploy, inference_service
+    from rexdeploy.serving.processes import Binary, find_server
 
     check_place(storage_uri, image)
     opened = Bundle.find(bundle)
@@ -903,18 +902,16 @@ def serve(
     rexdeploy serve
     rexdeploy serve rexnet_1.5 --port 9000
     """
-    from rexdeploy.leftovers import workplace
-    from rexdeploy.serve import (
+    from rexdeploy.serving.deploy import backend_here, deploy, servable
+    from rexdeploy.serving.processes import choose_backend, find_server, workplace
+    from rexdeploy.serving.server import (
         Address,
         Guard,
         check_ports,
-        choose_backend,
-        find_server,
         request_bytes,
         running,
         stop_signals,
     )
-    from rexdeploy.triton import backend_here, deploy, servable
 
     server = find_server(tritonserver)
     address = Address(host, port)
@@ -1007,10 +1004,10 @@ def tune_serving(
         check_plot(plot)
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.serve import find_server
+    from rexdeploy.serving.processes import find_server
+    from rexdeploy.serving.tuning import SweepOptions
+    from rexdeploy.serving.tuning import tune_serving as run
     from rexdeploy.show_serving import show_sweep
-    from rexdeploy.tune_serving import SweepOptions
-    from rexdeploy.tune_serving import tune_serving as run
 
     opened = Bundle.find(bundle)
     server = find_server(tritonserver)

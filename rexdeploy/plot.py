@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rexdeploy.bench.competitors import Latency
     from rexdeploy.bench.harness import Benchmark
     from rexdeploy.parity.localize import Localization
-    from rexdeploy.tune_serving import Sweep
+    from rexdeploy.serving.tuning import Sweep
 
 FORMATS = (".png", ".svg", ".pdf")
 _MIN_NETWORKS = 4  # fewer points of accuracy against latency say nothing
@@ -100,7 +100,7 @@ def plot_sweep(result: Sweep, file: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from rexdeploy.tune_serving import describe
+    from rexdeploy.serving.tuning import describe
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.add_subplot()

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from rexdeploy.models.zoo import Cost, PaperRow, Published
     from rexdeploy.parity.localize import Localization
     from rexdeploy.parity.ranges import Ranges
-    from rexdeploy.repository import Deployed
-    from rexdeploy.serve import Address, Binary, Guard
+    from rexdeploy.serving.deploy import Deployment
+    from rexdeploy.serving.processes import Binary
+    from rexdeploy.serving.repository import Deployed
+    from rexdeploy.serving.server import Address, Guard
     from rexdeploy.steps.build import BuildResult
     from rexdeploy.steps.export import ExportResult
     from rexdeploy.steps.inspection import Inspection
     from rexdeploy.steps.tune import Trial, Tuning
     from rexdeploy.steps.verify import Verification
-    from rexdeploy.triton import Deployment
 
 
 def show_export(result: ExportResult) -> None:
@@ -403,7 +404,7 @@ def show_deployment(title: str, result: Deployment, server: Binary | str) -> Non
 
     `server` is this machine's, or why there is none.
     """
-    from rexdeploy.repository import DEFAULT_REPOSITORY
+    from rexdeploy.serving.repository import DEFAULT_REPOSITORY
 
     if isinstance(server, str):
         step = f"not served here: {server}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rexdeploy.console import print_table, say
-from rexdeploy.tune_serving import Row, Sweep, describe
+from rexdeploy.serving.tuning import Row, Sweep, describe
 
 
 def show_sweep(title: str, result: Sweep) -> None:

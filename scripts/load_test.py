@@ -41,9 +41,10 @@ from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.images import sets
 from rexdeploy.machine import machine
-from rexdeploy.serve import Address, find_server, free_port, running
+from rexdeploy.serving.deploy import deploy
+from rexdeploy.serving.processes import find_server
+from rexdeploy.serving.server import Address, free_port, running
 from rexdeploy.steps.export import ExportOptions, export
-from rexdeploy.triton import deploy
 
 NAME, ALONE = "rexnet", "rexnet_one_by_one"
 POOL = 32  # different images

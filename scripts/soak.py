@@ -47,12 +47,12 @@ from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError
 from rexdeploy.images import sets
-from rexdeploy.leftovers import SHARED_MEMORY
 from rexdeploy.machine import machine
-from rexdeploy.serve import Address, free_port
+from rexdeploy.serving.deploy import deploy
+from rexdeploy.serving.processes import SHARED_MEMORY
+from rexdeploy.serving.server import Address, free_port
+from rexdeploy.serving.watch import stubs
 from rexdeploy.steps.export import ExportOptions, export
-from rexdeploy.triton import deploy
-from rexdeploy.watch import stubs
 
 LARGE_EVERY = 200  # requests
 LARGE = np.zeros((1, 2**24 + 1), np.uint8)

@@ -21,9 +21,9 @@ import pytest
 from aiohttp import web
 
 from rexdeploy.errors import BackendUnavailable
-from rexdeploy.front import SOCKETS, Front
-from rexdeploy.front_gate import Budget
-from rexdeploy.serve import free_port
+from rexdeploy.serving.front import SOCKETS, Front
+from rexdeploy.serving.limits import Budget
+from rexdeploy.serving.server import free_port
 
 LIMIT = 100_000
 GZIP = grpc.Compression.Gzip
@@ -323,7 +323,7 @@ def test_a_slow_body_holds_up_nobody(front: Front) -> None:
 
 
 def test_a_body_has_to_come(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rexdeploy.front_http._BODY_S", 0.05)
+    monkeypatch.setattr("rexdeploy.serving.proxies._BODY_S", 0.05)
     answer = raw(front, b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n\r\n{", ends=True)
     assert answer.startswith(b"HTTP/1.1 408 ") or not answer
     with socket.create_connection(("127.0.0.1", _port(front)), LONG) as client:
@@ -348,8 +348,8 @@ def test_a_connection_takes_one_request_after_another(front: Front) -> None:
 
 def test_large_bodies_wait_for_each_other(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those that the budget has no room for, the server sees none; small ones pass."""
-    monkeypatch.setattr("rexdeploy.front.budget", lambda limit: limit)
-    monkeypatch.setattr("rexdeploy.front_http._WAIT_S", 0.2)
+    monkeypatch.setattr("rexdeploy.serving.front.budget", lambda limit: limit)
+    monkeypatch.setattr("rexdeploy.serving.proxies._WAIT_S", 0.2)
     front = Front("127.0.0.1", free_port(), LIMIT)
     front.start()
     front.serve_from(server.folder)

@@ -18,7 +18,7 @@ from rexdeploy.bundle.store import Bundle, commit, sha256
 from rexdeploy.console import write_text
 from rexdeploy.errors import RexdeployError
 from rexdeploy.inference.rows import Results, partial_of
-from rexdeploy.triton import deploy
+from rexdeploy.serving.deploy import deploy
 from tests.helpers import assert_refused, folder_state, run_cli
 from tests.injection import ERRORS, SHORT, failing
 from tests.test_bundle import _make

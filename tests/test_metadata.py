@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rexdeploy import triton
 from rexdeploy.bundle.metadata import read_metadata
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.inference.classifier import load
+from rexdeploy.serving import deploy
 from tests.helpers import assert_refused, run_cli, run_python
 
 
@@ -71,7 +71,7 @@ def test_what_cannot_be_compared_is_said(small_v1: Bundle) -> None:
 def test_a_version_in_a_model_repository_is_held_to_its_graph(
     small_v1: Bundle, tmp_path: Path
 ) -> None:
-    triton.deploy(small_v1, tmp_path / "models", "python")
+    deploy.deploy(small_v1, tmp_path / "models", "python")
     version = Bundle.open(tmp_path / "models" / small_v1.path.name / "1")
     load(version).close()
     _edit(version, _one_bit)

@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from rexdeploy import repository as repository_module
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError
-from rexdeploy.repository import Model, changing, deployed, publish
+from rexdeploy.serving import repository as repository_module
+from rexdeploy.serving.repository import Model, changing, deployed, publish
 from tests.helpers import run_cli, run_python
 
 PARTS = (
@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_nothing(
     command: str, v1_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if command == "serve":
-        from rexdeploy.serve import free_port
+        from rexdeploy.serving.server import free_port
         from tests.test_serve import _missing
 
         if _missing():

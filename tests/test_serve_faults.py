@@ -28,9 +28,9 @@ from rexdeploy import load
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import sets
-from rexdeploy.leftovers import SHARED_MEMORY, workplace
-from rexdeploy.serve import Address, Guard, find_server, free_port, running
-from rexdeploy.watch import stubs
+from rexdeploy.serving.processes import SHARED_MEMORY, find_server, workplace
+from rexdeploy.serving.server import Address, Guard, free_port, running
+from rexdeploy.serving.watch import stubs
 from tests.helpers import assert_refused, run_cli
 from tests.test_serve import (
     Served,
@@ -296,7 +296,7 @@ def test_the_end_answers_what_is_in_flight_and_leaves_nothing(
 def test_a_server_that_fails_again_and_again_is_left_to_who_started_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("rexdeploy.serve._STARTS", 1)
+    monkeypatch.setattr("rexdeploy.serving.server._STARTS", 1)
     said: list[str] = []
     (tmp_path / "models").mkdir()
     address = Address(port=free_port())

@@ -23,7 +23,7 @@ from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import decode, sets
-from rexdeploy.triton import deploy
+from rexdeploy.serving.deploy import deploy
 from rexdeploy.triton_backend import decoded, run_each
 from tests.helpers import assert_refused, edit_weights, run_cli
 

@@ -12,17 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from rexdeploy import loadgen, tune_serving
 from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError
-from rexdeploy.loadgen import Load, measure
-from rexdeploy.repository import deployed
-from rexdeploy.serve import find_server
-from rexdeploy.triton import deploy
+from rexdeploy.serving import tuning
+from rexdeploy.serving.config import DEFAULTS, Settings
+from rexdeploy.serving.deploy import deploy
+from rexdeploy.serving.processes import find_server
+from rexdeploy.serving.repository import deployed
+from rexdeploy.serving.tuning import Load, Row, SweepOptions, candidates, choose, climb, measure
 from rexdeploy.triton_backend import _share
-from rexdeploy.triton_config import DEFAULTS, Settings
-from rexdeploy.tune_serving import Row, SweepOptions, candidates, choose, climb
 from tests.helpers import assert_refused, run_cli
 from tests.test_serve import needs_server
 from tests.test_triton import tree, with_changed_weights
@@ -145,10 +144,10 @@ def answering(status: int, text: bytes, seconds: float = 0.0) -> Iterator[tuple[
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loadgen, "_WARM_S", 0.05)
-    monkeypatch.setattr(tune_serving, "_SECONDS", 0.2)
-    monkeypatch.setattr(tune_serving, "_LEAST", 10)
-    monkeypatch.setattr(tune_serving, "_MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(tuning, "_WARM_S", 0.05)
+    monkeypatch.setattr(tuning, "_SECONDS", 0.2)
+    monkeypatch.setattr(tuning, "_LEAST", 10)
+    monkeypatch.setattr(tuning, "_MOST_CONNECTIONS", 2)
 
 
 def test_a_load_is_what_the_server_was_sent_and_took(quick: None) -> None:
@@ -188,7 +187,7 @@ def test_the_best_of_two_ways_is_kept_by_later_versions(
     repository = tmp_path / "artifacts" / "triton"
     deploy(small_v1, repository, "python")
     ways: Sequence[Settings] = (Settings(batch=1), Settings(batch=2, delay_us=1000))
-    result = tune_serving.tune_serving(
+    result = tuning.tune_serving(
         small_v1, repository, find_server(), SweepOptions(10_000.0, photos, ways)
     )
     assert [row.settings for row in result.rows] == list(ways)
@@ -219,7 +218,7 @@ def test_the_best_of_two_ways_is_kept_by_later_versions(
 def test_a_bound_that_nothing_keeps_changes_nothing(
     small_v1: Bundle, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune_serving, "candidates", lambda *_: [DEFAULTS])
+    monkeypatch.setattr(tuning, "candidates", lambda *_: [DEFAULTS])
     deploy(small_v1, tmp_path / "artifacts" / "triton", "python", settings=TWO)
     before = tree(tmp_path / "artifacts")
     arguments = ["small_v1", "--p99", "0.1", "--plot", "ways.svg", "--json", "ways.json"]

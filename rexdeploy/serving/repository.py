@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rexdeploy.errors import RexdeployError
 from rexdeploy.files import open_locked, sync_folder
-from rexdeploy.triton_config import (
+from rexdeploy.serving.config import (
     CONFIG,
     Role,
     Settings,
@@ -25,7 +25,6 @@ from rexdeploy.triton_config import (
 )
 
 DEFAULT_REPOSITORY = Path("artifacts/triton")
-
 _STAGING = ".{}.rexdeploy"  # beside the repository: Triton takes every folder inside for a model
 _LOCK = "lock"
 _WAIT_SECONDS = 60  # for another command that is adding a version: it writes some hundred megabytes

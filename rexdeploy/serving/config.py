@@ -13,7 +13,6 @@ from rexdeploy.bundle.manifest import BatchRange, InputForm, OutputForm, Preproc
 
 TritonBackend = Literal["tensorrt", "onnxruntime", "python"]
 Role = Literal["network", "preprocess", "ensemble"]
-
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
 _MARKER = "rexdeploy_"  # and a role: the parameter of config.pbtxt by which we know our own models

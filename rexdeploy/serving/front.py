@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rexdeploy.errors import BackendUnavailable
-from rexdeploy.front_gate import Budget, Gate
+from rexdeploy.serving.limits import Budget, Gate
 
 if TYPE_CHECKING:
-    from rexdeploy.front_grpc import GrpcProxy
-    from rexdeploy.front_http import HttpProxy
+    from rexdeploy.serving.proxies import GrpcProxy, HttpProxy
+
 
 # Files in the server's folder; Triton adds the port's number to gRPC's.
 SOCKETS = {"http": "http", "grpc": "grpc:1", "metrics": "metrics"}
@@ -36,8 +36,7 @@ class Front:
 
     def __init__(self, host: str, port: int, limit: int) -> None:
         try:
-            from rexdeploy.front_grpc import GrpcProxy
-            from rexdeploy.front_http import HttpProxy
+            from rexdeploy.serving.proxies import GrpcProxy, HttpProxy
         except ImportError as error:
             raise BackendUnavailable(
                 f"{error.name} is not installed: pip install 'rexdeploy[serve]'"

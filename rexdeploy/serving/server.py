@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.util
 import ipaddress
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,12 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from rexdeploy import machine
-from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.front import SOCKETS, Front
-from rexdeploy.leftovers import Workplace, workplace
-from rexdeploy.process import TritonLog, end, start
-from rexdeploy.watch import Watch, ask
+from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.serving.front import SOCKETS, Front
+from rexdeploy.serving.processes import Binary, TritonLog, Workplace, end, start, workplace
+from rexdeploy.serving.watch import Watch, ask
 
 POLL_SECONDS = 2  # how long a new version waits before it is loaded
 REQUEST_BYTES = 2**24  # a photograph of 16 MiB
@@ -38,17 +34,6 @@ _STOP_SECONDS = 5  # nothing is in flight by then
 _LOOK_SECONDS = 0.1
 # A server that has to be started again so often within that time is left to who started us.
 _STARTS, _STARTS_SECONDS = 5, 600.0
-
-
-@dataclass(frozen=True)
-class Binary:
-    """A tritonserver, and what it needs to start."""
-
-    path: Path
-    origin: str  # how it was found
-    libraries: Path | None = None  # a folder for the loader
-    python_backend: tuple[Path, ...] = ()  # its files, where they lie apart; else none
-    backends: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -85,75 +70,6 @@ class Address:
     def _reached(self) -> str:
         """The host by which a client on this machine reaches the server."""
         return "127.0.0.1" if self.host == "0.0.0.0" else self.host
-
-
-def find_server(wanted: Path | None = None) -> Binary:
-    """The tritonserver at `wanted`, the one on PATH, or nvidia-pytriton's.
-
-    Raises UsageError if there is none at `wanted`, BackendUnavailable where there is none at all.
-    """
-    if wanted is not None and not (wanted.is_file() and os.access(wanted, os.X_OK)):
-        raise UsageError(f"--tritonserver: {wanted} is not a program; expected tritonserver's path")
-    on_path = shutil.which("tritonserver")
-    if wanted is not None or on_path is not None:
-        path = Path(wanted or on_path or "").resolve()
-        backends = path.parent.parent / "backends"  # /opt/tritonserver/{bin,backends}
-        names = {folder.name for folder in backends.iterdir()} if backends.is_dir() else set()
-        origin = "--tritonserver" if wanted else "on PATH"
-        return Binary(path, origin, backends=frozenset(names))
-    return _packaged_server()
-
-
-def _packaged_server() -> Binary:
-    """The server in the nvidia-pytriton wheel, whose own Python API is not imported."""
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
-        raise BackendUnavailable(
-            "no tritonserver on PATH, and nvidia-pytriton, which carries one, is not installed: "
-            "pip install 'rexdeploy[serve]', or give --tritonserver FILE"
-        )
-    package = Path(spec.origin).parent
-    root = package / "tritonserver"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stubs = root / "python_backend_stubs"
-    stub = stubs / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        known = sorted(folder.name for folder in stubs.glob("*"))
-        raise BackendUnavailable(
-            f"nvidia-pytriton's server runs models in Python {', '.join(known)}, and this is "
-            f"{version}; make an environment with one of them"
-        )
-    backend = root / "backends" / "python"
-    return Binary(
-        root / "bin" / "tritonserver",
-        "in nvidia-pytriton",
-        libraries=package.parent / "nvidia_pytriton.libs",
-        python_backend=(
-            backend / "libtriton_python.so",
-            backend / "triton_python_backend_utils.py",
-            stub,
-        ),
-        backends=frozenset({"python"}),
-    )
-
-
-def choose_backend(binary: Binary, wanted: str) -> tuple[str, str]:
-    """The backend to deploy a bundle for, on this server and machine, and why.
-
-    Raises UsageError where the server lacks the one that is wanted.
-    """
-    if wanted != "auto":
-        if binary.backends and wanted not in binary.backends:
-            raise UsageError(
-                f"--backend {wanted}: the tritonserver {binary.origin} has only "
-                f"{', '.join(sorted(binary.backends))}; give another with --tritonserver"
-            )
-        return wanted, "asked for"
-    if machine.detect() is None:
-        return "python", "no NVIDIA GPU on this machine"
-    if not binary.backends >= {"tensorrt", "onnxruntime"}:
-        return "python", f"the tritonserver {binary.origin} lacks TensorRT's or ONNX Runtime's"
-    return "auto", ""
 
 
 def check_ports(address: Address) -> None:

@@ -1,16 +1,50 @@
-"""Checks the JSON of a request before Triton reads it.
-
-Triton 2.51 makes room for what a shape promises before it looks at the data (8 GB for a request of
-100 bytes; with more it aborts), and runs out of stack on deeply nested JSON. It reads the first of
-two equal keys, and others read the last: what is passed on has been written anew.
-"""
+"""What the front refuses: bodies beyond its memory, and JSON that ends Triton."""
 
 from __future__ import annotations
 
+import asyncio
 import math
+from dataclasses import dataclass
 
 import msgspec
 from msgspec import Raw, json
+
+STARTING = "the server is being started"
+
+
+class Budget:
+    """How many bytes of requests may be in the server together; who asks first is served first."""
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._turn = asyncio.Lock()
+        self._given = asyncio.Event()
+
+    async def take(self, size: int) -> None:
+        """Waits for `size` bytes, which must be at most the whole; nothing is there at once."""
+        if not size:
+            return
+        async with self._turn:
+            while self._free < size:
+                self._given.clear()
+                await self._given.wait()
+            self._free -= size
+
+    def give(self, size: int) -> None:
+        """Gives back what was taken."""
+        self._free += size
+        self._given.set()
+
+
+@dataclass
+class Gate:
+    """What every request passes."""
+
+    limit: int  # bytes of one request's body, or of one message
+    budget: Budget
+    in_flight: int = 0  # requests that are not answered yet
+    draining: bool = False
+
 
 _OBJECT = json.Decoder(dict[str, Raw])
 _INPUTS = json.Decoder(list[dict[str, Raw]])

@@ -1,0 +1,1 @@
+"""Serving: Triton repositories, the server, and the front that stands before it."""
