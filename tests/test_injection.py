@@ -15,7 +15,7 @@ import pytest
 
 from rexdeploy.bundle.manifest import FORMAT, VERIFICATION, Artifact, Manifest
 from rexdeploy.bundle.store import Bundle, commit, sha256
-from rexdeploy.console import write_text
+from rexdeploy.cli.console import write_text
 from rexdeploy.errors import RexdeployError
 from rexdeploy.inference.rows import Results, partial_of
 from rexdeploy.serving.deploy import deploy

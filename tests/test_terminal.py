@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.console import print_table, say
+from rexdeploy.cli.console import print_table, say
 from rexdeploy.text import STEERING, one_line, plain
 from tests.helpers import on_a_terminal, run_cli
 from tests.test_triton import with_labels

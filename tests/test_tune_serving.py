@@ -203,7 +203,7 @@ def test_the_best_of_two_ways_is_kept_by_later_versions(
     (model,) = deployed(repository)
     assert (model.settings, model.version) == (result.kept, 2)
 
-    from rexdeploy.show_serving import show_sweep
+    from rexdeploy.cli.tune_serving import show_sweep
 
     show_sweep("rexnet", result)
     printed = capsys.readouterr().out

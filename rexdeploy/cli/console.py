@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO
 
 import typer
 
@@ -20,8 +20,12 @@ from rexdeploy.files import check_replaceable, replacing
 from rexdeploy.progress import Report, silent
 from rexdeploy.text import json_text, one_line, plain
 
-_LINE_S = 10.0  # between two lines of progress where there is no terminal
+if TYPE_CHECKING:
+    from rexdeploy.bundle.manifest import Artifact
+    from rexdeploy.bundle.store import Bundle
 
+
+_LINE_S = 10.0  # between two lines of progress where there is no terminal
 lost_output: list[str] = []
 """Why what was printed on stdout is lost, if it is: a command that was fine is not fine then."""
 
@@ -194,3 +198,18 @@ def fail(message: str, code: int) -> NoReturn:
     """Prints one line on stderr, no longer than a screen, and leaves."""
     say(f"error: {one_line(message)}", to_stderr=True)
     sys.exit(code)
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    """The first names, and how many more there are; --json has them all."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return one_line(", ".join(names[:most])) + more
+
+
+def _describe(bundle: Bundle, artifact: Artifact | None) -> str:
+    """`artifacts/rexnet_1.5/fp32.onnx, 37.0 MiB, batch dynamic`."""
+    if artifact is None:
+        return str(bundle.path)
+    file = bundle.path / artifact.file
+    size = file.stat().st_size / 2**20
+    return f"{file}, {size:.1f} MiB, batch {artifact.batch or 'dynamic'}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rexdeploy.console import check_json, output_file
+from rexdeploy.cli.console import check_json, output_file
 from rexdeploy.errors import BackendUnavailable, UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rexdeploy.bench.harness import Benchmark
     from rexdeploy.parity.localize import Localization
     from rexdeploy.serving.tuning import Sweep
+
 
 FORMATS = (".png", ".svg", ".pdf")
 _MIN_NETWORKS = 4  # fewer points of accuracy against latency say nothing

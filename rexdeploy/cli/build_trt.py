@@ -1,0 +1,118 @@
+"""rexdeploy build-trt: its words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rexdeploy.cli.console import _describe, check_json, emit, progress, say
+from rexdeploy.cli.shared import BundleArgument, Json, Quiet, _command, app
+from rexdeploy.errors import UsageError
+from rexdeploy.machine import bounded
+from rexdeploy.text import printable
+
+if TYPE_CHECKING:
+    from rexdeploy.steps.build import BuildResult
+
+
+@app.command("build-trt")
+def build_trt(
+    bundle: BundleArgument = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Compute in float16, and prove it.")] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16, and prove it.")
+    ] = False,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes to accept [default: 1:8:64]."),
+    ] = None,
+    flavor: Annotated[
+        str,
+        typer.Option(
+            help="auto, tensorrt (for this machine's GPU) or rtx (TensorRT-RTX, needs no GPU)."
+        ),
+    ] = "auto",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="RTX: compute capability to build for, such as sm89; repeatable "
+            "[default: sm80 and newer].",
+            show_default=False,
+        ),
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option(metavar="MIB", help="Scratch memory limit.")
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Build somebody's own ONNX classifier (ImageNet preprocessing)."
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of bundles, for --onnx and to find the latest in.")
+    ] = Path("artifacts"),
+    force: Annotated[bool, typer.Option("--force", help="Build even if nothing changed.")] = False,
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Build a TensorRT engine and prove its precision.
+
+    The proof is the built engine's own layer report: an --fp16 or --bf16 engine with a
+    convolution in float32 is an error.
+
+    \b
+    Example:
+    rexdeploy build-trt --fp16 --batch 1:8:32
+    rexdeploy build-trt artifacts/rexnet_1.5 --fp16 --target sm86 --target sm89
+    """
+    check_json(json)
+    from rexdeploy.bundle.manifest import BatchRange
+    from rexdeploy.bundle.store import Bundle
+    from rexdeploy.steps.build import BuildOptions
+    from rexdeploy.steps.build import build as run
+    from rexdeploy.steps.import_onnx import import_onnx
+
+    if onnx is not None and bundle is not None:
+        raise UsageError("got a bundle and --onnx, expected one of them")
+    options = BuildOptions(
+        fp16=fp16,
+        bf16=bf16,
+        batch=BatchRange.parse(batch) if batch is not None else None,
+        flavor=flavor,
+        targets=tuple(target or ()),
+        workspace_mib=workspace,
+        force=force,
+        command=_command(),
+    )
+    with bounded(), progress(quiet) as report:
+        source = import_onnx(onnx, out, options) if onnx else Bundle.find(bundle, out)
+        result = run(source, options, report)
+    emit(
+        json,
+        lambda: {
+            "bundle": printable(str(result.bundle.path)),
+            "engine": result.engine,
+            "reused": result.reused,
+        },
+    )
+    if not quiet and json != Path("-"):
+        show_build(result)
+
+
+def show_build(result: BuildResult) -> None:
+    """The engine, and the proof of its precision."""
+    model, built = result.bundle.manifest.model, result.engine.built_with
+    say(
+        model.title,
+        f"  {_describe(result.bundle, result.engine)}",
+        f"  {built.get('flavor')} {built.get('version')}, for {built.get('targets')}",
+        f"  precision: {result.engine.proof.summary}" if result.engine.proof else None,
+        "  preprocessing is taken to be ImageNet's (mean, std, 87.5 % centre crop)"
+        if model.family == "onnx"
+        else None,
+        "  unchanged: answered from the bundle (--force rebuilds)" if result.reused else None,
+        "next: rexdeploy verify",
+    )

@@ -1,0 +1,139 @@
+"""rexdeploy export: its words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rexdeploy.cli.console import _describe, check_json, emit, progress, say
+from rexdeploy.cli.shared import Json, Quiet, _command, app
+from rexdeploy.errors import UsageError
+from rexdeploy.machine import bounded
+from rexdeploy.text import printable
+
+if TYPE_CHECKING:
+    from rexdeploy.steps.export import ExportResult
+
+
+@app.command()
+def export(
+    width: Annotated[
+        float | None,
+        typer.Option(help="Width multiplier [default: the checkpoint's, or 1.0].", metavar="FLOAT"),
+    ] = None,
+    lite: Annotated[bool, typer.Option("--lite", help="ReXNet-lite: ReLU6, no SE.")] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="A .pth, .pt or .safetensors checkpoint, or 'pretrained' for timm's published "
+            "weights [default: an untrained network].",
+            metavar="FILE",
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes [default: the checkpoint's, or 1000].")
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Height and width of the input, pixels.")] = 224,
+    batch: Annotated[str, typer.Option(help="'dynamic', or one fixed batch size.")] = "dynamic",
+    opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
+    no_simplify: Annotated[bool, typer.Option("--no-simplify", help="Do not run onnxsim.")] = False,
+    align: Annotated[
+        str,
+        typer.Option(
+            help="Zero-pad channels to a multiple, for speed and equal logits: auto, off, 8 or 16."
+        ),
+    ] = "auto",
+    input: Annotated[  # noqa: A002 - the option's name
+        str,
+        typer.Option(help="float32 (normalised, NCHW), or uint8: RGB pixels, NHWC."),
+    ] = "float32",
+    output: Annotated[
+        str, typer.Option(help="logits, or probabilities: their softmax.")
+    ] = "logits",
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Text file, one class name a line [default: ImageNet's for 1000]."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the bundle [default: such as rexnet_1.5].")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write the bundle in.")] = Path("artifacts"),
+    quiet: Quiet = False,
+    json: Json = None,
+) -> None:
+    """Export a checkpoint to a bundle with a checked ONNX graph.
+
+    The graph is simplified, and its logits are compared with PyTorch's, before anything is
+    written.
+
+    \b
+    Example:
+    rexdeploy export --weights rexnetv1_1.5.pth
+    rexdeploy export --weights pretrained --width 2.0
+    """
+    check_json(json)
+    from rexdeploy.models.rexnet import check_width
+
+    if width is not None:
+        check_width(width)
+    from rexdeploy.steps.export import ExportOptions
+    from rexdeploy.steps.export import export as run
+
+    options = ExportOptions(
+        width=width,
+        lite=lite,
+        weights=weights,
+        num_classes=num_classes,
+        image_size=image_size,
+        batch=_fixed_batch(batch),
+        opset=opset,
+        simplify=not no_simplify,
+        align=align,
+        input=input,
+        output=output,
+        labels=labels,
+        name=name,
+        out=out,
+        command=_command(),
+    )
+    with bounded(), progress(quiet) as report:
+        result = run(options, report)
+    emit(
+        json,
+        lambda: {
+            "bundle": printable(str(result.bundle.path)),
+            "manifest": result.bundle.manifest,
+            "comparisons": result.comparisons,
+        },
+    )
+    if not quiet and json != Path("-"):
+        show_export(result)
+
+
+def _fixed_batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if not text.isdecimal() or len(text) > 9:
+        raise UsageError(f"batch: got '{text}', expected 'dynamic' or a number")
+    return int(text)
+
+
+def show_export(result: ExportResult) -> None:
+    """The new bundle's graph, and how far it is from the network."""
+    graph = result.bundle.manifest.find("onnx", "fp32")
+    padded = graph.built_with["align"] if graph else "off"
+    last = result.comparisons[-1]
+    worst = max(result.comparisons, key=lambda comparison: comparison.error)
+    model = result.bundle.manifest.model
+    say(
+        model.title,
+        f"  {_describe(result.bundle, graph)}, {result.nodes} nodes "
+        f"({result.nodes_before} before simplification)",
+        f"  channels padded to a multiple of {padded}" if padded != "off" else None,
+        f"  takes {model.input}, gives {model.output}" if model != model.core else None,
+        f"  torch -> {last.candidate}: error {worst.error:.1e} of the signal "
+        f"(limit {worst.limits.error:.1g}), top-1 agreement {last.top1:.0%}",
+        "next: rexdeploy build-trt --fp16",
+    )

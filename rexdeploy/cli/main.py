@@ -1,0 +1,90 @@
+"""The command line: parse, call, print, exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from rexdeploy.cli.console import fail, lost_output, say, secure_streams
+from rexdeploy.cli.shared import _interrupted, _leave, app
+from rexdeploy.errors import RexdeployError, UsageError
+
+EXTRA_OF = {
+    "torch": "cpu",
+    "onnx": "cpu",
+    "onnxscript": "cpu",
+    "onnxruntime": "cpu",
+    "safetensors": "cpu",
+}
+"""The extra that brings each package that a command imports when it starts."""
+
+
+def main() -> NoReturn:
+    """Runs the command line; the only place where exceptions become exit codes."""
+    secure_streams()
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        _check_not_empty(sys.argv[1:])
+        code = app(standalone_mode=False, prog_name="rexdeploy")
+    except RexdeployError as error:
+        fail(str(error), error.exit_code)
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA_OF:
+            raise
+        missing = isinstance(error, ModuleNotFoundError)
+        what = "is not installed" if missing else f"cannot be loaded ({error})"
+        fail(f"{package} {what}: pip install 'rexdeploy[{EXTRA_OF[package]}]'", 2)
+    except OSError as error:  # a folder that cannot be read, a name too long, no working folder
+        fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
+    except MemoryError:
+        fail("there is not enough memory; give fewer or smaller images, or a smaller model", 2)
+    except Exception as error:
+        # click's usage errors, without its three-line "Usage:" preface. Anything else is our bug.
+        show = getattr(error, "format_message", None)
+        if show is None:
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "rexdeploy"
+        fail(f"{show().rstrip('.')}; see '{command} --help'", 2)
+    code = code if isinstance(code, int) else 0
+    if lost_output:
+        fail(lost_output[0], code or 2)
+    sys.exit(code)
+
+
+def _check_not_empty(arguments: Sequence[str]) -> None:
+    """Raises UsageError for an empty argument: a shell's unset variable, and as a path `.`."""
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        if not argument or (argument.startswith("--") and argument.find("=") == len(argument) - 1):
+            name = argument[:-1] or (before if before.startswith("-") else "an argument")
+            raise UsageError(f"{name}: got '', expected a value; is a variable of the shell unset?")
+
+
+_WRITE_BUNDLES = ("export", "build-trt", "tune-precision", "verify")
+
+
+@app.callback(invoke_without_command=True)
+def rexdeploy(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """ReXNet and ReXNet-lite: from a checkpoint to verified ONNX graphs and TensorRT engines.
+
+    \b
+    rexdeploy export --width 1.5       a bundle in artifacts/, with a checked ONNX graph
+    rexdeploy build-trt --fp16         a TensorRT engine, proven to be FP16
+    rexdeploy verify                   every file's logits against the network's
+    """
+    if context.invoked_subcommand in _WRITE_BUNDLES:
+        signal.signal(signal.SIGINT, _leave("; no bundle is left half written"))
+    if version:
+        from rexdeploy import __version__
+
+        say(f"rexdeploy {__version__}")
+    elif context.invoked_subcommand is None:
+        say(*context.get_help().split("\n"))

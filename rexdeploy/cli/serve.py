@@ -1,0 +1,180 @@
+"""rexdeploy serve: its words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rexdeploy.cli.console import progress, say
+from rexdeploy.cli.shared import Quiet, RequireSignature, _find, _taken_back_on_ctrl_c, app
+from rexdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from rexdeploy.serving.processes import Binary
+    from rexdeploy.serving.repository import Deployed
+    from rexdeploy.serving.server import Address, Guard
+
+
+@app.command()
+def serve(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[BUNDLE]",
+            help="A bundle to add first, as 'rexdeploy triton' does [default: none; to an empty "
+            "repository the latest one].",
+            show_default=False,
+        ),
+    ] = None,
+    repository: Annotated[
+        Path, typer.Option(metavar="DIR", help="Model repository to serve.")
+    ] = Path("artifacts/triton"),
+    backend: Annotated[
+        str,
+        typer.Option(help="Of the bundle: tensorrt, onnxruntime or python; auto: as in triton."),
+    ] = "auto",
+    tritonserver: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The server [default: the one on PATH, or nvidia-pytriton's, of the extra serve].",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP; gRPC and metrics take the next two.")] = 8000,
+    max_request: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB",
+            help="Largest request [default: 16, or a full batch of tensors if that is more].",
+        ),
+    ] = None,
+    open_api: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--open",
+            metavar="API",
+            help="Let every client use shared-memory, model-repository, trace or logging.",
+        ),
+    ] = None,
+    show_log: Annotated[bool, typer.Option("--log", help="Show all of Triton's log.")] = False,
+    require_signature: RequireSignature = None,
+    quiet: Quiet = False,
+) -> None:
+    """Serve a model repository with a real Triton Inference Server, until Ctrl-C or SIGTERM.
+
+    New versions and models that 'rexdeploy triton' adds to the repository are taken up within
+    seconds. A server that fails is started again. An asked-for end is exit code 0, and what is in
+    flight is answered first; a second Ctrl-C ends at once.
+
+    \b
+    Example:
+    rexdeploy serve
+    rexdeploy serve rexnet_1.5 --port 9000
+    """
+    from rexdeploy.serving.deploy import backend_here, deploy, servable
+    from rexdeploy.serving.processes import choose_backend, find_server, workplace
+    from rexdeploy.serving.server import (
+        Address,
+        Guard,
+        check_ports,
+        request_bytes,
+        running,
+        stop_signals,
+    )
+
+    server = find_server(tritonserver)
+    address = Address(host, port)
+    check_ports(address)
+    apis = tuple(open_api or ())
+    Guard(opened=apis)  # before anything is written
+    request_bytes(max_request, [])
+    models = servable(repository, server)
+    if bundle is None and not models and repository.is_dir() and any(repository.iterdir()):
+        raise UsageError(f"{repository} holds no model of rexdeploy's; name a bundle to add to it")
+    if bundle is None and models:
+        if backend != "auto" or require_signature is not None:
+            option = "--backend" if backend != "auto" else "--require-signature"
+            raise UsageError(f"{option} is for a bundle that is added: name one")
+        served = models[0]
+        title = f"{served.name}, version {served.version}, in {repository}"
+    else:
+        opened = _find(bundle, require_signature)
+        chosen, why = backend_here(backend, repository, opened.manifest.name, server)
+        if chosen != "auto":
+            choose_backend(server, chosen)  # raises for one that the server lacks
+        with _taken_back_on_ctrl_c():
+            result = deploy(opened, repository, chosen, why=why)
+        models = servable(repository, server)
+        served = next(model for model in models if model.name == result.name)
+        title = (
+            f"{opened.manifest.model.title}, version {result.version}, {result.backend} backend "
+            f"({result.reason})"
+        )
+    limit = request_bytes(max_request, [model.tensor_bytes for model in models])
+    guard = Guard(limit, apis)
+    with (
+        stop_signals() as stop,
+        workplace() as place,
+        running(
+            server, repository, address, show_log_line, show_log, guard, place, stop
+        ) as process,
+    ):
+        with progress(quiet) as report:
+            report("starting tritonserver")
+            ready = process.wait_until_ready(
+                [name for model in models for name in (model.name, model.image_name)]
+            )
+        if ready and not quiet:
+            others = [model for model in models if model != served]
+            show_serving(title, served, others, server, address, guard)
+        process.wait(served.image_name)
+
+
+def show_serving(
+    title: str,
+    result: Deployed,
+    others: Sequence[Deployed],
+    server: Binary,
+    address: Address,
+    guard: Guard,
+) -> None:
+    """Where a server answers, which other models it has, what it exposes, a command to try it."""
+    beside = ", ".join(f"{other.image_name} (version {other.version})" for other in others)
+    output = result.signature.output_name
+    header = (
+        f'{{"inputs":[{{"name":"image","datatype":"UINT8","shape":[1,\'$n\'],'
+        f'"parameters":{{"binary_data_size":\'$n\'}}}}],'
+        f'"outputs":[{{"name":"{output}","parameters":{{"classification":5}}}}]}}'
+    )
+    opened = f"; open to every client: {', '.join(guard.opened)}" if guard.opened else ""
+    say(
+        f"{title}, tritonserver {server.origin}",
+        f"  HTTP     {address.http}/v2/models/{result.image_name}",
+        f"  gRPC     {address.grpc}",
+        f"  metrics  {address.metrics}",
+        f"  and      {beside}" if others else None,
+        f"  limit    {guard.request_bytes / 2**20:.0f} MiB a request{opened}",
+    )
+    if not address.is_local:
+        say(
+            f"  exposed  whoever reaches {address.host} can classify images and read models' "
+            "configurations, statistics and metrics, without a password and unencrypted"
+        )
+    say(
+        "the five best classes of photo.jpg:",
+        f"  n=$(wc -c < photo.jpg); h='{header}'",
+        '  { printf %s "$h"; cat photo.jpg; } | curl -s --data-binary @- \\',
+        "  -H 'Content-Type: application/octet-stream' \\",
+        f'  -H "Inference-Header-Content-Length: ${{#h}}" '
+        f"{address.http}/v2/models/{result.image_name}/infer",
+        "Ctrl-C ends it",
+    )
+
+
+def show_log_line(line: str) -> None:
+    """A line of a server's log."""
+    say(line, to_stderr=True)
