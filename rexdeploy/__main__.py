@@ -1,5 +1,5 @@
 """`python -m rexdeploy`."""
 
-from rexdeploy.cli.main import main
+from rexdeploy.cli import main
 
 main()

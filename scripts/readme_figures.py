@@ -4,7 +4,7 @@
 
 Each figure stands between `<!-- figures: NAME -->` and `<!-- end -->` and is computed from the raw
 samples of artifacts/benchmarks/*.json. --check changes nothing and exits with 1 if a file would
-change. A ratio is the median over the rounds with its 95 % interval (rexdeploy/ratios.py).
+change. A ratio is the median over the rounds with its 95 % interval (rexdeploy/bench/ratios.py).
 """
 
 from __future__ import annotations

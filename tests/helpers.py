@@ -127,7 +127,9 @@ def run_python(
 _MEASURED = """
 import contextlib, io, json, resource, sys
 import rexdeploy.cli as cli
-import rexdeploy.export, rexdeploy.verify, rexdeploy.build, rexdeploy.inspection, onnxruntime
+import onnxruntime
+import rexdeploy.steps.build, rexdeploy.steps.export
+import rexdeploy.steps.inspection, rexdeploy.steps.verify
 resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # the machine's, where a bound fails
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 answers = []

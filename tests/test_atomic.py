@@ -107,7 +107,7 @@ def test_what_a_killed_command_left_is_taken_over(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from rexdeploy.atomic import replacing\n"
+        "from rexdeploy.files import replacing\n"
         "with replacing(Path(sys.argv[1])) as file:\n"
         "    file.write(b'half')\n"
         "    file.flush()\n"

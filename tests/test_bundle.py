@@ -238,7 +238,7 @@ def test_reading_needs_no_right_to_write() -> None:
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from rexdeploy.bundle import Bundle\n"
+        "from rexdeploy.bundle.store import Bundle\n"
         "if os.geteuid() == 0:\n"
         "    os.setuid(65534)\n"
         "assert not os.access(sys.argv[1], os.W_OK)\n"
@@ -262,7 +262,7 @@ def test_readers_do_not_wait_for_each_other(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from rexdeploy.bundle import Bundle\n"
+        "from rexdeploy.bundle.store import Bundle\n"
         "bundle = Bundle.open(Path(sys.argv[1]))\n"
         "print(bundle.read(bundle.manifest.artifacts[0]))\n"
     )

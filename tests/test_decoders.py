@@ -276,8 +276,9 @@ def _admitted() -> dict[str, Callable[[], bytes]]:
 def test_the_worst_that_is_admitted_ends(kind: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(_admitted()[kind]())
     code = (
-        "import sys, pathlib; from rexdeploy import images; from rexdeploy.manifest import "
-        "Preprocess; print(images.read(pathlib.Path(sys.argv[1]), Preprocess()).shape)"
+        "import sys, pathlib; from rexdeploy.images import decode; "
+        "from rexdeploy.bundle.manifest import Preprocess; "
+        "print(decode.read(pathlib.Path(sys.argv[1]), Preprocess()).shape)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "file"],

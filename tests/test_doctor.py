@@ -48,7 +48,7 @@ def test_a_version_that_does_not_fit_is_a_conflict(
 ) -> None:
     _plant(tmp_path, package, version)
     code = (
-        "from rexdeploy.doctor import _packages\n"
+        "from rexdeploy.steps.doctor import _packages\n"
         "print([(f.item, f.detail, f.fix) for f in _packages() if f.status == 'conflict'])"
     )
     answer = run_python(code, env={"PYTHONPATH": str(tmp_path)})

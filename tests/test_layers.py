@@ -1,8 +1,9 @@
-"""The shape of the code: who may import whom, and what must not be imported too early."""
+"""The shape of the code: who may import whom, how large a part is, what is imported late."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,134 +12,80 @@ import pytest
 import rexdeploy
 
 PACKAGE = Path(rexdeploy.__path__[0])
-
-# A module imports lower levels only: steps meet through the bundle, not through calls.
+# A part imports parts of lower levels only: a package, or a module beside the packages.
 LEVELS = [
-    {"errors", "progress", "gpu", "proof", "ratios", "text", "strict_json"},
-    {"manifest", "rounds", "atomic", "image_limits", "loadgen", "files", "bounds", "memory"},
-    {"bundle", "images", "compare", "precision", "shortcuts", "tensorrt_api", "triton_config"},
-    {
-        "models",
-        "graph",
-        "console",
-        "blocks",
-        "interface",
-        "image_sets",
-        "rounding",
-        "labels",
-        "metadata",
-        "repository",
-        "signing",
-    },
+    {"arrays", "errors", "files", "machine", "progress", "text"},
+    {"bundle"},
+    {"graphs", "images", "models"},
     {"backends"},
-    {"parity", "peers", "roofline", "walk", "forms"},
-    {"answers", "probes"},
-    {"subjects", "localize", "ranges", "judge"},
-    {"competitors"},
-    {"export", "build", "verify", "bench", "classify", "doctor", "inspection", "tune"},
-    {"predictions"},
-    {"results"},
-    {"front_json", "front_gate", "leftovers", "process", "watch"},
-    {"front_http", "front_grpc"},
-    {"front"},
-    {"serve"},
-    {"triton", "triton_backend", "kserve"},
-    {"tune_serving"},
-    {"__init__", "show", "show_serving", "plot"},
+    {"inference", "parity"},
+    {"bench", "serving", "steps"},
     {"cli"},
-    {"__main__"},
+    {"__init__", "__main__", "triton_backend"},  # where Python and Triton come in
 ]
-# Importing one of these at module level is for the modules named.
+MAX_PACKAGES, MAX_FILES, MAX_LINES = 11, 10, 400
+ON_TORCH = {"models", "graphs.from_torch", "bench.other_networks", "steps.export"}
+ON_ONNX = {"graphs", "parity", "steps"}
+# Importing one of these at the top of a file is for these parts; the others import it when needed.
 HEAVY = {
-    "torch": {"export", "graph", "models", "peers"},
-    "onnx": {
-        "export",
-        "graph",
-        "build",
-        "verify",
-        "precision",
-        "shortcuts",
-        "interface",
-        "blocks",
-        "bounds",
-        "walk",
-        "forms",
-        "parity",
-        "ranges",
-        "rounding",
-        "judge",
-        "tune",
-    },
-    "safetensors": {"export", "models"},
-    "onnxruntime": set[str](),
-    "onnxsim": set[str](),
-    "tensorrt": set[str](),
-    "tensorrt_rtx": set[str](),
-    "cuda": set[str](),
-    "openvino": set[str](),
-    "timm": set[str](),
-    "matplotlib": set[str](),
-    "huggingface_hub": set[str](),
-    "rich": set[str](),
-    "pyarrow": set[str](),
-    "model_signing": set[str](),
+    **dict.fromkeys(("cuda", "huggingface_hub", "matplotlib", "model_signing", "onnxruntime"), ()),
+    **dict.fromkeys(("onnxsim", "openvino", "pyarrow", "rich", "tensorrt", "tensorrt_rtx"), ()),
+    **{"onnx": ON_ONNX, "safetensors": ON_TORCH, "timm": (), "torch": ON_TORCH},
+}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
 }
 
 
-def _unit(path: Path) -> str:
-    """`rexdeploy/models/zoo.py` is of the unit "models"."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def _level(unit: str) -> int:
-    return next(level for level, units in enumerate(LEVELS) if unit in units)
-
-
-def _imports(node: ast.AST, top_level_only: bool) -> Iterator[str]:
+def _imports(module: str, at_the_top: bool = False) -> Iterator[str]:
     """Dotted names that a module imports; what only a type checker sees does not count."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            continue
-        if isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom) and child.module:
-            yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-        if not (top_level_only and is_function):
-            yield from _imports(child, top_level_only)
+
+    def names(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                yield from (f"{child.module}.{alias.name}" for alias in child.names)
+            if not (at_the_top and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)):
+                yield from names(child)
+
+    yield from names(ast.parse(MODULES[module].read_text()))
 
 
-MODULES = sorted(PACKAGE.rglob("*.py"))
+def _own_imports(module: str) -> Iterator[str]:
+    """The modules of rexdeploy that a module imports, as MODULES names them."""
+    for name in _imports(module):
+        known, _, rest = name.partition(".")
+        while known == "rexdeploy" and rest and rest not in MODULES:
+            rest = rest.rpartition(".")[0]
+        if rest in MODULES and known == "rexdeploy":
+            yield rest
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_lower_levels_only(path: Path) -> None:
-    own = _unit(path)
-    tree = ast.parse(path.read_text())
-    wrong = []
-    for name in _imports(tree, top_level_only=False):
-        parts = name.split(".")
-        if parts[0] != "rexdeploy" or parts[1:2] in ([], ["__version__"]):
-            continue
-        if parts[1] != own and _level(parts[1]) >= _level(own):
-            wrong.append(name)
-    assert wrong == []
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_lower_levels_only(module: str) -> None:
+    level = {part: number for number, parts in enumerate(LEVELS) for part in parts}
+    own = module.split(".")[0]
+    parts = {name.split(".")[0] for name in _own_imports(module)} - {own}
+    ground = LEVELS[0] if own in LEVELS[0] else set[str]()
+    assert [part for part in parts - ground if level[part] >= level[own]] == []
+    top = {name.split(".")[0] for name in _imports(module, at_the_top=True)}
+    assert [name for name in top & HEAVY.keys() if not {own, module} & set(HEAVY[name])] == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
-    own = _unit(path)
-    tree = ast.parse(path.read_text())
-    wrong = [
-        name
-        for name in _imports(tree, top_level_only=True)
-        if own not in HEAVY.get(name.split(".")[0], {own})
-    ]
-    assert wrong == []
-
-
-def test_every_module_is_of_a_level_and_every_level_has_its_modules() -> None:
-    assert {_unit(path) for path in MODULES} == set[str]().union(*LEVELS)
+def test_no_circles_and_no_part_too_large() -> None:
+    graphlib.TopologicalSorter({name: set(_own_imports(name)) for name in MODULES}).prepare()
+    assert {name.split(".")[0] for name in MODULES} == set[str]().union(*LEVELS)
+    packages = [path.parent for path in PACKAGE.glob("*/__init__.py")]
+    assert len(packages) <= MAX_PACKAGES
+    for package in packages:
+        files = [path for path in package.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= MAX_FILES or package.name == "cli", package
+    for path in MODULES.values():
+        assert len(path.read_text().splitlines()) <= MAX_LINES, path
 
 
 def test_all_names_the_public_interface() -> None:

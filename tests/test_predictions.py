@@ -200,7 +200,7 @@ def test_names_of_any_bytes_are_written(v1_bundle: Bundle, tmp_path: Path) -> No
 def test_a_terminal_sees_a_bar_with_rate_and_time_left() -> None:
     code = (
         "import time\n"
-        "from rexdeploy.console import progress_bar\n"
+        "from rexdeploy.cli.console import progress_bar\n"
         "with progress_bar(False, 'classifying', 20, 100) as show:\n"
         "    time.sleep(0.2)\n"
         "    show(60)\n"

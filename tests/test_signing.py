@@ -302,7 +302,7 @@ def test_nothing_of_it_is_imported_without_the_option(signed: Bundle, keys: Keys
         "rexdeploy.load(sys.argv[1], 'onnxruntime').close()\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
         "assert not loaded & {'model_signing', 'sigstore', 'cryptography'}, loaded\n"
-        "assert 'rexdeploy.signing' not in sys.modules\n"
+        "assert 'rexdeploy.bundle.signing' not in sys.modules\n"
         "sys.modules['model_signing'] = None\n"
         "try:\n"
         "    rexdeploy.load(sys.argv[1], require_signature=sys.argv[2])\n"

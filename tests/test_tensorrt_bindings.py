@@ -34,7 +34,8 @@ RTX = "tensorrt_rtx"
 
 PACKAGE = Path(rexdeploy.__file__).parent
 ADAPTER = (
-    PACKAGE / "tensorrt_api.py",
+    PACKAGE / "backends" / "tensorrt_api.py",
+    PACKAGE / "backends" / "tensorrt_build.py",
     PACKAGE / "backends" / "trt.py",
     PACKAGE / "backends" / "trt_load.py",
 )
@@ -104,7 +105,7 @@ print(json.dumps(missing))
 """
 LOAD = """
 import json
-from rexdeploy import tensorrt_api
+from rexdeploy.backends import tensorrt_api
 
 try:
     print(json.dumps(["loaded", tensorrt_api.load("tensorrt").__version__]))
@@ -113,11 +114,11 @@ except Exception as error:
 """
 BUILD = """
 import json
-from rexdeploy import tensorrt_api
-from rexdeploy.manifest import BatchRange
+from rexdeploy.backends import tensorrt_build
+from rexdeploy.bundle.manifest import BatchRange
 
 try:
-    tensorrt_api.build(b"", tensorrt_api.EngineSettings("tensorrt", BatchRange(1, 1, 1)))
+    tensorrt_build.build(b"", tensorrt_build.EngineSettings("tensorrt", BatchRange(1, 1, 1)))
     print(json.dumps(["built", ""]))
 except Exception as error:
     print(json.dumps([type(error).__name__, str(error)]))

@@ -163,7 +163,7 @@ def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_spinner_shows_names_as_they_are() -> None:
     code = (
         "import sys, time\n"
-        "from rexdeploy.console import progress\n"
+        "from rexdeploy.cli.console import progress\n"
         "with progress(False) as report:\n"
         "    report('writing a[/b]\\x1b]0;owned\\x07')\n"
         "    time.sleep(0.3)\n"

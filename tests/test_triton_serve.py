@@ -224,9 +224,9 @@ def test_the_default_repository_is_one(tmp_path: Path) -> None:
     """What `triton` writes to is what `serve` serves."""
     import typer.main
 
-    from rexdeploy.cli import shared
+    from rexdeploy.cli.main import app
 
-    commands = typer.main.get_command(shared.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for command in ("triton", "serve", "tune-serving"):
         (option,) = (one for one in commands[command].params if one.name == "repository")
         assert option.default in (DEFAULT_REPOSITORY, str(DEFAULT_REPOSITORY))

@@ -1,4 +1,4 @@
-// Opens a bundle under its lock and reads hashed files; what rexdeploy/bundle.py does to read.
+// Opens a bundle under its lock and reads hashed files; what rexdeploy/bundle/store.py does to read.
 #include "bundle.hpp"
 
 #include <fcntl.h>

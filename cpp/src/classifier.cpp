@@ -1,4 +1,4 @@
-// Opens the best file of a bundle that runs here, as rexdeploy/classify.py does, and runs it.
+// Opens the best file of a bundle that runs here, as rexdeploy/inference/classifier.py does, and runs it.
 #include "rexdeploy/classifier.hpp"
 
 #include <algorithm>

@@ -15,7 +15,7 @@
 namespace rexdeploy {
 namespace {
 
-// As rexdeploy/image_limits.py has them. A small file of many scans over a large image takes
+// As rexdeploy/images/limits.py has them. A small file of many scans over a large image takes
 // minutes to decode.
 constexpr int kMaxScans = 500;
 constexpr std::uint64_t kMaxScanPixels = std::uint64_t{1} << 30;
@@ -66,7 +66,7 @@ std::size_t number_at(const std::vector<std::uint8_t>& data, std::size_t positio
 }
 
 /// Refuses what would keep libjpeg busy for more than seconds, before it sees any of it; gives the
-/// number of scans. As _check_jpeg in rexdeploy/image_limits.py, which says how.
+/// number of scans. As _check_jpeg in rexdeploy/images/limits.py, which says how.
 int check_jpeg(const std::vector<std::uint8_t>& data) {
     int scans = 0;
     int segments = 0;

@@ -1,4 +1,4 @@
-// Reads manifest.json with the checks of rexdeploy/manifest.py.
+// Reads manifest.json with the checks of rexdeploy/bundle/manifest.py.
 #include "manifest.hpp"
 
 #include <algorithm>
@@ -27,7 +27,7 @@ constexpr double kMaxDouble = 9007199254740992.0;  // the same
 [[noreturn]] void malformed(const std::string& reason) { throw Error(reason); }
 
 /// Refuses, while the document is read, what other readers take for something else: the rules of
-/// rexdeploy/strict_json.py. The rest of them is nlohmann-json's own.
+/// rexdeploy/bundle/strict_json.py. The rest of them is nlohmann-json's own.
 class Strict {
  public:
     void operator()(Json::parse_event_t event, const Json& parsed) {

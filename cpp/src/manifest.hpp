@@ -1,4 +1,4 @@
-// A bundle's manifest.json, as rexdeploy/manifest.py defines it.
+// A bundle's manifest.json, as rexdeploy/bundle/manifest.py defines it.
 #pragma once
 
 #include <array>
@@ -64,7 +64,7 @@ Manifest parse_manifest(std::string_view json, const std::string& where);
 /// than the manifest's.
 void check_preprocess(const std::string& written, const Preprocess& preprocess);
 
-/// The class names in a file of labels, by the rule of rexdeploy/labels.py; `where` is its path.
+/// The class names in a file of labels, by the rule of rexdeploy/bundle/labels.py; `where` is its path.
 /// Throws Error that names the first line that breaks it.
 std::vector<std::string> parse_labels(std::string_view text, const std::string& where);
 

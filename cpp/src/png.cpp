@@ -15,7 +15,7 @@
 namespace rexdeploy {
 namespace {
 
-// As in rexdeploy/image_limits.py: each of these may unpack to eight megabytes (in Pillow, to one).
+// As in rexdeploy/images/limits.py: each of these may unpack to eight megabytes (in Pillow, to one).
 constexpr int kMaxPacked = 32;
 constexpr int kMaxTexts = 1000;  // kept of a file: libpng copies all for every eighth
 

@@ -16,7 +16,7 @@ namespace {
 using nvinfer1::DataType;
 using nvinfer1::OptProfileSelector;
 
-// Observed in engines of TensorRT-RTX 1.7: see rexdeploy/tensorrt_api.py.
+// Observed in engines of TensorRT-RTX 1.7: see rexdeploy/backends/tensorrt_api.py.
 constexpr std::size_t kRtxHeaderBytes = 64;
 constexpr std::size_t kSizeAt = 16;
 constexpr std::size_t kVersionAt = 24;

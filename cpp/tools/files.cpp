@@ -53,7 +53,7 @@ bool is_image(const fs::path& file) {
         character = character >= 'A' && character <= 'Z' ? static_cast<char>(character | ' ')
                                                          : character;
     }
-    // rexdeploy/images.py's, also those that only Python reads: a row says so.
+    // rexdeploy/images/decode.py's, also those that only Python reads: a row says so.
     for (const char* known :
          {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}) {
         if (extension == known) {

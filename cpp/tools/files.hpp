@@ -1,4 +1,4 @@
-// The files that a command line names, as rexdeploy/images.py and rexdeploy/predictions.py do it.
+// The files that a command line names, as rexdeploy/images/decode.py and rexdeploy/inference/stream.py do it.
 #pragma once
 
 #include <string>

@@ -51,7 +51,7 @@ class Latency:
     threads: int | None  # None on a GPU
     samples_ms: tuple[float, ...] = ()  # one batch each, wall clock
     matrix_ms: float | None = None  # its published arithmetic at the machine's matrix rate
-    # See rexdeploy.roofline; None where it cannot be counted. At batch 1 caches beat its bandwidth:
+    # See bench/roofline.py; None where it cannot be counted. At batch 1 caches beat its bandwidth:
     # it is too long a time there, and a share of it would flatter.
     roofline_ms: float | None = None
 

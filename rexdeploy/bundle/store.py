@@ -32,7 +32,7 @@ from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sync_folder, write_synce
 
 DEFAULT_ROOT = Path("artifacts")
 SIGNATURE = "bundle.sig"
-"""See `rexdeploy.signing`; it is of one state of the bundle, and goes with it."""
+"""See `rexdeploy.bundle.signing`; it is of one state of the bundle, and goes with it."""
 _JOURNAL = ".manifest.commit"
 _STAGED = ".{}.staged"
 

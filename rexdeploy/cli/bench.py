@@ -11,7 +11,7 @@ import typer
 
 from rexdeploy.bench.ratios import paired_ratio
 from rexdeploy.cli.console import check_json, emit, fail, print_table, progress, say
-from rexdeploy.cli.shared import EXIT_INTERRUPTED, Json, Quiet, _interrupted, _only_warned_of, app
+from rexdeploy.cli.shared import EXIT_INTERRUPTED, Json, Quiet, interrupted, only_warned_of
 from rexdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rexdeploy.models.zoo import PaperRow
 
 
-@app.command()
 def bench(
     bundles: Annotated[
         list[Path] | None,
@@ -114,7 +113,7 @@ def bench(
                 result = run(compared(opened, compare or ()), options, report)
     except KeyboardInterrupt:
         fail("interrupted before the first round was complete", EXIT_INTERRUPTED)
-    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGINT, interrupted)
     if not quiet and json != Path("-"):
         if table:
             from rexdeploy.models.zoo import paper_rows
@@ -122,7 +121,7 @@ def bench(
             show_published_table(result, paper_rows())
         else:
             show_benchmark(result)
-    with _only_warned_of(bool(result.failures)):
+    with only_warned_of(bool(result.failures)):
         emit(json, lambda: result)
         if plot is not None:
             from rexdeploy.cli.plot import plot_benchmark

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rexdeploy.cli.console import _describe, check_json, emit, progress, say
-from rexdeploy.cli.shared import BundleArgument, Json, Quiet, _command, app
+from rexdeploy.cli.console import check_json, describe_artifact, emit, progress, say
+from rexdeploy.cli.shared import BundleArgument, Json, Quiet, command_line
 from rexdeploy.errors import UsageError
 from rexdeploy.machine import bounded
 from rexdeploy.text import printable
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rexdeploy.steps.build import BuildResult
 
 
-@app.command("build-trt")
 def build_trt(
     bundle: BundleArgument = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Compute in float16, and prove it.")] = False,
@@ -85,7 +84,7 @@ def build_trt(
         targets=tuple(target or ()),
         workspace_mib=workspace,
         force=force,
-        command=_command(),
+        command=command_line(),
     )
     with bounded(), progress(quiet) as report:
         source = import_onnx(onnx, out, options) if onnx else Bundle.find(bundle, out)
@@ -107,7 +106,7 @@ def show_build(result: BuildResult) -> None:
     model, built = result.bundle.manifest.model, result.engine.built_with
     say(
         model.title,
-        f"  {_describe(result.bundle, result.engine)}",
+        f"  {describe_artifact(result.bundle, result.engine)}",
         f"  {built.get('flavor')} {built.get('version')}, for {built.get('targets')}",
         f"  precision: {result.engine.proof.summary}" if result.engine.proof else None,
         "  preprocessing is taken to be ImageNet's (mean, std, 87.5 % centre crop)"

@@ -200,13 +200,13 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _listed(names: Sequence[str], most: int = 10) -> str:
+def listed(names: Sequence[str], most: int = 10) -> str:
     """The first names, and how many more there are; --json has them all."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return one_line(", ".join(names[:most])) + more
 
 
-def _describe(bundle: Bundle, artifact: Artifact | None) -> str:
+def describe_artifact(bundle: Bundle, artifact: Artifact | None) -> str:
     """`artifacts/rexnet_1.5/fp32.onnx, 37.0 MiB, batch dynamic`."""
     if artifact is None:
         return str(bundle.path)

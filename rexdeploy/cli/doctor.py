@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from rexdeploy.cli.console import check_json, emit, print_table
-from rexdeploy.cli.shared import Json, app
+from rexdeploy.cli.shared import Json
 from rexdeploy.errors import RexdeployError
 
 
-@app.command()
 def doctor(json: Json = None) -> None:
     """Show what is installed, and how to get the rest.
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rexdeploy.cli.console import _describe, check_json, emit, progress, say
-from rexdeploy.cli.shared import Json, Quiet, _command, app
+from rexdeploy.cli.console import check_json, describe_artifact, emit, progress, say
+from rexdeploy.cli.shared import Json, Quiet, command_line
 from rexdeploy.errors import UsageError
 from rexdeploy.machine import bounded
 from rexdeploy.text import printable
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rexdeploy.steps.export import ExportResult
 
 
-@app.command()
 def export(
     width: Annotated[
         float | None,
@@ -96,7 +95,7 @@ def export(
         labels=labels,
         name=name,
         out=out,
-        command=_command(),
+        command=command_line(),
     )
     with bounded(), progress(quiet) as report:
         result = run(options, report)
@@ -129,7 +128,7 @@ def show_export(result: ExportResult) -> None:
     model = result.bundle.manifest.model
     say(
         model.title,
-        f"  {_describe(result.bundle, graph)}, {result.nodes} nodes "
+        f"  {describe_artifact(result.bundle, graph)}, {result.nodes} nodes "
         f"({result.nodes_before} before simplification)",
         f"  channels padded to a multiple of {padded}" if padded != "off" else None,
         f"  takes {model.input}, gives {model.output}" if model != model.core else None,

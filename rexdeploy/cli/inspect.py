@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rexdeploy.cli.console import _listed, check_json, emit, progress, say
-from rexdeploy.cli.shared import Json, Quiet, app
+from rexdeploy.cli.console import check_json, emit, listed, progress, say
+from rexdeploy.cli.shared import Json, Quiet
 from rexdeploy.errors import RexdeployError
 from rexdeploy.machine import bounded
 from rexdeploy.text import one_line
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rexdeploy.steps.inspection import Inspection
 
 
-@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An ONNX graph or an engine.")],
     quiet: Quiet = False,
@@ -70,8 +69,8 @@ def show_inspection(result: Inspection) -> None:
     say(
         f"  precision: {proof.summary}" if proof else None,
         f"  precision, by: {result.proof_of}" if proof else f"  precision: {result.proof_of}",
-        f"  not as asked: {_listed(proof.differing)}" if proof and proof.differing else None,
-        f"  not found in it: {_listed(proof.not_found)}" if proof and proof.not_found else None,
+        f"  not as asked: {listed(proof.differing)}" if proof and proof.differing else None,
+        f"  not found in it: {listed(proof.not_found)}" if proof and proof.not_found else None,
         *(
             f"  {runner.backend}: {'can load it here (not run)' if runner.ready else 'no: '}"
             f"{runner.reason}"

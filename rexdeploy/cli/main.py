@@ -9,8 +9,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from rexdeploy.cli.bench import bench
+from rexdeploy.cli.build_trt import build_trt
 from rexdeploy.cli.console import fail, lost_output, say, secure_streams
-from rexdeploy.cli.shared import _interrupted, _leave, app
+from rexdeploy.cli.doctor import doctor
+from rexdeploy.cli.export import export
+from rexdeploy.cli.inspect import inspect
+from rexdeploy.cli.models import models
+from rexdeploy.cli.predict import predict
+from rexdeploy.cli.serve import serve
+from rexdeploy.cli.shared import interrupted, leave_with
+from rexdeploy.cli.sign import sign
+from rexdeploy.cli.triton import triton
+from rexdeploy.cli.tune_precision import tune_precision
+from rexdeploy.cli.tune_serving import tune_serving
+from rexdeploy.cli.verify import verify
 from rexdeploy.errors import RexdeployError, UsageError
 
 EXTRA_OF = {
@@ -22,11 +35,19 @@ EXTRA_OF = {
 }
 """The extra that brings each package that a command imports when it starts."""
 
+app = typer.Typer(
+    name="rexdeploy",
+    add_completion=False,
+    rich_markup_mode=None,  # rich costs `--help` more than everything else together
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
 
 def main() -> NoReturn:
     """Runs the command line; the only place where exceptions become exit codes."""
     secure_streams()
-    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGINT, interrupted)
     try:
         _check_not_empty(sys.argv[1:])
         code = app(standalone_mode=False, prog_name="rexdeploy")
@@ -81,10 +102,26 @@ def rexdeploy(
     rexdeploy verify                   every file's logits against the network's
     """
     if context.invoked_subcommand in _WRITE_BUNDLES:
-        signal.signal(signal.SIGINT, _leave("; no bundle is left half written"))
+        signal.signal(signal.SIGINT, leave_with("; no bundle is left half written"))
     if version:
         from rexdeploy import __version__
 
         say(f"rexdeploy {__version__}")
     elif context.invoked_subcommand is None:
         say(*context.get_help().split("\n"))
+
+
+# In the order of --help.
+app.command("export")(export)
+app.command("build-trt")(build_trt)
+app.command("verify")(verify)
+app.command("tune-precision")(tune_precision)
+app.command("inspect")(inspect)
+app.command("predict")(predict)
+app.command("bench")(bench)
+app.command("triton")(triton)
+app.command("serve")(serve)
+app.command("tune-serving")(tune_serving)
+app.command("sign")(sign)
+app.command("models")(models)
+app.command("doctor")(doctor)

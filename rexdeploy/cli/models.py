@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rexdeploy.cli.console import check_json, emit, print_table, say
-from rexdeploy.cli.shared import Json, app
+from rexdeploy.cli.shared import Json
 
 if TYPE_CHECKING:
     from rexdeploy.models.zoo import Cost, Published
 
 
-@app.command()
 def models(json: Json = None) -> None:
     """Print the published networks and what they cost.
 

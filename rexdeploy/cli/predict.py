@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rexdeploy.cli.console import check_json, emit, progress_bar, say
-from rexdeploy.cli.shared import Json, Quiet, RequireSignature, _find, _interrupted, _leave, app
+from rexdeploy.cli.shared import (
+    Json,
+    Quiet,
+    RequireSignature,
+    find_bundle,
+    interrupted,
+    leave_with,
+)
 from rexdeploy.errors import UsageError
 from rexdeploy.text import one_line, printable
 
@@ -22,7 +29,6 @@ if TYPE_CHECKING:
     from rexdeploy.inference.stream import Row
 
 
-@app.command()
 def predict(
     image: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="Image files, and folders of them.")
@@ -80,7 +86,7 @@ def predict(
     warnings.filterwarnings("ignore", module="PIL")
     files = expand(image)
     silent = quiet or json == Path("-")
-    with load(_find(bundle, require_signature), backend) as classifier:
+    with load(find_bundle(bundle, require_signature), backend) as classifier:
         answer: dict[str, object] = {
             "model": classifier.title,
             "backend": classifier.backend,
@@ -125,7 +131,7 @@ def _classify_into(
 
     signal.signal(
         signal.SIGINT,
-        _leave(f"; {results.path} keeps what is done, and the same command goes on"),
+        leave_with(f"; {results.path} keeps what is done, and the same command goes on"),
     )
     left = [file for file in files if printable(file) not in results.done]
     with progress_bar(quiet, "classifying", results.rows, results.rows + len(left)) as show:
@@ -133,7 +139,7 @@ def _classify_into(
             results.append(rows)
             show(results.rows)
         results.finish()
-    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def show_runner(classifier: Classifier, quiet: bool, silent: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rexdeploy.cli.console import progress, say
-from rexdeploy.cli.shared import Quiet, RequireSignature, _find, _taken_back_on_ctrl_c, app
+from rexdeploy.cli.shared import Quiet, RequireSignature, find_bundle, taken_back_on_ctrl_c
 from rexdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rexdeploy.serving.server import Address, Guard
 
 
-@app.command()
 def serve(
     bundle: Annotated[
         Path | None,
@@ -102,11 +101,11 @@ def serve(
         served = models[0]
         title = f"{served.name}, version {served.version}, in {repository}"
     else:
-        opened = _find(bundle, require_signature)
+        opened = find_bundle(bundle, require_signature)
         chosen, why = backend_here(backend, repository, opened.manifest.name, server)
         if chosen != "auto":
             choose_backend(server, chosen)  # raises for one that the server lacks
-        with _taken_back_on_ctrl_c():
+        with taken_back_on_ctrl_c():
             result = deploy(opened, repository, chosen, why=why)
         models = servable(repository, server)
         served = next(model for model in models if model.name == result.name)

@@ -1,4 +1,4 @@
-"""What the commands share: the application, options, Ctrl-C, and finding a bundle."""
+"""What the commands share: options, Ctrl-C, and finding a bundle."""
 
 from __future__ import annotations
 
@@ -22,13 +22,6 @@ if TYPE_CHECKING:
 
 
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
-app = typer.Typer(
-    name="rexdeploy",
-    add_completion=False,
-    rich_markup_mode=None,  # rich costs `--help` more than everything else together
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
 BundleArgument = Annotated[
     Path | None,
     typer.Argument(
@@ -51,7 +44,7 @@ Json = Annotated[
 ]
 
 
-def _leave(message: str = "") -> Callable[[int, object], NoReturn]:
+def leave_with(message: str = "") -> Callable[[int, object], NoReturn]:
     """A handler that leaves at once on Ctrl-C, with a message.
 
     A KeyboardInterrupt inside torch's exporter (2.15) ends in std::terminate, and what commands
@@ -69,11 +62,11 @@ def _leave(message: str = "") -> Callable[[int, object], NoReturn]:
     return leave
 
 
-_interrupted = _leave()
+interrupted = leave_with()
 
 
 @contextlib.contextmanager
-def _taken_back_on_ctrl_c() -> Iterator[None]:
+def taken_back_on_ctrl_c() -> Iterator[None]:
     """Within it Ctrl-C unwinds what is under way, where that takes back what it has begun."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -81,11 +74,11 @@ def _taken_back_on_ctrl_c() -> Iterator[None]:
     except KeyboardInterrupt:
         fail("interrupted; no model is left half written", EXIT_INTERRUPTED)
     finally:
-        signal.signal(signal.SIGINT, _interrupted)
+        signal.signal(signal.SIGINT, interrupted)
 
 
 @contextlib.contextmanager
-def _only_warned_of(is_error: bool) -> Iterator[None]:
+def only_warned_of(is_error: bool) -> Iterator[None]:
     """The writing of a result's files, behind its printing: what was found is never lost to it.
 
     Where the result itself `is_error`, the exit code is the result's.
@@ -98,7 +91,7 @@ def _only_warned_of(is_error: bool) -> Iterator[None]:
         say(f"warning: {one_line(str(error))}", to_stderr=True)
 
 
-def _find(bundle: Path | None, public_key: Path | None) -> Bundle:
+def find_bundle(bundle: Path | None, public_key: Path | None) -> Bundle:
     """The bundle that is meant; signed by the key, where there is one."""
     from rexdeploy.bundle.store import Bundle
 
@@ -110,11 +103,12 @@ def _find(bundle: Path | None, public_key: Path | None) -> Bundle:
     return check(opened.path, public_key)
 
 
-def _command() -> str:
+def command_line() -> str:
     """The command line that is running, as a person would type it again."""
     return printable(shlex.join(["rexdeploy", *sys.argv[1:]]))
 
 
-def _tell(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
+def tell(quiet: bool, *lines: str | None, to_stderr: bool = False) -> None:
+    """Prints the lines, unless errors only are wanted."""
     if not quiet:
         say(*lines, to_stderr=to_stderr)

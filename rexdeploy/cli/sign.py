@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rexdeploy.cli.console import say
-from rexdeploy.cli.shared import BundleArgument, Quiet, app
+from rexdeploy.cli.shared import BundleArgument, Quiet
 
 if TYPE_CHECKING:
     pass
 
 
-@app.command()
 def sign(
     private_key: Annotated[
         Path, typer.Option(metavar="FILE", help="An EC key (P-256, P-384 or P-521), PEM.")

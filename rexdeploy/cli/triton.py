@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rexdeploy.cli.console import check_json, emit, say, write_text
-from rexdeploy.cli.shared import BundleArgument, Json, Quiet, _taken_back_on_ctrl_c, app
+from rexdeploy.cli.shared import BundleArgument, Json, Quiet, taken_back_on_ctrl_c
 from rexdeploy.text import printable
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rexdeploy.serving.processes import Binary
 
 
-@app.command()
 def triton(
     bundle: BundleArgument = None,
     repository: Annotated[
@@ -71,7 +70,7 @@ def triton(
         server = str(error)
     # A cluster's server is another one.
     here = server if isinstance(server, Binary) and kserve is None else None
-    with _taken_back_on_ctrl_c():
+    with taken_back_on_ctrl_c():
         chosen, why = backend_here(backend, repository, name or opened.manifest.name, here)
         result = deploy(opened, repository, chosen, name, why=why)
     if kserve is not None:

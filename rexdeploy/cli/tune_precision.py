@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rexdeploy.cli.console import check_json, emit, print_table, progress, say
-from rexdeploy.cli.shared import BundleArgument, Json, Quiet, _command, _only_warned_of, app
+from rexdeploy.cli.shared import BundleArgument, Json, Quiet, command_line, only_warned_of
 from rexdeploy.machine import bounded
 from rexdeploy.text import printable
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rexdeploy.steps.tune import Trial, Tuning
 
 
-@app.command("tune-precision")
 def tune_precision(
     bundle: BundleArgument = None,
     images: Annotated[
@@ -50,13 +49,13 @@ def tune_precision(
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.steps.tune import TuneOptions, tune
 
-    options = TuneOptions(images, samples, max_blocks, backend, _command())
+    options = TuneOptions(images, samples, max_blocks, backend, command_line())
     opened = Bundle.find(bundle)
     with bounded(), progress(quiet) as report:
         result = tune(opened, options, report)
     if not quiet and json != Path("-"):
         show_tuning(result)
-    with _only_warned_of(not result.healed):
+    with only_warned_of(not result.healed):
         emit(
             json,
             lambda: {

@@ -12,17 +12,17 @@ from rexdeploy.cli.shared import (
     BundleArgument,
     Json,
     Quiet,
-    _only_warned_of,
-    _taken_back_on_ctrl_c,
-    app,
+    only_warned_of,
+    taken_back_on_ctrl_c,
 )
-from rexdeploy.serving.tuning import Row, Sweep, describe
 
 if TYPE_CHECKING:
     pass
 
+if TYPE_CHECKING:
+    from rexdeploy.serving.tuning import Row, Sweep
 
-@app.command("tune-serving")
+
 def tune_serving(
     p99: Annotated[
         float,
@@ -64,7 +64,6 @@ def tune_serving(
 
         check_plot(plot)
     from rexdeploy.bundle.store import Bundle
-    from rexdeploy.cli.tune_serving import show_sweep
     from rexdeploy.errors import VerificationFailed
     from rexdeploy.serving.processes import find_server
     from rexdeploy.serving.tuning import SweepOptions
@@ -72,11 +71,11 @@ def tune_serving(
 
     opened = Bundle.find(bundle)
     server = find_server(tritonserver)
-    with _taken_back_on_ctrl_c(), progress(quiet) as report:
+    with taken_back_on_ctrl_c(), progress(quiet) as report:
         result = run(opened, repository, server, SweepOptions(p99, images), report)
     if not quiet and json != Path("-"):
         show_sweep(opened.manifest.model.title, result)
-    with _only_warned_of(result.kept is None):
+    with only_warned_of(result.kept is None):
         emit(json, lambda: result)
         if plot is not None:
             plot_sweep(result, plot)
@@ -90,6 +89,8 @@ def tune_serving(
 
 def show_sweep(title: str, result: Sweep) -> None:
     """Every way of serving at its most within the bound, or at its nearest to it."""
+    from rexdeploy.serving.tuning import describe
+
     say(f"{title}, {result.images}: 99 of 100 requests within {result.bound_ms:g} ms")
     print_table(
         ("way of serving", "connections", "images/s", "p50 ms", "p99 ms", ""),
@@ -106,6 +107,8 @@ def show_sweep(title: str, result: Sweep) -> None:
 
 
 def _line(row: Row, result: Sweep) -> tuple[str, ...]:
+    from rexdeploy.serving.tuning import describe
+
     name = describe(row.settings, result.batch)
     load = row.best(result.bound_ms)
     verdict = "kept" if row.settings == result.kept else "within"

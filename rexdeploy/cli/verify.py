@@ -13,10 +13,9 @@ from rexdeploy.cli.shared import (
     Json,
     Quiet,
     RequireSignature,
-    _command,
-    _find,
-    _only_warned_of,
-    app,
+    command_line,
+    find_bundle,
+    only_warned_of,
 )
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.machine import bounded
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from rexdeploy.steps.verify import Verification
 
 
-@app.command()
 def verify(
     bundle: BundleArgument = None,
     images: Annotated[
@@ -99,7 +97,7 @@ def verify(
     from rexdeploy.steps.verify import VerifyOptions
     from rexdeploy.steps.verify import verify as run
 
-    opened = _find(bundle, require_signature)
+    opened = find_bundle(bundle, require_signature)
     options = VerifyOptions(
         images=images,
         samples=samples,
@@ -115,7 +113,7 @@ def verify(
         show_verification(opened, result, every_block=localize)
     if candidate is None and require_signature is None:  # storing drops the signature
         _store(opened, result)
-    with _only_warned_of(bool(result.failures)):
+    with only_warned_of(bool(result.failures)):
         emit(json, lambda: result)
         if plot is not None:
             plot_localizations(result.localizations, plot)
@@ -146,7 +144,7 @@ def _store(bundle: Bundle, result: Verification) -> None:
 
     signed = (bundle.path / SIGNATURE).exists()
     try:
-        store(bundle, result, _command())
+        store(bundle, result, command_line())
         if signed:
             say(
                 f"warning: {SIGNATURE} is dropped, since verify.json is new: sign again; with "

@@ -170,7 +170,7 @@ class _Conversion:
                     self.weights[name], new_name
                 )
             else:
-                self.nodes.append(_cast(name, new_name, wanted))
+                self.nodes.append(cast_node(name, new_name, wanted))
         return self.cast_names[name, wanted]
 
     def _unused(self, name: str) -> str:
@@ -188,7 +188,7 @@ class _Conversion:
                 for index, used in enumerate(names):
                     if used == name:
                         names[index] = inner
-        self.nodes.append(_cast(inner, name, _FLOAT))
+        self.nodes.append(cast_node(inner, name, _FLOAT))
 
 
 def _half_weight(tensor: TensorProto, name: str) -> TensorProto:
@@ -223,7 +223,8 @@ def _largest(tensor: TensorProto) -> float:
     return float(np.abs(values[np.isfinite(values)]).max(initial=0))
 
 
-def _cast(source: str, target: str, to: int) -> NodeProto:
+def cast_node(source: str, target: str, to: int) -> NodeProto:
+    """A Cast of `source` to the ONNX type `to`, as the tensor `target`."""
     return helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=to)
 
 

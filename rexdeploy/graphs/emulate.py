@@ -20,7 +20,7 @@ import onnx.version_converter
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from rexdeploy.errors import BackendUnavailable
-from rexdeploy.graphs.cast import _BF16, _FLOAT, _cast
+from rexdeploy.graphs.cast import cast_node
 from rexdeploy.graphs.read import element_types, node_name
 
 SIXTEEN_BITS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
@@ -59,7 +59,7 @@ def twin(parent: ModelProto, candidate: ModelProto) -> Twin | None:
         touched = False
         for index, name in enumerate(node.input):
             kind = there.narrowest(other.input[index]) if index < len(other.input) else 0
-            if types.get(name) != _FLOAT or kind not in SIXTEEN_BITS:
+            if types.get(name) != TensorProto.FLOAT or kind not in SIXTEEN_BITS:
                 continue
             if is_rounded.get(name) == kind:
                 continue
@@ -74,7 +74,7 @@ def twin(parent: ModelProto, candidate: ModelProto) -> Twin | None:
             kind = there.of(name)  # a graph's output is float32, and rounded before it is cast
             if kind not in SIXTEEN_BITS and index < len(outputs):
                 kind = there.of(outputs[index])
-            if types.get(name) != _FLOAT or kind not in SIXTEEN_BITS:
+            if types.get(name) != TensorProto.FLOAT or kind not in SIXTEEN_BITS:
                 continue
             touched = True
             before = f"{name}/exact"
@@ -108,10 +108,10 @@ def widened(model: ModelProto) -> ModelProto:
             if attribute.HasField("t"):
                 _widen(attribute.t)
             elif attribute.name in ("to", "dtype") and attribute.i in SIXTEEN_BITS:
-                attribute.i = _FLOAT
+                attribute.i = TensorProto.FLOAT
     for value in [*graph.input, *graph.output]:
         if value.type.tensor_type.elem_type in SIXTEEN_BITS:
-            value.type.tensor_type.elem_type = _FLOAT
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
     del graph.value_info[:]
     return wide
 
@@ -138,7 +138,9 @@ def with_peaks(model: ModelProto, tensors: Iterable[str]) -> tuple[ModelProto, d
                 helper.make_node("ReduceMax", [f"{name}/abs"], [outputs[name]], keepdims=0),
             ]
         )
-        copy.graph.output.append(helper.make_tensor_value_info(outputs[name], _FLOAT, []))
+        copy.graph.output.append(
+            helper.make_tensor_value_info(outputs[name], TensorProto.FLOAT, [])
+        )
     return copy, outputs
 
 
@@ -181,7 +183,7 @@ def _round(source: str, target: str, kind: int) -> list[NodeProto]:
     narrow = f"{target}/narrow"
     return [
         helper.make_node("Cast", [source], [narrow], to=kind),
-        helper.make_node("Cast", [narrow], [target], to=_FLOAT),
+        helper.make_node("Cast", [narrow], [target], to=TensorProto.FLOAT),
     ]
 
 
@@ -276,7 +278,7 @@ def emulate_bf16(model: ModelProto) -> ModelProto:
     emulated = ModelProto()
     emulated.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
     graph = emulated.graph
-    rounded = {name for name, kind in element_types(graph).items() if kind == _BF16}
+    rounded = {name for name, kind in element_types(graph).items() if kind == TensorProto.BFLOAT16}
     nodes: list[NodeProto] = []
     widened: set[str] = set()
     for node in graph.node:
@@ -287,14 +289,14 @@ def emulate_bf16(model: ModelProto) -> ModelProto:
                     node.input[index] = f"{name}_widened"
                     if name not in widened:
                         widened.add(name)
-                        nodes.append(_cast(name, f"{name}_widened", _FLOAT))
+                        nodes.append(cast_node(name, f"{name}_widened", TensorProto.FLOAT))
             for index, name in enumerate(outputs):
                 if name in rounded:
                     node.output[index] = f"{name}_exact"
         nodes.append(node)
         for name, inner in zip(outputs, node.output, strict=True):
             if name != inner:
-                nodes.append(_cast(inner, name, _BF16))
+                nodes.append(cast_node(inner, name, TensorProto.BFLOAT16))
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]

@@ -11,7 +11,7 @@ from onnx.inliner import inline_local_functions
 
 from rexdeploy.bundle.precision import TYPE_NAMES, Precision
 from rexdeploy.errors import UsageError, first_line
-from rexdeploy.graphs.read import _shapes, _with_branches, element_types, node_name, type_name
+from rexdeploy.graphs.read import element_types, node_name, shapes, type_name, with_branches
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ def products(model: ModelProto) -> list[Product]:
         ) from None
     found = []
     types: dict[str, int] = {}
-    for part in _with_branches(graph):  # a branch may read what is around it
+    for part in with_branches(graph):  # a branch may read what is around it
         types |= element_types(part)
-        shapes = _shapes(part)
+        known = shapes(part)
         producers = {name: node for node in part.node for name in node.output}
         found += [
             Product(
                 node_name(node),
                 _stored_type(node.input[1], types, producers),
-                _macs(node, shapes) if part is graph else None,  # a branch may run, or not
-                math.prod(shapes.get(node.input[1], [0])),
+                _macs(node, known) if part is graph else None,  # a branch may run, or not
+                math.prod(known.get(node.input[1], [0])),
             )
             for node in part.node
             if node.op_type in ARITHMETIC_OPS and node.domain in ("", "ai.onnx")

@@ -44,7 +44,7 @@ def parse(data: bytes, name: str) -> ModelProto:
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
     """Every tensor that the model holds, of its functions and its sparse ones too."""
     for nodes, graph in (
-        *((part.node, part) for part in _with_branches(model.graph)),
+        *((part.node, part) for part in with_branches(model.graph)),
         *((function.node, None) for function in model.functions),
     ):
         sparse = list(graph.sparse_initializer) if graph else []
@@ -134,16 +134,16 @@ def node_name(node: NodeProto) -> str:
     return node.name or f"node_of_{node.output[0]}"
 
 
-def _with_branches(graph: GraphProto) -> Iterator[GraphProto]:
+def with_branches(graph: GraphProto) -> Iterator[GraphProto]:
     """The graph, and those of its control flow."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for branch in (attribute.g, *attribute.graphs):
-                yield from _with_branches(branch)
+                yield from with_branches(branch)
 
 
-def _shapes(graph: GraphProto) -> dict[str, list[int]]:
+def shapes(graph: GraphProto) -> dict[str, list[int]]:
     """Shapes by tensor name; a dimension that is open is 0."""
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in [*graph.input, *graph.value_info, *graph.output]:

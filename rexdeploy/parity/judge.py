@@ -47,7 +47,7 @@ HEADROOM = 8.0
 """Times that float16's range must hold a graph's largest value, or `verify` warns.
 
 Photographs peaked up to 8 times as high as smooth synthetic images (issue 10), and none higher than
-those of `image_sets`: what is left is for images that are like none of these.
+those of `images.sets`: what is left is for images that are like none of these.
 """
 _SUM_ROOM = 1e-4  # float32's rounding of up to a million probabilities that sum to 1
 _NARROWEST: dict[int, Precision] = {TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}

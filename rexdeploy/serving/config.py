@@ -194,3 +194,26 @@ def _marked(config: str, what: str, kind: type[_Marked]) -> _Marked | None:
         return msgspec.json.decode(json.loads(found[1]), type=kind)
     except (ValueError, msgspec.DecodeError):
         return None
+
+
+def image_request(file: bytes, output: str | None = None) -> tuple[bytes, dict[str, str]]:
+    """The body and headers of a request with one image file, for an ensemble's `output` or all."""
+    size = len(file)
+    wanted: dict[str, object] = {
+        "inputs": [
+            {
+                "name": "image",
+                "datatype": "UINT8",
+                "shape": [1, size],
+                "parameters": {"binary_data_size": size},
+            }
+        ]
+    }
+    if output is not None:
+        wanted["outputs"] = [{"name": output, "parameters": {"binary_data": True}}]
+    header = json.dumps(wanted).encode()
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Inference-Header-Content-Length": str(len(header)),
+    }
+    return header + file, headers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import tempfile
 import threading
@@ -23,7 +22,7 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import decode, sets
 from rexdeploy.progress import Report, silent
-from rexdeploy.serving.config import DEFAULTS, Settings
+from rexdeploy.serving.config import DEFAULTS, Settings, image_request
 from rexdeploy.serving.deploy import Deployment, backend_here, deploy
 from rexdeploy.serving.processes import Binary
 from rexdeploy.serving.server import Address, free_port, running
@@ -299,26 +298,3 @@ def _wait(working: Sequence[Future[None]], seconds: float, enough: Callable[[], 
         if passed >= seconds and (enough() or passed >= _LONGEST * seconds):
             return
         time.sleep(0.01)
-
-
-def image_request(file: bytes, output: str | None = None) -> tuple[bytes, dict[str, str]]:
-    """The body and headers of a request with one image file, for an ensemble's `output` or all."""
-    size = len(file)
-    wanted: dict[str, object] = {
-        "inputs": [
-            {
-                "name": "image",
-                "datatype": "UINT8",
-                "shape": [1, size],
-                "parameters": {"binary_data_size": size},
-            }
-        ]
-    }
-    if output is not None:
-        wanted["outputs"] = [{"name": output, "parameters": {"binary_data": True}}]
-    header = json.dumps(wanted).encode()
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "Inference-Header-Content-Length": str(len(header)),
-    }
-    return header + file, headers

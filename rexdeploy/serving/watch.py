@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rexdeploy.serving.tuning import image_request
+from rexdeploy.serving.config import image_request
 
 _LOOK_S = 1.0
 _PROBE_S = 10.0  # between two looks at whether images are answered
