@@ -42,8 +42,9 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.images import sets
 from rexdeploy.machine import machine
 from rexdeploy.serving.deploy import deploy
+from rexdeploy.serving.front import Address, free_port
 from rexdeploy.serving.processes import find_server
-from rexdeploy.serving.server import Address, free_port, running
+from rexdeploy.serving.server import running
 from rexdeploy.steps.export import ExportOptions, export
 
 NAME, ALONE = "rexnet", "rexnet_one_by_one"

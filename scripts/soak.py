@@ -49,8 +49,8 @@ from rexdeploy.errors import RexdeployError
 from rexdeploy.images import sets
 from rexdeploy.machine import machine
 from rexdeploy.serving.deploy import deploy
+from rexdeploy.serving.front import Address, free_port
 from rexdeploy.serving.processes import SHARED_MEMORY
-from rexdeploy.serving.server import Address, free_port
 from rexdeploy.serving.watch import stubs
 from rexdeploy.steps.export import ExportOptions, export
 

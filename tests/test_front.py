@@ -18,9 +18,8 @@ import pytest
 
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
-from rexdeploy.serving.front import Front, budget
+from rexdeploy.serving.front import Front, budget, free_port
 from rexdeploy.serving.limits import checked
-from rexdeploy.serving.server import free_port
 from rexdeploy.triton_backend import decoded
 
 LIMIT = 1000

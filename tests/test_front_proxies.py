@@ -21,9 +21,8 @@ import pytest
 from aiohttp import web
 
 from rexdeploy.errors import BackendUnavailable
-from rexdeploy.serving.front import SOCKETS, Front
+from rexdeploy.serving.front import SOCKETS, Front, free_port
 from rexdeploy.serving.limits import Budget
-from rexdeploy.serving.server import free_port
 
 LIMIT = 100_000
 GZIP = grpc.Compression.Gzip

@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_nothing(
     command: str, v1_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if command == "serve":
-        from rexdeploy.serving.server import free_port
+        from rexdeploy.serving.front import free_port
         from tests.test_serve import _missing
 
         if _missing():

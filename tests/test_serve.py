@@ -30,8 +30,8 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.images import sets
 from rexdeploy.serving.deploy import deploy
+from rexdeploy.serving.front import free_port
 from rexdeploy.serving.processes import Binary, choose_backend, find_server
-from rexdeploy.serving.server import free_port
 from tests.helpers import assert_refused, run_cli
 from tests.test_triton import bomb, encoded, with_changed_weights, with_labels
 

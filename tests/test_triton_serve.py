@@ -21,9 +21,9 @@ from rexdeploy.errors import UsageError
 from rexdeploy.images import sets
 from rexdeploy.serving.config import Settings
 from rexdeploy.serving.deploy import backend_here, deploy, servable
+from rexdeploy.serving.front import free_port
 from rexdeploy.serving.processes import Binary
 from rexdeploy.serving.repository import DEFAULT_REPOSITORY, deployed
-from rexdeploy.serving.server import free_port
 from tests.helpers import ROOT, assert_refused, run_cli
 from tests.test_serve import file_tensor, http, infer, needs_server
 from tests.test_triton import config, tree, with_changed_weights

@@ -13,9 +13,10 @@ from rexdeploy.cli.shared import Quiet, RequireSignature, find_bundle, taken_bac
 from rexdeploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from rexdeploy.serving.front import Address
     from rexdeploy.serving.processes import Binary
     from rexdeploy.serving.repository import Deployed
-    from rexdeploy.serving.server import Address, Guard
+    from rexdeploy.serving.server import Guard
 
 
 def serve(
@@ -75,15 +76,9 @@ def serve(
     rexdeploy serve rexnet_1.5 --port 9000
     """
     from rexdeploy.serving.deploy import backend_here, deploy, servable
+    from rexdeploy.serving.front import Address, check_ports
     from rexdeploy.serving.processes import choose_backend, find_server, workplace
-    from rexdeploy.serving.server import (
-        Address,
-        Guard,
-        check_ports,
-        request_bytes,
-        running,
-        stop_signals,
-    )
+    from rexdeploy.serving.server import Guard, request_bytes, running, stop_signals
 
     server = find_server(tritonserver)
     address = Address(host, port)

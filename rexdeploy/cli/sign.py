@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from rexdeploy.cli.console import say
 from rexdeploy.cli.shared import BundleArgument, Quiet
-
-if TYPE_CHECKING:
-    pass
 
 
 def sign(

@@ -17,9 +17,6 @@ from rexdeploy.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from rexdeploy.serving.tuning import Row, Sweep
 
 

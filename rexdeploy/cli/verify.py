@@ -158,7 +158,7 @@ def _store(bundle: Bundle, result: Verification) -> None:
 def show_verification(bundle: Bundle, result: Verification, every_block: bool) -> None:
     """Every comparison, what was skipped and why, and the verdict."""
     from rexdeploy.parity.compare import correlation_text
-    from rexdeploy.parity.judge import HEADROOM
+    from rexdeploy.parity.ranges import HEADROOM
 
     batches = ", ".join(map(str, result.batches)) or "none"
     say(

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from rexdeploy.arrays import Array, Images
-from rexdeploy.backends import ENGINE_BACKENDS, Kernels, open_backend
-from rexdeploy.backends.onnxrt import GraphSession
+from rexdeploy.backends import Kernels, open_backend
 from rexdeploy.bundle.manifest import BatchRange, InputForm, ModelSpec
-from rexdeploy.bundle.precision import Precision, PrecisionProof
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.graphs.cast import FP16_MAX, to_bf16, to_fp16
-from rexdeploy.graphs.emulate import (
-    Twin,
-    check_literal,
-    emulate_bf16,
-    literal,
-    sixteen_bit_types,
-    twin,
-    widened,
-    with_peaks,
-)
-from rexdeploy.graphs.read import parse
+from rexdeploy.graphs.cast import to_bf16, to_fp16
+from rexdeploy.graphs.emulate import Twin, check_literal, emulate_bf16, literal, twin, widened
 from rexdeploy.graphs.wrapper import unwrap
 from rexdeploy.parity.batches import Rows, run_batches
+from rexdeploy.parity.candidates import MAX_GRAPH_BATCH, Candidate, Skipped, sizes
 from rexdeploy.parity.compare import Compared, Comparison, Limits, Signal, comparable, compare
 from rexdeploy.parity.limits import (
     ENGINE_MARGIN,
@@ -39,78 +27,9 @@ from rexdeploy.parity.limits import (
     float32_limits,
     rounding_limits,
 )
+from rexdeploy.parity.ranges import _PEAK_BATCH, _PEAK_IMAGES, Headroom, _headroom
 
-MAX_GRAPH_BATCH = 64  # of ONNX graphs, which run on the CPU; engines run at all their sizes
-_PEAK_IMAGES = 16  # synthetic ones are of every kind by then
-_PEAK_BATCH = 8
-HEADROOM = 8.0
-"""Times that float16's range must hold a graph's largest value, or `verify` warns.
-
-Photographs peaked up to 8 times as high as smooth synthetic images (issue 10), and none higher than
-those of `images.sets`: what is left is for images that are like none of these.
-"""
 _SUM_ROOM = 1e-4  # float32's rounding of up to a million probabilities that sum to 1
-_NARROWEST: dict[int, Precision] = {TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A file to judge, and what it was made from."""
-
-    file: str
-    model: bytes
-    kind: str
-    precision: Precision | None  # None: mixed, or an engine that does not tell
-    batch: BatchRange | None
-    parent: str  # a file's name, or the reference's
-    backends: tuple[str, ...]
-    spec: ModelSpec  # with the candidate's own input and output
-    proof: PrecisionProof | None = None  # a graph's own types, or what an engine's build reported
-    proof_fault: str | None = None  # why a file of the bundle is not what its manifest claims
-    is_ours: bool = True  # made by this tool: it rounds exactly where its parent is told to
-    built_in: Precision | None = None  # the narrowest type of what cannot be asked for it
-
-    @cached_property
-    def graph(self) -> ModelProto:
-        """The parsed graph, of kind "onnx"."""
-        return parse(self.model, self.file)
-
-    @cached_property
-    def narrow(self) -> Precision | None:
-        """The narrowest 16-bit type that it computes in; None for float32."""
-        if self.kind != "onnx" or self.built_in is not None:
-            return self.built_in if self.built_in != "fp32" else None
-        types = sixteen_bit_types(self.graph)
-        return next((name for kind, name in _NARROWEST.items() if kind in types), None)
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A comparison that could not be made here; it has not passed."""
-
-    reference: str
-    candidate: str
-    backend: str
-    reason: str
-    by_choice: bool = False  # it was not asked for, or no machine could run it so
-
-
-@dataclass(frozen=True)
-class Headroom:
-    """How far a graph's largest float16 value is from what float16 holds."""
-
-    file: str
-    node: str  # that makes the value
-    peak: float  # the largest absolute value over sixteen images, before it is rounded
-
-    @property
-    def factor(self) -> float:
-        """Times that the range holds it."""
-        return FP16_MAX / self.peak if self.peak else float("inf")
-
-    @property
-    def is_low(self) -> bool:
-        return not self.factor >= HEADROOM
 
 
 @dataclass(frozen=True)
@@ -462,34 +381,3 @@ def _check_sums(probabilities: Array, exact: bool) -> None:
     if away.size and away.max() > (_SUM_ROOM if exact else 50 * _SUM_ROOM):
         worst = sums[np.isfinite(sums)][int(away.argmax())]
         raise RexdeployError(f"gave probabilities that sum to {worst:.6g}, expected 1")
-
-
-def _headroom(found: Twin, images: Images, size: int) -> Headroom | None:
-    """The largest value before it is rounded to float16; None where nothing is."""
-    if not found.rounded:
-        return None
-    model, outputs = with_peaks(found.model, found.rounded)
-    session = GraphSession(model.SerializeToString())
-    fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-    peaks = dict.fromkeys(outputs, 0.0)
-    for start in range(0, len(images), fixed or size):
-        batch = images[np.arange(start, start + (fixed or size)) % len(images)]
-        values = session.run({model.graph.input[0].name: batch}, list(outputs.values()))
-        for tensor, output in outputs.items():
-            peaks[tensor] = max(peaks[tensor], float(np.nan_to_num(values[output], nan=np.inf)))
-    top = max(peaks, key=peaks.__getitem__)
-    return Headroom("", found.rounded[top], peaks[top])
-
-
-def sizes(candidate: Candidate, otherwise: BatchRange) -> list[int]:
-    """The batch sizes to run a candidate at, ascending; `otherwise` where it takes any."""
-    wanted = (candidate.batch or otherwise).samples()
-    if candidate.kind == "onnx" and candidate.batch is None:
-        # On a CPU: what an engine takes at once may not fit this machine's memory.
-        wanted = [size for size in wanted if size <= MAX_GRAPH_BATCH] or [MAX_GRAPH_BATCH]
-    return wanted
-
-
-def is_meant(asked: str, backend: str) -> bool:
-    """Whether a backend is the one asked for; "tensorrt" means an engine of either flavour."""
-    return backend == asked or (asked == "tensorrt" and backend in ENGINE_BACKENDS)

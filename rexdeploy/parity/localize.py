@@ -6,6 +6,7 @@ then its own doing, however far the errors before it have grown.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from rexdeploy.arrays import Float32
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.errors import UsageError
+from rexdeploy.parity.compare import Comparison
 from rexdeploy.parity.walk import GraphWalk, Node, Tensor, Walk, fitted, own_error, signal_error
 
 OWN_LIMITS: dict[Precision, float] = {"fp32": 1e-5, "fp16": 2e-3}
@@ -159,3 +161,36 @@ def _first_wrong(tensors: list[Tensor], known: list[Float32], limit: float, outp
             right.add(name)
             pending += makers[name].inputs
     return next(tensor.node for tensor in tensors if tensor.name not in right)
+
+
+def off_blocks(edges: Sequence[Comparison], walked: Sequence[Localization]) -> list[str]:
+    """Float32 graphs that pass by their logits, and have a block that is wrong."""
+    failures = []
+    for walk in walked:
+        broken = any(
+            edge.failures and edge.candidate.startswith(f"{walk.candidate} (") for edge in edges
+        )
+        if walk.limit < OWN_LIMITS["fp16"] and walk.over and not broken:
+            block = next(block for block in walk.blocks if block.name in walk.over)
+            failures.append(
+                f"broken edge {walk.reference} -> {walk.candidate}: {block.name} alone is off by "
+                f"{block.own:.2g} of its size, over the limit {walk.limit:g}{_culprit(walk)}"
+            )
+    return failures
+
+
+def with_culprits(failures: Sequence[str], walked: Sequence[Localization]) -> list[str]:
+    """The failures, each with the node that a walk of its file has found."""
+    named = []
+    for failure in failures:
+        walk = next(
+            (w for w in walked if f" -> {w.candidate} (" in failure and w.culprit is not None), None
+        )
+        named.append(failure + _culprit(walk) if walk else failure)
+    return named
+
+
+def _culprit(walk: Localization) -> str:
+    if walk.culprit is None:
+        return ""
+    return f"; first at node {walk.culprit.node.name} in {walk.culprit.block}"

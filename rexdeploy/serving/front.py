@@ -7,14 +7,18 @@ The server listens at sockets in a private folder only, so that nobody goes roun
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rexdeploy.errors import BackendUnavailable
+from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.serving.limits import Budget, Gate
 
 if TYPE_CHECKING:
@@ -117,3 +121,73 @@ def budget(limit: int) -> int:
     except OSError:
         shared = _LEAST_BUDGET
     return max(limit, min(max(_LEAST_BUDGET, 2 * limit), shared // 4))
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the server listens; gRPC and metrics are at the two ports after HTTP's."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    @property
+    def http(self) -> str:
+        """The base of HTTP's URLs."""
+        return f"http://{self._reached}:{self.port}"
+
+    @property
+    def grpc(self) -> str:
+        """What a gRPC client takes."""
+        return f"{self._reached}:{self.port + 1}"
+
+    @property
+    def metrics(self) -> str:
+        """The URL of the Prometheus metrics."""
+        return f"http://{self._reached}:{self.port + 2}/metrics"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def _reached(self) -> str:
+        """The host by which a client on this machine reaches the server."""
+        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
+
+
+def check_ports(address: Address) -> None:
+    """Raises UsageError unless all three ports are free."""
+    if not 1 <= address.port <= 65533:
+        raise UsageError(f"port: got {address.port}, expected 1 to 65533, for it and the next two")
+    if ":" in address.host:  # Triton's HTTP and gRPC want it spelt differently
+        raise UsageError(f"host: got '{address.host}', expected an IPv4 address or a name")
+    for port, what in enumerate(("HTTP", "gRPC", "metrics"), address.port):
+        try:
+            family, kind, protocol, _, where = socket.getaddrinfo(
+                address.host, port, type=socket.SOCK_STREAM
+            )[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+                probe.bind(where)
+        except (OSError, UnicodeError) as error:  # a name with an empty or a long part
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"cannot listen on {address.host}:{port} for {what} ({reason}); "
+                "choose another --port (it and the next two are used) or --host"
+            ) from None
+
+
+def free_port() -> int:
+    """The first of three ports in a row that are free on this machine now, for an `Address`."""
+    while True:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            sockets[0].bind(("127.0.0.1", 0))
+            port: int = sockets[0].getsockname()[1]
+            for place in (1, 2):
+                sockets[place].bind(("127.0.0.1", port + place))
+            return port

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.serving.front import SOCKETS, Front
+from rexdeploy.serving.front import SOCKETS, Address, Front
 from rexdeploy.serving.processes import Binary, TritonLog, Workplace, end, start, workplace
 from rexdeploy.serving.watch import Watch, ask
 
@@ -34,76 +32,6 @@ _STOP_SECONDS = 5  # nothing is in flight by then
 _LOOK_SECONDS = 0.1
 # A server that has to be started again so often within that time is left to who started us.
 _STARTS, _STARTS_SECONDS = 5, 600.0
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where the server listens; gRPC and metrics are at the two ports after HTTP's."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-    @property
-    def http(self) -> str:
-        """The base of HTTP's URLs."""
-        return f"http://{self._reached}:{self.port}"
-
-    @property
-    def grpc(self) -> str:
-        """What a gRPC client takes."""
-        return f"{self._reached}:{self.port + 1}"
-
-    @property
-    def metrics(self) -> str:
-        """The URL of the Prometheus metrics."""
-        return f"http://{self._reached}:{self.port + 2}/metrics"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether only this machine reaches it."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-    @property
-    def _reached(self) -> str:
-        """The host by which a client on this machine reaches the server."""
-        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
-
-
-def check_ports(address: Address) -> None:
-    """Raises UsageError unless all three ports are free."""
-    if not 1 <= address.port <= 65533:
-        raise UsageError(f"port: got {address.port}, expected 1 to 65533, for it and the next two")
-    if ":" in address.host:  # Triton's HTTP and gRPC want it spelt differently
-        raise UsageError(f"host: got '{address.host}', expected an IPv4 address or a name")
-    for port, what in enumerate(("HTTP", "gRPC", "metrics"), address.port):
-        try:
-            family, kind, protocol, _, where = socket.getaddrinfo(
-                address.host, port, type=socket.SOCK_STREAM
-            )[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-                probe.bind(where)
-        except (OSError, UnicodeError) as error:  # a name with an empty or a long part
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(
-                f"cannot listen on {address.host}:{port} for {what} ({reason}); "
-                "choose another --port (it and the next two are used) or --host"
-            ) from None
-
-
-def free_port() -> int:
-    """The first of three ports in a row that are free on this machine now, for an `Address`."""
-    while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            sockets[0].bind(("127.0.0.1", 0))
-            port: int = sockets[0].getsockname()[1]
-            for place in (1, 2):
-                sockets[place].bind(("127.0.0.1", port + place))
-            return port
 
 
 @dataclass(frozen=True)

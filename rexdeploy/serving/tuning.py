@@ -24,8 +24,9 @@ from rexdeploy.images import decode, sets
 from rexdeploy.progress import Report, silent
 from rexdeploy.serving.config import DEFAULTS, Settings, image_request
 from rexdeploy.serving.deploy import Deployment, backend_here, deploy
+from rexdeploy.serving.front import Address, free_port
 from rexdeploy.serving.processes import Binary
-from rexdeploy.serving.server import Address, free_port, running
+from rexdeploy.serving.server import running
 
 MIN_MS, MAX_MS = 0.1, 60_000.0
 _MOST_CONNECTIONS = 64
