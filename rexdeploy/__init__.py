@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rexdeploy.bench.harness import benchmark
+    from rexdeploy.bundle.signing import sign
+    from rexdeploy.bundle.store import Bundle
+    from rexdeploy.errors import (
+        BackendUnavailable,
+        RexdeployError,
+        UsageError,
+        VerificationFailed,
+    )
     from rexdeploy.inference.classifier import Classifier, Prediction, load
+    from rexdeploy.inference.predict import predict
+    from rexdeploy.models.zoo import published_models
+    from rexdeploy.serving.deploy import triton
+    from rexdeploy.serving.server import serve
+    from rexdeploy.serving.tuning import tune_serving
+    from rexdeploy.steps.build import build_trt
+    from rexdeploy.steps.doctor import doctor
+    from rexdeploy.steps.export import export
+    from rexdeploy.steps.import_onnx import import_onnx
+    from rexdeploy.steps.inspection import inspect
+    from rexdeploy.steps.tune import tune_precision
+    from rexdeploy.steps.verify import Verification, verify
 
-__all__ = ["Classifier", "Prediction", "__version__", "load"]
+__all__ = [
+    "BackendUnavailable",
+    "Bundle",
+    "Classifier",
+    "Prediction",
+    "RexdeployError",
+    "UsageError",
+    "Verification",
+    "VerificationFailed",
+    "__version__",
+    "benchmark",
+    "build_trt",
+    "doctor",
+    "export",
+    "import_onnx",
+    "inspect",
+    "load",
+    "predict",
+    "published_models",
+    "serve",
+    "sign",
+    "triton",
+    "tune_precision",
+    "tune_serving",
+    "verify",
+]
 
 __version__ = "0.1.0"
 
@@ -19,10 +66,32 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
-def __getattr__(name: str) -> Any:
-    """Imports the classifier when it is first asked for: `rexdeploy --help` needs no numpy."""
-    if name in ("Classifier", "Prediction", "load"):
-        from rexdeploy.inference import classifier
+# `bench` and `models` are packages: those two commands have names of their own here.
+_PLACES = {
+    "benchmark": "bench.harness",
+    "Bundle": "bundle.store",
+    "sign": "bundle.signing",
+    **dict.fromkeys(
+        ("BackendUnavailable", "RexdeployError", "UsageError", "VerificationFailed"), "errors"
+    ),
+    **dict.fromkeys(("Classifier", "Prediction", "load"), "inference.classifier"),
+    "predict": "inference.predict",
+    "published_models": "models.zoo",
+    "triton": "serving.deploy",
+    "serve": "serving.server",
+    "tune_serving": "serving.tuning",
+    "build_trt": "steps.build",
+    "doctor": "steps.doctor",
+    "export": "steps.export",
+    "import_onnx": "steps.import_onnx",
+    "inspect": "steps.inspection",
+    "tune_precision": "steps.tune",
+    **dict.fromkeys(("Verification", "verify"), "steps.verify"),
+}
 
-        return getattr(classifier, name)
+
+def __getattr__(name: str) -> Any:
+    """Imports a part when it is first asked for: `rexdeploy --help` needs no numpy."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"rexdeploy.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'rexdeploy' has no attribute '{name}'")

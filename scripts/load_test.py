@@ -45,7 +45,7 @@ from rexdeploy.serving.deploy import deploy
 from rexdeploy.serving.front import Address, free_port
 from rexdeploy.serving.processes import find_server
 from rexdeploy.serving.server import running
-from rexdeploy.steps.export import ExportOptions, export
+from rexdeploy.steps.export import export
 
 NAME, ALONE = "rexnet", "rexnet_one_by_one"
 POOL = 32  # different images
@@ -78,8 +78,8 @@ def main() -> int:
 
 def run(folder: Path, requests: int, timed: int, connections: int) -> dict[str, Any]:
     """The whole result."""
-    first = export(ExportOptions(width=1.0, name="first", out=folder)).bundle
-    second = export(ExportOptions(lite=True, name="second", out=folder)).bundle
+    first = export(width=1.0, name="first", out=folder).bundle
+    second = export(lite=True, name="second", out=folder).bundle
     repository = folder / "models"
     deploy(first, repository, "python", NAME)
     deploy(first, repository, "python", ALONE)

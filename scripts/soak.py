@@ -52,7 +52,7 @@ from rexdeploy.serving.deploy import deploy
 from rexdeploy.serving.front import Address, free_port
 from rexdeploy.serving.processes import SHARED_MEMORY
 from rexdeploy.serving.watch import stubs
-from rexdeploy.steps.export import ExportOptions, export
+from rexdeploy.steps.export import export
 
 LARGE_EVERY = 200  # requests
 LARGE = np.zeros((1, 2**24 + 1), np.uint8)
@@ -128,8 +128,8 @@ def disk(folder: Path) -> Iterator[str | None]:
 
 def run(folder: Path, skipped: str | None, requests: int, connections: int) -> dict[str, Any]:
     """The whole result."""
-    first = export(ExportOptions(width=1.0, name=NAME, out=folder, image_size=64)).bundle
-    second = export(ExportOptions(lite=True, name="second", out=folder, image_size=64)).bundle
+    first = export(width=1.0, name=NAME, out=folder, image_size=64).bundle
+    second = export(lite=True, name="second", out=folder, image_size=64).bundle
     files = [_jpeg(pixels) for pixels in sets.synthetic_pixels(POOL, Preprocess(), seed=5)]
     with load(first, "onnxruntime") as old, load(second, "onnxruntime") as new:
         pool = Pool(files, old, new)

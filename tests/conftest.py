@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.models.rexnet import ReXNetV1, ReXNetV1_lite
-from rexdeploy.steps.build import BuildOptions, build
-from rexdeploy.steps.export import ExportOptions, export
+from rexdeploy.steps.build import build_trt
+from rexdeploy.steps.export import export
 from tests.helpers import reacting
 
 
@@ -119,19 +118,10 @@ def _bundle(
     out.mkdir(exist_ok=True)
     with _once(out / name) as missing:
         if missing:
-            options = ExportOptions(
-                weights=str(checkpoint),
-                name=name,
-                out=out,
-                image_size=size,
-                input=takes,
-                output=gives,
+            exported = export(
+                weights=checkpoint, name=name, out=out, image_size=size, input=takes, output=gives
             )
-            exported = export(options)
-            target = BuildOptions(
-                fp16=True, flavor="rtx", batch=BatchRange(1, 2, 8), targets=("sm89",)
-            )
-            build(exported.bundle, target)
+            build_trt(exported.bundle, fp16=True, flavor="rtx", batch="1:2:8", target=["sm89"])
     return Bundle.open(out / name)
 
 

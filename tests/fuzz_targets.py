@@ -30,12 +30,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
 from rexdeploy.backends import tensorrt_api
-from rexdeploy.bundle import manifest
+from rexdeploy.bundle import labels, manifest
 from rexdeploy.errors import RexdeployError
 from rexdeploy.graphs import cast, products, read, wrapper
 from rexdeploy.images import decode
 from rexdeploy.models import checkpoints
-from rexdeploy.steps import export
 from tests import hostile_images as hostile
 from tests.cpp_probe import probe
 from tests.mutations import mutated, mutated_image, mutated_json, mutated_message, mutated_zip
@@ -103,7 +102,7 @@ def _as_file(read: Callable[[Path], object], data: bytes) -> None:
 
 
 def _read_labels(data: bytes) -> None:
-    _as_file(lambda path: export._labels(export.ExportOptions(labels=path), 3), data)
+    _as_file(lambda path: labels.labels_for(path, 3), data)
 
 
 def _read_weights(data: bytes) -> None:

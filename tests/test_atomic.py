@@ -17,6 +17,7 @@ from rexdeploy.cli.console import emit, write_text
 from rexdeploy.cli.plot import plot_localizations
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import check_replaceable, replacing
+from rexdeploy.steps.doctor import Finding
 from tests.helpers import assert_refused, run_cli, run_python
 from tests.injection import failing
 from tests.test_bundle import _make
@@ -34,7 +35,7 @@ def _full_after(size: int) -> Iterator[None]:
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
-    "r.json": lambda file: emit(file, lambda: ["x" * 9999]),
+    "r.json": lambda file: emit(file, Finding("x" * 9999, "ok", "", "")),
     "service.yaml": lambda file: write_text(file, "x" * 9999),
     "p.svg": lambda file: plot_localizations([], file),
     "p.png": lambda file: plot_localizations([], file),

@@ -14,7 +14,7 @@ import pytest
 from rexdeploy import machine
 from rexdeploy.backends import Backend, open_backend
 from rexdeploy.bench.competitors import BenchOptions, Latency
-from rexdeploy.bench.harness import bench, bench_published_table
+from rexdeploy.bench.harness import bench_published_table, time_subjects
 from rexdeploy.bench.networks import BundleSubject, compared
 from rexdeploy.bench.ratios import paired_ratio
 from rexdeploy.bench.rounds import WARMUP_ROUNDS, Task, time_rounds
@@ -90,7 +90,7 @@ def test_every_combination_is_timed_and_the_machine_is_named(
     v1_original: Bundle, lite_original: Bundle
 ) -> None:
     options = BenchOptions(("onnxruntime", "pytorch", "openvino", "tensorrt"), (1, 3), (1,), 2)
-    result = bench([BundleSubject(v1_original), BundleSubject(lite_original)], options)
+    result = time_subjects([BundleSubject(v1_original), BundleSubject(lite_original)], options)
     expected = {
         (network, "plain" if backend == "pytorch" else "16", backend, batch)
         for network in ("v1", "lite")
@@ -111,7 +111,7 @@ def test_every_combination_is_timed_and_the_machine_is_named(
 
 
 def test_each_row_is_held_against_the_rates_of_its_own_threads(v1_original: Bundle) -> None:
-    result = bench([BundleSubject(v1_original)], BenchOptions(batches=(1, 2), rounds=2))
+    result = time_subjects([BundleSubject(v1_original)], BenchOptions(batches=(1, 2), rounds=2))
     (product,) = (probe for probe in result.probes if probe.what == "matrix product")
     one, two = result.latencies
     assert one.matrix_ms is not None
@@ -137,7 +137,7 @@ def test_onnxruntimes_threads_spin_within_a_timed_run_only(
         return backend
 
     monkeypatch.setattr("rexdeploy.bench.competitors.open_backend", recorded)
-    bench([BundleSubject(small_v1)], BenchOptions(threads=(1, 2), rounds=1))
+    time_subjects([BundleSubject(small_v1)], BenchOptions(threads=(1, 2), rounds=1))
     assert opened == [{within: "1", ever: ""}] * 2
     # A server's network shares its cores with those that decode images.
     graph = small_v1.manifest.find("onnx")
@@ -160,7 +160,7 @@ def _settings(backend: Any, *names: str) -> dict[str, str]:
 
 def test_peers_take_part_in_the_same_run(v1_original: Bundle) -> None:
     subjects = compared([v1_original], ["published", "plain", "mobilenetv3_small_050"])
-    result = bench(subjects, BenchOptions(("pytorch",), rounds=1))
+    result = time_subjects(subjects, BenchOptions(("pytorch",), rounds=1))
     assert [(row.network, row.form) for row in result.latencies] == [
         ("v1", "plain"),  # once, though the PyTorch code of two forms is the same
         ("v1", "published"),
@@ -173,9 +173,11 @@ def test_bundles_of_one_name_and_the_float16_of_a_cpu(v1_bundle: Bundle, tmp_pat
     other = tmp_path / "other" / "v1"
     shutil.copytree(v1_bundle.path, other)
     subjects = compared([v1_bundle, Bundle.open(other)], ["16"])  # 16 is the bundles' own form
-    result = bench(subjects, BenchOptions(rounds=1))
+    result = time_subjects(subjects, BenchOptions(rounds=1))
     assert [row.network for row in result.latencies] == [str(v1_bundle.path), str(other)]
-    half = bench(subjects[:1], BenchOptions(("pytorch", "onnxruntime"), rounds=1, fp16=True))
+    half = time_subjects(
+        subjects[:1], BenchOptions(("pytorch", "onnxruntime"), rounds=1, fp16=True)
+    )
     assert [(row.backend, row.precision) for row in half.latencies] == [("pytorch", "fp16")]
     assert half.latencies[0].roofline_ms is not None  # counted on the module, which is float32 yet
     assert "it computes float16 graphs in float32" in half.skipped[0]
@@ -185,7 +187,7 @@ def test_gpu_backends_are_skipped_with_a_reason_where_there_is_none(v1_original:
     if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
     options = BenchOptions(("onnxruntime", "pytorch-cuda", "pytorch-cuda-compile"), rounds=1)
-    result = bench([BundleSubject(v1_original)], options)
+    result = time_subjects([BundleSubject(v1_original)], options)
     assert [row.backend for row in result.latencies] == ["onnxruntime"]
     assert all("PyTorch finds no NVIDIA GPU" in reason for reason in result.skipped)
     assert len(result.skipped) == 2
@@ -208,12 +210,12 @@ def test_unusable_options_are_refused(
     change: dict[str, object], message: str, v1_original: Bundle
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        bench([BundleSubject(v1_original)], replace(QUICK, **change))  # type: ignore[arg-type]
+        time_subjects([BundleSubject(v1_original)], replace(QUICK, **change))  # type: ignore[arg-type]
 
 
 def test_nothing_to_time_is_an_error_with_the_reason(v1_original: Bundle) -> None:
     with pytest.raises(BackendUnavailable, match="nothing to time: v1 .16. has no file for tens"):
-        bench([BundleSubject(v1_original)], replace(QUICK, backends=("tensorrt",)))
+        time_subjects([BundleSubject(v1_original)], replace(QUICK, backends=("tensorrt",)))
 
 
 def test_the_table_has_ratios_to_the_first_row_with_intervals(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,16 +19,21 @@ from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.inference.classifier import load
-from rexdeploy.steps.build import BuildOptions, build, float32_nodes
+from rexdeploy.steps.build import build_trt, float32_nodes
 from rexdeploy.steps.import_onnx import import_onnx
 from rexdeploy.steps.inspection import inspect
-from rexdeploy.steps.verify import VerifyOptions, verify
+from rexdeploy.steps.verify import verify
 from tests.helpers import edit_weights, folder_state, nodes_of, reacting
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 PLAIN = "fp32.tensorrt.onnx"
-OPTIONS = BuildOptions(fp16=True, flavor="rtx", batch=BatchRange(1, 2, 8), targets=("sm89",))
+OPTIONS: dict[str, Any] = {
+    "fp16": True,
+    "flavor": "rtx",
+    "batch": BatchRange(1, 2, 8),
+    "target": ("sm89",),
+}
 
 
 def _artifact(bundle: Bundle, kind: str, precision: str) -> Artifact:
@@ -59,10 +65,10 @@ def test_the_chain_of_hashes_leads_from_the_engine_to_the_weights(v1_original: B
 
 def test_an_unchanged_build_is_answered_from_the_bundle(v1_bundle: Bundle) -> None:
     before = folder_state(v1_bundle.path)
-    again = build(v1_bundle, OPTIONS)
+    again = build_trt(v1_bundle, **OPTIONS)
     assert again.reused
     assert folder_state(v1_bundle.path) == before
-    forced = build(v1_bundle, replace(OPTIONS, force=True))
+    forced = build_trt(v1_bundle, **OPTIONS | {"force": True})
     assert not forced.reused
     assert forced.bundle.manifest.updated_at > v1_bundle.manifest.updated_at
 
@@ -70,16 +76,18 @@ def test_an_unchanged_build_is_answered_from_the_bundle(v1_bundle: Bundle) -> No
 @pytest.mark.parametrize(
     "other",
     [
-        replace(OPTIONS, fp16=False),
-        replace(OPTIONS, batch=BatchRange(1, 4, 8)),
-        replace(OPTIONS, targets=("sm86",)),
-        replace(OPTIONS, targets=()),
-        replace(OPTIONS, workspace_mib=256),
+        OPTIONS | {"fp16": False},
+        OPTIONS | {"batch": BatchRange(1, 4, 8)},
+        OPTIONS | {"target": ("sm86",)},
+        OPTIONS | {"target": ()},
+        OPTIONS | {"workspace": 256},
     ],
     ids=["precision", "profile", "target", "any target", "workspace"],
 )
-def test_every_part_of_the_key_makes_another_engine(v1_bundle: Bundle, other: BuildOptions) -> None:
-    assert not build(v1_bundle, other).reused
+def test_every_part_of_the_key_makes_another_engine(
+    v1_bundle: Bundle, other: dict[str, Any]
+) -> None:
+    assert not build_trt(v1_bundle, **other).reused
 
 
 def test_other_weights_are_never_answered_with_the_old_engine(v1_bundle: Bundle) -> None:
@@ -91,7 +99,7 @@ def test_other_weights_are_never_answered_with_the_old_engine(v1_bundle: Bundle)
     changed = v1_bundle.update(graph, files={graph.file: data})
     assert changed.manifest.find("engine") is None
     assert not list(changed.path.glob("*.engine"))
-    result = build(changed, OPTIONS)
+    result = build_trt(changed, **OPTIONS)
     assert not result.reused
     assert result.engine.sha256 != _artifact(v1_bundle, "engine", "fp16").sha256
 
@@ -107,13 +115,13 @@ def test_an_fp16_build_that_is_really_fp32_fails_and_writes_nothing(v1_bundle: B
     bundle = v1_bundle.update(fake, files={half.file: data})
     before = folder_state(bundle.path)
     with pytest.raises(VerificationFailed, match=r"not FP16: 0 of \d+ layers in Half \(0%\)") as no:
-        build(bundle, OPTIONS)
+        build_trt(bundle, **OPTIONS)
     assert no.value.exit_code == 3
     assert folder_state(bundle.path) == before
 
 
 def test_a_float32_build_has_no_half_layer(v1_bundle: Bundle) -> None:
-    engine = build(v1_bundle, replace(OPTIONS, fp16=False)).engine
+    engine = build_trt(v1_bundle, **OPTIONS | {"fp16": False}).engine
     assert engine.proof is not None
     assert (engine.precision, set(engine.proof.layers)) == ("fp32", {"Float"})
     assert engine.file == "fp32.rtx-sm89.engine"
@@ -129,7 +137,7 @@ def _relabelled(bundle: Bundle, **built_with: str) -> Bundle:
 def test_engines_are_built_from_the_form_with_plain_shortcuts(v1_bundle: Bundle) -> None:
     """At most 120 layers of V1 1.0 in either precision, and the exported graph is still first."""
     root, half = (_artifact(v1_bundle, "onnx", name) for name in ("fp32", "fp16"))
-    result = build(v1_bundle, replace(OPTIONS, fp16=False))
+    result = build_trt(v1_bundle, **OPTIONS | {"fp16": False})
     bundle = result.bundle
     files = {item.sha256: item for item in bundle.manifest.artifacts}
     plain = files[result.engine.parent_sha256 or ""]
@@ -143,13 +151,13 @@ def test_engines_are_built_from_the_form_with_plain_shortcuts(v1_bundle: Bundle)
     assert plain.parent_sha256 == root.sha256
     assert plain.built_with["shortcuts"] == "plain adds"
     assert files[half.sha256].parent_sha256 == plain.sha256
-    assert build(bundle, replace(OPTIONS, fp16=False)).reused
-    assert build(bundle, OPTIONS).reused
+    assert build_trt(bundle, **OPTIONS | {"fp16": False}).reused
+    assert build_trt(bundle, **OPTIONS).reused
 
 
 def test_verification_judges_both_engines_graphs(v1_bundle: Bundle) -> None:
-    bundle = build(v1_bundle, replace(OPTIONS, fp16=False)).bundle
-    sound = verify(bundle, VerifyOptions(samples=4))
+    bundle = build_trt(v1_bundle, **OPTIONS | {"fp16": False}).bundle
+    sound = verify(bundle, samples=4)
     assert sound.passed, sound.failures
     errors = {(edge.reference, edge.candidate.split()[0]): edge.error for edge in sound.edges}
     assert errors["fp32.onnx", "fp32.tensorrt.onnx"] < 1e-4
@@ -164,21 +172,21 @@ def test_verification_judges_both_engines_graphs(v1_bundle: Bundle) -> None:
     weight = nodes_of(model, "Conv")[5].input[1]
     data = edit_weights(model, [weight], lambda values: values * 1.05).SerializeToString()
     broken = bundle.update(replace(plain, sha256=sha256(data)), files={plain.file: data})
-    (failure,) = verify(broken, VerifyOptions(samples=4)).failures
+    (failure,) = verify(broken, samples=4).failures
     assert failure.startswith("broken edge fp32.onnx -> fp32.tensorrt.onnx (onnxruntime): error ")
 
 
 def test_a_graph_that_was_not_aligned_is_built_as_it_is(v1_bundle: Bundle) -> None:
     bundle = _relabelled(v1_bundle, align="off")
     root = _artifact(bundle, "onnx", "fp32")
-    result = build(bundle, replace(OPTIONS, fp16=False))
+    result = build_trt(bundle, **OPTIONS | {"fp16": False})
     assert result.engine.parent_sha256 == root.sha256
-    half = build(result.bundle, OPTIONS)
+    half = build_trt(result.bundle, **OPTIONS)
     assert not half.reused  # the float16 graph has other shortcuts
     assert _artifact(half.bundle, "onnx", "fp16").parent_sha256 == root.sha256
     assert nodes_of(_model(half.bundle, "fp16"), "Concat")
     # What a bundle of an older version looks like: its float16 graph is made again.
-    again = build(_relabelled(half.bundle, align="16"), OPTIONS)
+    again = build_trt(_relabelled(half.bundle, align="16"), **OPTIONS)
     assert not again.reused
     assert not nodes_of(_model(again.bundle, "fp16"), "Concat")
 
@@ -188,7 +196,7 @@ def bf16_original(v1_original: Bundle, tmp_path_factory: pytest.TempPathFactory)
     """The V1 bundle with a bfloat16 graph and engine, too."""
     folder = tmp_path_factory.mktemp("bf16") / "v1"
     shutil.copytree(v1_original.path, folder)
-    return build(Bundle.open(folder), replace(OPTIONS, fp16=False, bf16=True)).bundle
+    return build_trt(Bundle.open(folder), **OPTIONS | {"fp16": False, "bf16": True}).bundle
 
 
 def test_a_bfloat16_build_is_proven_and_its_graph_is_verified_by_emulation(
@@ -200,14 +208,14 @@ def test_a_bfloat16_build_is_proven_and_its_graph_is_verified_by_emulation(
     assert engine.proof.wanted == "BFloat16"
     assert engine.proof.holds
     assert engine.proof.macs.keys() == {"BFloat16"}
-    result = verify(bf16_original, VerifyOptions(samples=6))
+    result = verify(bf16_original, samples=6)
     assert result.passed, result.failures
     label = "bf16.onnx (onnxruntime, bfloat16 emulated)"
     edge, twin = (edge for edge in result.edges if edge.candidate == label)
     assert (edge.reference, twin.reference) == (PLAIN, f"{PLAIN}, rounded")
     assert 0.1 < edge.error < edge.limits.error  # it did round, by 3 bits more than float16
     assert twin.error < 1e-4  # and exactly so
-    assert build(bf16_original, replace(OPTIONS, fp16=False, bf16=True)).reused
+    assert build_trt(bf16_original, **OPTIONS | {"fp16": False, "bf16": True}).reused
 
 
 def test_swapped_channels_in_the_bfloat16_graph_break_its_edge(
@@ -219,20 +227,20 @@ def test_swapped_channels_in_the_bfloat16_graph_break_its_edge(
     stem.raw_data = values[:, ::-1].tobytes()
     path = tmp_path / "swapped.onnx"
     path.write_bytes(graph.SerializeToString())
-    result = verify(bf16_original, VerifyOptions(samples=6, candidate=path))
+    result = verify(bf16_original, samples=6, candidate=path)
     assert "swapped.onnx (onnxruntime, bfloat16 emulated): error" in result.failures[0]
 
 
 def test_both_precisions_or_a_graph_in_another_are_refused(v1_bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="got --fp16 and --bf16, expected one of them"):
-        build(v1_bundle, replace(OPTIONS, bf16=True))
+        build_trt(v1_bundle, **OPTIONS | {"bf16": True})
     half = _artifact(v1_bundle, "onnx", "fp16")
     weights = v1_bundle.manifest.find("weights")
     assert weights is not None
     lone = replace(half, file="fp32.onnx", parent_sha256=weights.sha256)
     bundle = v1_bundle.update(lone, files={lone.file: v1_bundle.read(half)})
     with pytest.raises(UsageError, match="fp32.onnx is a graph in fp16; --bf16 needs one in"):
-        build(bundle, replace(OPTIONS, fp16=False, bf16=True))
+        build_trt(bundle, **OPTIONS | {"fp16": False, "bf16": True})
 
 
 def test_a_damaged_graph_is_refused(v1_bundle: Bundle) -> None:
@@ -241,34 +249,34 @@ def test_a_damaged_graph_is_refused(v1_bundle: Bundle) -> None:
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(UsageError, match="fp32.onnx is not the file the manifest describes"):
-        build(v1_bundle, replace(OPTIONS, fp16=False))
+        build_trt(v1_bundle, **OPTIONS | {"fp16": False})
 
 
 def test_a_damaged_engine_is_not_an_answer(v1_bundle: Bundle) -> None:
     engine = _artifact(v1_bundle, "engine", "fp16")
     (v1_bundle.path / engine.file).write_bytes(b"vtrt" + b"\0" * 100)
-    assert not build(v1_bundle, OPTIONS).reused
-    assert build(Bundle.open(v1_bundle.path), OPTIONS).reused
+    assert not build_trt(v1_bundle, **OPTIONS).reused
+    assert build_trt(Bundle.open(v1_bundle.path), **OPTIONS).reused
     half = v1_bundle.path / "fp16.onnx"
     half.write_bytes(half.read_bytes()[:-1])  # made again from the float32 graph
-    assert build(Bundle.open(v1_bundle.path), OPTIONS).reused is True
-    assert verify(Bundle.open(v1_bundle.path), VerifyOptions(samples=2)).passed
+    assert build_trt(Bundle.open(v1_bundle.path), **OPTIONS).reused is True
+    assert verify(Bundle.open(v1_bundle.path), samples=2).passed
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (replace(OPTIONS, targets=("sm90",)), "target: got 'sm90', expected sm75, sm80"),
-        (replace(OPTIONS, flavor="tensorrt"), "--target is for --flavor rtx"),
-        (replace(OPTIONS, flavor="trt"), "flavor: got 'trt', expected auto, tensorrt, rtx"),
-        (replace(OPTIONS, workspace_mib=1 << 44), "workspace: got 17592186044416, expected 1 to"),
+        (OPTIONS | {"target": ("sm90",)}, "target: got 'sm90', expected sm75, sm80"),
+        (OPTIONS | {"flavor": "tensorrt"}, "--target is for --flavor rtx"),
+        (OPTIONS | {"flavor": "trt"}, "flavor: got 'trt', expected auto, tensorrt, rtx"),
+        (OPTIONS | {"workspace": 1 << 44}, "workspace: got 17592186044416, expected 1 to"),
     ],
 )
 def test_unusable_options_are_refused(
-    v1_original: Bundle, options: BuildOptions, message: str
+    v1_original: Bundle, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        build(v1_original, options)
+        build_trt(v1_original, **options)
 
 
 class _Own(torch.nn.Module):
@@ -311,20 +319,20 @@ def own_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_somebodys_own_graph_gets_a_bundle_an_engine_and_a_verification(
     own_graph: Path, tmp_path: Path
 ) -> None:
-    source = import_onnx(own_graph, tmp_path, OPTIONS)
+    source = import_onnx(own_graph, out=tmp_path, **OPTIONS)
     assert list(tmp_path.iterdir()) == []  # nothing is written before the engine is proven
     bundle = source.bundle
     assert (bundle.manifest.model.family, bundle.manifest.model.num_classes) == ("onnx", 7)
     assert bundle.path == tmp_path / "mine"
-    result = build(source, OPTIONS)
+    result = build_trt(source, **OPTIONS)
     assert result.engine.proof is not None
     assert result.engine.proof.layers["Half"] == 3  # one more reads the float32 image
-    verification = verify(result.bundle, VerifyOptions(samples=6))
+    verification = verify(result.bundle, samples=6)
     assert verification.passed
     assert [edge.reference for edge in verification.edges] == ["model.onnx", "model.onnx, rounded"]
     # Imported again unchanged, the engine is still there.
-    assert build(import_onnx(own_graph, tmp_path, OPTIONS), OPTIONS).reused
-    again = verify(Bundle.open(bundle.path), VerifyOptions(samples=6))
+    assert build_trt(import_onnx(own_graph, out=tmp_path, **OPTIONS), **OPTIONS).reused
+    again = verify(Bundle.open(bundle.path), samples=6)
     assert [edge.reference for edge in again.edges] == ["model.onnx", "model.onnx, rounded"]
 
 
@@ -335,28 +343,30 @@ def test_an_imported_graph_does_not_take_the_place_of_another_model(
     taken.write_bytes(own_graph.read_bytes())
     before = folder_state(v1_bundle.path)
     with pytest.raises(UsageError, match=r"holds another model \(rexnet 1\)"):
-        import_onnx(taken, v1_bundle.path.parent, OPTIONS)
+        import_onnx(taken, out=v1_bundle.path.parent, **OPTIONS)
     assert folder_state(v1_bundle.path) == before
 
 
 def test_a_failing_import_leaves_an_existing_bundle_as_it_was(
     own_graph: Path, tmp_path: Path
 ) -> None:
-    bundle = build(import_onnx(own_graph, tmp_path, OPTIONS), OPTIONS).bundle
+    bundle = build_trt(import_onnx(own_graph, out=tmp_path, **OPTIONS), **OPTIONS).bundle
     before = folder_state(bundle.path)
     other = tmp_path / "elsewhere" / "mine.onnx"
     other.parent.mkdir()
     model = onnx.load(own_graph)
     model.graph.name = "another"
     other.write_bytes(model.SerializeToString())
-    wrong = replace(OPTIONS, flavor="nonsense", force=True)
+    wrong = OPTIONS | {"flavor": "nonsense", "force": True}
     with pytest.raises(UsageError, match="holds another model .*mine.onnx.*--force"):
-        import_onnx(other, tmp_path, OPTIONS)
+        import_onnx(other, out=tmp_path, **OPTIONS)
     with pytest.raises(UsageError, match="flavor: got 'nonsense'"):
-        build(import_onnx(other, tmp_path, wrong), wrong)
+        build_trt(import_onnx(other, out=tmp_path, **wrong), **wrong)
     assert folder_state(bundle.path) == before
-    forced = replace(OPTIONS, force=True)
-    assert build(import_onnx(other, tmp_path, forced), forced).bundle.path == bundle.path
+    forced = OPTIONS | {"force": True}
+    assert (
+        build_trt(import_onnx(other, out=tmp_path, **forced), **forced).bundle.path == bundle.path
+    )
 
 
 def test_a_graph_that_ends_in_softmax_is_refused(own_graph: Path, tmp_path: Path) -> None:
@@ -368,7 +378,7 @@ def test_a_graph_that_ends_in_softmax_is_refused(own_graph: Path, tmp_path: Path
     path = tmp_path / "soft.onnx"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match="ends in Softmax; expected logits"):
-        import_onnx(path, tmp_path / "out", OPTIONS)
+        import_onnx(path, out=tmp_path / "out", **OPTIONS)
 
 
 def test_weights_beside_the_graph_are_taken_in(own_graph: Path, tmp_path: Path) -> None:
@@ -379,9 +389,11 @@ def test_weights_beside_the_graph_are_taken_in(own_graph: Path, tmp_path: Path) 
         location="split.data",
         size_threshold=0,
     )
-    bundle = build(import_onnx(tmp_path / "split.onnx", tmp_path / "out", OPTIONS), OPTIONS).bundle
+    bundle = build_trt(
+        import_onnx(tmp_path / "split.onnx", out=tmp_path / "out", **OPTIONS), **OPTIONS
+    ).bundle
     (tmp_path / "split.data").unlink()
-    assert verify(bundle, VerifyOptions(samples=4)).passed
+    assert verify(bundle, samples=4).passed
 
 
 def test_files_that_are_no_classifier_are_refused(own_graph: Path, tmp_path: Path) -> None:
@@ -397,7 +409,7 @@ def test_files_that_are_no_classifier_are_refused(own_graph: Path, tmp_path: Pat
     empty.write_bytes(b"")
     for path in (four_channels, garbage, truncated, empty, tmp_path / "missing.onnx"):
         with pytest.raises(UsageError, match=path.name):
-            import_onnx(path, tmp_path / "out", OPTIONS)
+            import_onnx(path, out=tmp_path / "out", **OPTIONS)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -422,11 +434,11 @@ def test_a_graph_of_another_revision_is_made_again(v1_bundle: Bundle, made_by: s
         built_with=notes | ({"revision": made_by} if made_by else {}),
     )
     said: list[str] = []
-    result = build(v1_bundle.update(old, files={old.file: data}), OPTIONS, said.append)
+    result = build_trt(v1_bundle.update(old, files={old.file: data}), **OPTIONS, report=said.append)
     again = _artifact(result.bundle, "onnx", "fp16")
     assert (again.sha256, again.built_with["revision"]) == (half.sha256, "1")
     assert any("making fp16.onnx again, since " in line for line in said), said
-    assert build(result.bundle, OPTIONS).reused
+    assert build_trt(result.bundle, **OPTIONS).reused
 
 
 def test_force_makes_the_graphs_again_and_says_what_tuning_is_lost(v1_bundle: Bundle) -> None:
@@ -438,9 +450,11 @@ def test_force_makes_the_graphs_again_and_says_what_tuning_is_lost(v1_bundle: Bu
     tuned = replace(half, sha256=sha256(data), built_with=notes, precision=None)
     bundle = v1_bundle.update(tuned, files={half.file: data})
     said: list[str] = []
-    assert build(bundle, OPTIONS, said.append).engine.parent_sha256 == tuned.sha256  # kept
+    assert (
+        build_trt(bundle, **OPTIONS, report=said.append).engine.parent_sha256 == tuned.sha256
+    )  # kept
     assert not any("tune-precision" in line for line in said)
-    forced = build(Bundle.open(bundle.path), replace(OPTIONS, force=True), said.append)
+    forced = build_trt(Bundle.open(bundle.path), **OPTIONS | {"force": True}, report=said.append)
     assert _artifact(forced.bundle, "onnx", "fp16").sha256 == half.sha256
     lost = [line for line in said if "tune-precision" in line]
     assert len(lost) == 1
@@ -451,8 +465,8 @@ def test_force_makes_the_graphs_again_and_says_what_tuning_is_lost(v1_bundle: Bu
 def test_an_engine_of_another_revision_is_no_answer(
     v1_bundle: Bundle, notes: dict[str, str]
 ) -> None:
-    assert build(v1_bundle, OPTIONS).reused
-    assert not build(_noted(v1_bundle, "engine", **notes), OPTIONS).reused
+    assert build_trt(v1_bundle, **OPTIONS).reused
+    assert not build_trt(_noted(v1_bundle, "engine", **notes), **OPTIONS).reused
 
 
 def test_an_engine_whose_proof_is_of_another_type_is_nowhere_taken(v1_bundle: Bundle) -> None:
@@ -463,12 +477,12 @@ def test_an_engine_whose_proof_is_of_another_type_is_nowhere_taken(v1_bundle: Bu
     fault = "claims fp16, and its proof is of Float"
     with pytest.raises(VerificationFailed, match=fault):
         inspect(bundle.path / engine.file)
-    assert any(fault in line for line in verify(bundle, VerifyOptions(samples=2)).failures)
+    assert any(fault in line for line in verify(bundle, samples=2).failures)
     with load(bundle) as classifier:
         assert any(fault in line for line in classifier.passed_over)
     with pytest.raises(BackendUnavailable, match=fault):
         BundleSubject(bundle).file("tensorrt-rtx", fp16=False)
-    assert not build(bundle, OPTIONS).reused
+    assert not build_trt(bundle, **OPTIONS).reused
 
 
 @pytest.mark.parametrize("kind", ["Sigmoid", "Mul", "GlobalAveragePool", "AveragePool"])

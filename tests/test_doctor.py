@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rexdeploy.steps.doctor import examine
+from rexdeploy.steps.doctor import doctor
 from tests.helpers import run_cli, run_python
 
 DOCTOR = "from rexdeploy.cli import main; main()"
@@ -22,7 +22,7 @@ def _plant(folder: Path, package: str, version: str) -> None:
 
 
 def test_it_reports_the_installed_versions() -> None:
-    findings = {finding.item: finding for finding in examine()}
+    findings = {finding.item: finding for finding in doctor()}
     assert findings["torch"].detail == metadata.version("torch")
     for finding in findings.values():
         if finding.status == "missing" and finding.item != "NVIDIA GPU":

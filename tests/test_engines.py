@@ -10,6 +10,7 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,12 +23,12 @@ from rexdeploy.backends.trt import TensorRTBackend
 from rexdeploy.backends.trt_load import validity
 from rexdeploy.bench.answers import inputs
 from rexdeploy.bench.competitors import BenchOptions
-from rexdeploy.bench.harness import Benchmark, bench
+from rexdeploy.bench.harness import Benchmark, time_subjects
 from rexdeploy.bench.networks import BundleSubject
 from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
-from rexdeploy.steps.verify import Verification, VerifyOptions, verify
+from rexdeploy.steps.verify import Verification, verify
 from tests.cuda_standin import CUresult, Driver
 from tests.helpers import run_cli
 from tests.trt_standin import EngineInvalidityDiagnostics, EngineValidity, Module, plan
@@ -89,7 +90,7 @@ def _judge(bundle: Bundle, data: bytes, folder: Path) -> Verification:
     """An engine from elsewhere against the bundle's network."""
     path = folder / "other.engine"
     path.write_bytes(data)
-    return verify(bundle, VerifyOptions(samples=6, candidate=path))
+    return verify(bundle, samples=6, candidate=path)
 
 
 def _on_cpu(bundle: Bundle, batch: int) -> np.ndarray:
@@ -304,7 +305,7 @@ def test_predict_passes_over_a_refused_engine_and_says_so(rtx: Module, bundle: B
 
 
 def test_verify_judges_both_kernels_that_serve(rtx: Module, bundle: Bundle) -> None:
-    result = verify(bundle, VerifyOptions(samples=6, require=("tensorrt-rtx",)))
+    result = verify(bundle, samples=6, require=("tensorrt-rtx",))
     assert result.passed, result.failures
     edges = {edge.candidate for edge in result.edges}
     assert {f"{ENGINE} (tensorrt-rtx)", f"{ENGINE} (tensorrt-rtx, fallback kernels)"} <= edges
@@ -357,12 +358,12 @@ def test_a_refused_engine_fails_and_one_for_another_gpu_is_skipped(
     assert "the engine cannot be loaded: cudaError 2" in refused.failures[0]
     rtx.refuses_to_load = None
     rtx.driver.capability = (12, 0)
-    options = VerifyOptions(samples=6)
-    foreign = verify(bundle, options)
+    options: dict[str, Any] = {"samples": 6}
+    foreign = verify(bundle, **options)
     assert foreign.passed
     assert [item.candidate for item in foreign.skipped] == [f"{ENGINE} (tensorrt-rtx)"]
     assert "compute capability" in foreign.skipped[0].reason
-    required = verify(bundle, replace(options, require=("tensorrt-rtx",)))
+    required = verify(bundle, **options | {"require": ("tensorrt-rtx",)})
     assert required.failures[0].startswith("required backend tensorrt-rtx did not run")
 
 
@@ -370,7 +371,7 @@ def test_a_refused_engine_fails_and_one_for_another_gpu_is_skipped(
 
 
 def test_every_mode_of_an_engine_is_timed(rtx: Module, bundle: Bundle) -> None:
-    result = bench([BundleSubject(bundle)], RTX)
+    result = time_subjects([BundleSubject(bundle)], RTX)
     assert _rows(result) == {
         ("tensorrt-rtx", mode, batch)
         for mode in ("host", "device", "cuda graph")
@@ -387,7 +388,7 @@ def test_every_mode_of_an_engine_is_timed(rtx: Module, bundle: Bundle) -> None:
 def test_a_capture_that_fails_is_one_line_and_loses_no_row(rtx: Module, bundle: Bundle) -> None:
     data = plan(_graph(bundle, "fp16"), is_capturable=False)
     options = replace(RTX, backends=("tensorrt-rtx", "onnxruntime"))
-    result = bench([BundleSubject(_with_engine(bundle, data))], options)
+    result = time_subjects([BundleSubject(_with_engine(bundle, data))], options)
     assert _rows(result) == {
         *(("tensorrt-rtx", mode, batch) for mode in ("host", "device") for batch in (1, 3)),
         *(("onnxruntime", "host", batch) for batch in (1, 3)),
@@ -417,7 +418,7 @@ def test_an_error_in_the_rounds_loses_what_it_breaks_only(
     breaks.__name__ = "cuGraphLaunch"
     monkeypatch.setattr(rtx.driver, "cuGraphLaunch", breaks)
     options = replace(RTX, backends=("tensorrt-rtx", "onnxruntime"), batches=(1,))
-    result = bench([BundleSubject(bundle)], options)
+    result = time_subjects([BundleSubject(bundle)], options)
     assert _rows(result) == {("onnxruntime", "host", 1)}
     lost = [reason for reason in result.skipped if "CUDA_ERROR_ILLEGAL_ADDRESS" in reason]
     assert len(lost) == 3
@@ -437,13 +438,13 @@ def test_a_row_of_wrong_outputs_is_a_failure_and_no_row(
     assert [row["backend"] for row in written["latencies"]] == ["onnxruntime"]
     assert len(written["failures"]) == 3
     with pytest.raises(VerificationFailed, match="its outputs are off by"):
-        bench([BundleSubject(bundle)], RTX)
+        time_subjects([BundleSubject(bundle)], RTX)
 
 
 def test_a_graph_that_does_nothing_is_no_row(rtx: Module, bundle: Bundle) -> None:
     """The outputs of the run before it lay in the very memory that it should have written."""
     rtx.driver.launches_do_nothing = True
-    result = bench([BundleSubject(bundle)], replace(RTX, batches=(1,)))
+    result = time_subjects([BundleSubject(bundle)], replace(RTX, batches=(1,)))
     assert {mode for _, mode, _ in _rows(result)} == {"host", "device"}
     assert result.failures == (
         "small_v1 (16) on tensorrt-rtx, batch 1, cuda graph: its outputs are off by nan of how "
@@ -454,7 +455,7 @@ def test_a_graph_that_does_nothing_is_no_row(rtx: Module, bundle: Bundle) -> Non
 def test_an_engine_that_is_refused_loses_no_other_row(rtx: Module, bundle: Bundle) -> None:
     rtx.driver.fail["cuMemHostAlloc"] = OUT_OF_MEMORY
     options = replace(RTX, backends=("tensorrt-rtx", "onnxruntime"), batches=(1,))
-    result = bench([BundleSubject(bundle)], options)
+    result = time_subjects([BundleSubject(bundle)], options)
     assert _rows(result) == {("onnxruntime", "host", 1)}
     assert "cuMemHostAlloc failed: CUDA_ERROR_OUT_OF_MEMORY" in result.skipped[0]
 

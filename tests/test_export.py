@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,19 +19,19 @@ from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.images import decode, sets
-from rexdeploy.steps.export import ExportOptions, export
+from rexdeploy.steps.export import export
 from tests.helpers import edit_weights, folder_state, nodes_of
 
 # Small and quick where the network itself does not matter.
-TINY = ExportOptions(width=0.3, num_classes=5, image_size=64)
+TINY: dict[str, Any] = {"width": 0.3, "num_classes": 5, "image_size": 64}
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """An untrained network, exported twice with equal options: the second one is given."""
-    options = replace(TINY, out=tmp_path_factory.mktemp("tiny"))
-    first = export(options).bundle
-    second = export(options).bundle
+    options = TINY | {"out": tmp_path_factory.mktemp("tiny")}
+    first = export(**options).bundle
+    second = export(**options).bundle
     graphs = [bundle.manifest.find("onnx") for bundle in (first, second)]
     assert graphs[0] == graphs[1]  # the export is reproducible, byte for byte
     return second
@@ -101,10 +101,8 @@ def test_labels_are_imagenets_for_1000_classes_only(
 def test_a_fixed_batch_labels_and_plain_graph_on_request(tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("ant\nbee\ncat\ndog\nélan\n", encoding="utf-8")
-    options = replace(
-        TINY, batch=3, labels=labels, simplify=False, opset=20, lite=True, name="mine", out=tmp_path
-    )
-    result = export(options)
+    options = {"batch": 3, "labels": labels, "simplify": False, "opset": 20, "lite": True}
+    result = export(**TINY | options, name="mine", out=tmp_path)
     model = _model(result.bundle)
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
     assert model.opset_import[0].version == 20
@@ -120,13 +118,13 @@ def test_a_fixed_batch_labels_and_plain_graph_on_request(tmp_path: Path) -> None
 
 def test_the_same_export_again_keeps_what_was_built_from_it(tiny: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from rexdeploy.steps.build import BuildOptions, build
+    from rexdeploy.steps.build import build_trt
 
-    options = replace(TINY, out=tmp_path)
-    built = build(export(options).bundle, BuildOptions(fp16=True, flavor="rtx")).bundle
-    again = export(options).bundle
+    options = TINY | {"out": tmp_path}
+    built = build_trt(export(**options).bundle, fp16=True, flavor="rtx").bundle
+    again = export(**options).bundle
     assert again.manifest.find("engine") == built.manifest.find("engine")
-    other = export(replace(options, num_classes=6)).bundle
+    other = export(**options | {"num_classes": 6}).bundle
     assert other.manifest.find("engine") is None
     assert {path.name for path in other.path.iterdir()} == {
         "manifest.json",
@@ -148,16 +146,16 @@ def test_a_simplifier_that_changes_the_logits_is_caught_and_nothing_is_written(
 
     monkeypatch.setattr(onnxsim, "simplify", spoil)
     with pytest.raises(VerificationFailed, match="edge torch -> simplified is broken") as failure:
-        export(replace(TINY, out=tmp_path))
+        export(**TINY | {"out": tmp_path})
     assert failure.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_untrained_network_does_not_replace_a_trained_one(v1_bundle: Bundle) -> None:
     before = folder_state(v1_bundle.path)
-    options = replace(TINY, out=v1_bundle.path.parent, name=v1_bundle.path.name)
+    options = TINY | {"out": v1_bundle.path.parent, "name": v1_bundle.path.name}
     with pytest.raises(UsageError, match=r"holds trained weights \(rexnetv1_1.0.pth\)"):
-        export(options)
+        export(**options)
     assert folder_state(v1_bundle.path) == before
 
 
@@ -172,9 +170,9 @@ def test_an_untrained_network_does_not_replace_a_trained_one(v1_bundle: Bundle) 
 def test_options_that_contradict_the_checkpoint_name_both(
     change: dict[str, object], message: str, v1_checkpoint: Path, tmp_path: Path
 ) -> None:
-    options = ExportOptions(weights=str(v1_checkpoint), out=tmp_path)
+    options: dict[str, Any] = {"weights": str(v1_checkpoint), "out": tmp_path}
     with pytest.raises(UsageError, match=message):
-        export(replace(options, **change))  # type: ignore[arg-type]
+        export(**options | change)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -196,7 +194,7 @@ def test_unusable_options_are_refused_before_the_work(
     change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        export(replace(TINY, out=tmp_path, **change))  # type: ignore[arg-type]
+        export(**TINY | {"out": tmp_path} | change)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,11 +203,8 @@ def test_a_checkpoint_whose_logits_do_not_vary_is_refused(tmp_path: Path) -> Non
 
     torch.manual_seed(0)
     torch.save(ReXNetV1(width_mult=0.3, classes=5).state_dict(), tmp_path / "fresh.pth")
-    options = ExportOptions(
-        weights=str(tmp_path / "fresh.pth"), image_size=64, out=tmp_path / "out"
-    )
     with pytest.raises(UsageError, match="do not vary"):
-        export(options)
+        export(weights=tmp_path / "fresh.pth", image_size=64, out=tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -18,10 +18,9 @@ from rexdeploy.bundle.store import Bundle, commit
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.graphs.bounds import MAX_RUN_BYTES, peak_bytes
 from rexdeploy.machine import bounded
-from rexdeploy.steps.build import BuildOptions
 from rexdeploy.steps.import_onnx import import_onnx
 from rexdeploy.steps.inspection import inspect
-from rexdeploy.steps.verify import VerifyOptions, verify
+from rexdeploy.steps.verify import verify
 from tests.helpers import assert_refused, run_cli, run_measured
 
 Shape = Sequence[int | str] | None
@@ -135,7 +134,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle with one convolution in it."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "tiny.onnx").write_bytes(_classifier().SerializeToString())
-    source = import_onnx(folder / "tiny.onnx", folder, BuildOptions())
+    source = import_onnx(folder / "tiny.onnx", out=folder)
     manifest = source.bundle.manifest
     return commit(source.bundle.path, lambda _: manifest, source.new_files)
 
@@ -209,18 +208,18 @@ def test_an_import_is_held_to_the_same_bound(name: str, tmp_path: Path) -> None:
     path = tmp_path / "bomb.onnx"
     path.write_bytes(BOMBS[name]().SerializeToString())
     with pytest.raises(UsageError, match=r"takes \d+.* GiB of memory at a batch of 8, by"):
-        import_onnx(path, tmp_path / "built", BuildOptions())
+        import_onnx(path, out=tmp_path / "built")
 
 
 def test_many_classes_times_many_rows_are_refused(tmp_path: Path) -> None:
     """Half a kilobyte that was built, and took 12 GB in `verify`: 64 rows of a million classes."""
     path = tmp_path / "wide.onnx"
     path.write_bytes(_of_classes(999_999).SerializeToString())
-    source = import_onnx(path, tmp_path / "built", BuildOptions())
+    source = import_onnx(path, out=tmp_path / "built")
     manifest = source.bundle.manifest
     bundle = commit(source.bundle.path, lambda _: manifest, source.new_files)
     with pytest.raises(UsageError, match="64 rows of 999999 classes are 63999936 logits, expected"):
-        verify(bundle, VerifyOptions(candidate=path))
+        verify(bundle, candidate=path)
 
 
 def test_what_honest_graphs_take_is_far_from_the_bound(small_lite_original: Bundle) -> None:
@@ -327,7 +326,7 @@ def test_a_candidate_of_absurd_batches_is_refused(rows: int, tiny: Bundle, tmp_p
     model = _classifier(_value("x", [rows, 3, 64, 64]), _value("y", [rows, 10]))
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match=f"batches of exactly {rows}, expected 1 to 4096"):
-        verify(tiny, VerifyOptions(candidate=path))
+        verify(tiny, candidate=path)
 
 
 def test_types_that_do_not_exist_are_no_traceback(tiny: Bundle, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from onnx import ModelProto, TensorProto
 from rexdeploy.arrays import UInt8, softmax
 from rexdeploy.backends import open_backend
 from rexdeploy.bench.competitors import BenchOptions
-from rexdeploy.bench.harness import bench
+from rexdeploy.bench.harness import time_subjects
 from rexdeploy.bench.networks import BundleSubject
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
@@ -22,10 +23,10 @@ from rexdeploy.graphs.wrapper import change_core, forms, interface_nodes, unwrap
 from rexdeploy.images import decode, sets
 from rexdeploy.inference.classifier import load
 from rexdeploy.parity.compare import comparable
-from rexdeploy.steps.verify import VerifyOptions, verify
+from rexdeploy.steps.verify import verify
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
 
-FAST = VerifyOptions(samples=4)
+FAST: dict[str, Any] = {"samples": 4}
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +135,12 @@ def test_a_change_that_changes_nothing_gives_the_graph_itself(
 def test_verify_compares_log_probabilities_and_says_so(
     small_pixels: Bundle, small_v1_original: Bundle, tmp_path: Path
 ) -> None:
-    result = verify(small_pixels, FAST)
+    result = verify(small_pixels, **FAST)
     assert result.passed
     assert result.compared == "log-probabilities"
     assert [edge.candidate for edge in result.edges if "fp32.onnx" in edge.candidate]
     # A softmax takes one number an image: what is left has almost the same signal.
-    plain = verify(small_v1_original, FAST)
+    plain = verify(small_v1_original, **FAST)
     assert plain.compared == "logits"
     assert result.signal == pytest.approx(plain.signal, rel=0.05)
     told = run_cli("verify", small_pixels.path, "--samples", "4", "-q", "--json", "-", cwd=tmp_path)
@@ -174,7 +175,7 @@ def test_a_defect_in_or_behind_the_interface_breaks_its_edge(
 ) -> None:
     assert callable(defect)
     changed = defect(_graph(small_pixels, "fp32.onnx"))
-    result = verify(_with_graph(small_pixels, "fp32.onnx", changed), FAST)
+    result = verify(_with_graph(small_pixels, "fp32.onnx", changed), **FAST)
     assert "torch -> fp32.onnx" in result.failures[0]
 
 
@@ -187,7 +188,7 @@ def test_a_file_of_another_interface_is_judged_by_its_own(
         (small_pixels_original, small_v1_original),
     ):
         candidate = other.path / "fp32.onnx"
-        result = verify(judge, replace(FAST, candidate=candidate))
+        result = verify(judge, **FAST | {"candidate": candidate})
         assert result.passed, result.failures
     assert result.compared == "logits"
 
@@ -196,7 +197,7 @@ def test_localize_walks_the_core(small_pixels: Bundle) -> None:
     weight = nodes_of(_graph(small_pixels, "fp32.onnx"), "Conv")[2].input[1]
     changed = edit_weights(_graph(small_pixels, "fp32.onnx"), [weight], lambda values: 1.1 * values)
     broken = _with_graph(small_pixels, "fp32.onnx", changed)
-    result = verify(broken, replace(FAST, localize=True))
+    result = verify(broken, **FAST | {"localize": True})
     (walk,) = (item for item in result.localizations if item.candidate == "fp32.onnx")
     assert walk.culprit is not None
     assert walk.culprit.node.weight == weight
@@ -205,7 +206,7 @@ def test_localize_walks_the_core(small_pixels: Bundle) -> None:
 
 def test_bench_feeds_each_form_what_it_takes(small_pixels_original: Bundle) -> None:
     options = BenchOptions(backends=("onnxruntime", "pytorch"), rounds=1, batches=(2,))
-    result = bench([BundleSubject(small_pixels_original)], options)
+    result = time_subjects([BundleSubject(small_pixels_original)], options)
     assert {row.backend for row in result.latencies} == {"onnxruntime", "pytorch"}
     assert result.skipped == ()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rexdeploy.errors import UsageError
-from rexdeploy.serving.deploy import check_place, inference_service
+from rexdeploy.serving.config import check_place, inference_service
 from tests.helpers import DATA
 
 yaml = pytest.importorskip("yaml")

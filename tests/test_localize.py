@@ -23,7 +23,7 @@ from rexdeploy.images import sets
 from rexdeploy.models.rexnet import LinearBottleneck, ReXNetV1
 from rexdeploy.parity.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.parity.walk import GraphWalk, TorchWalk, Walk
-from rexdeploy.steps.verify import VerifyOptions, verify
+from rexdeploy.steps.verify import verify
 from tests import test_verify as planted
 from tests.helpers import (
     assert_refused,
@@ -284,7 +284,7 @@ def test_the_command_names_block_and_node_and_draws_them(
 
 def test_an_engine_is_not_walked_and_says_so(small_v1_original: Bundle) -> None:
     engine = small_v1_original.path / "fp16.rtx-sm89.engine"
-    result = verify(small_v1_original, VerifyOptions(samples=2, candidate=engine, localize=True))
+    result = verify(small_v1_original, samples=2, candidate=engine, localize=True)
     assert result.localizations == ()
     assert "an engine does not show its inner tensors" in result.not_localized[0]
 

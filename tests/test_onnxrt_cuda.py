@@ -25,13 +25,13 @@ from rexdeploy.backends.onnxrt import load_session
 from rexdeploy.backends.pytorch import use_cuda
 from rexdeploy.bench.answers import inputs
 from rexdeploy.bench.competitors import BenchOptions
-from rexdeploy.bench.harness import bench
+from rexdeploy.bench.harness import time_subjects
 from rexdeploy.bench.networks import BundleSubject, ModelFile
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_bf16
 from rexdeploy.graphs.read import parse
-from rexdeploy.steps.verify import VerifyOptions, verify
+from rexdeploy.steps.verify import verify
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 BENCH = BenchOptions(("onnxruntime-cuda", "onnxruntime"), batches=(1, 2), rounds=1)
@@ -214,9 +214,7 @@ def test_shapes_may_be_computed_on_the_cpu_and_nothing_else(
     with pytest.raises(RexdeployError, match=r"on the CPU: \d+ Mul"):
         load_session(_graph(small_v1_original), cuda=True)
     cuda.on_cpu = {"Conv"}
-    result = verify(
-        small_v1_original, VerifyOptions(samples=6, backends=("onnxruntime-cuda", "onnxruntime"))
-    )
+    result = verify(small_v1_original, samples=6, backend=("onnxruntime-cuda", "onnxruntime"))
     (broken,) = (item for item in result.broken if item.candidate.startswith("fp32.onnx"))
     assert broken.candidate == "fp32.onnx (onnxruntime-cuda)"
     assert "onnxruntime put a part of the model on the CPU" in broken.reason
@@ -238,7 +236,7 @@ def test_an_onnxruntime_that_cannot_tell_is_used_as_it_is(
 
 
 def test_every_mode_is_timed_and_compared(cuda: Behaviour, small_v1_original: Bundle) -> None:
-    result = bench([BundleSubject(small_v1_original)], BENCH)
+    result = time_subjects([BundleSubject(small_v1_original)], BENCH)
     rows = {(row.backend, row.mode, row.batch) for row in result.latencies}
     assert rows == {
         *(
@@ -256,7 +254,7 @@ def test_an_exception_at_the_first_captured_run_loses_no_row(
     cuda: Behaviour, small_v1_original: Bundle
 ) -> None:
     cuda.captured_run_fails = True
-    result = bench([BundleSubject(small_v1_original)], replace(BENCH, batches=(1,)))
+    result = time_subjects([BundleSubject(small_v1_original)], replace(BENCH, batches=(1,)))
     assert {(row.backend, row.mode) for row in result.latencies} == {
         ("onnxruntime-cuda", "host"),
         ("onnxruntime-cuda", "device"),
@@ -283,7 +281,7 @@ def test_types_without_a_kernel_are_skipped_and_lose_no_row(
     cuda: Behaviour, small_v1_original: Bundle
 ) -> None:
     """A CPU has no bfloat16 convolution either: the error is ONNX Runtime's own."""
-    result = bench([_BFloat16(small_v1_original)], BENCH)
+    result = time_subjects([_BFloat16(small_v1_original)], BENCH)
     assert [row.backend for row in result.latencies] == ["onnxruntime", "onnxruntime"]
     assert "onnxruntime has no CUDA kernel for it" in result.skipped[0]
 
@@ -296,7 +294,7 @@ def test_pytorch_that_cannot_use_its_gpu_loses_no_row(
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options = BenchOptions(("pytorch-cuda", "pytorch-cuda-compile", "onnxruntime"), rounds=1)
-    result = bench([BundleSubject(small_v1_original)], options)
+    result = time_subjects([BundleSubject(small_v1_original)], options)
     assert [row.backend for row in result.latencies] == ["onnxruntime"]
     assert [reason.partition(" failed")[0] for reason in result.skipped] == [
         f"small_v1 (plain) on {name}: {name}" for name in ("pytorch-cuda", "pytorch-cuda-compile")

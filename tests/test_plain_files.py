@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from rexdeploy.backends.tensorrt_api import read_header
+from rexdeploy.bundle.labels import labels_for
 from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.files import open_plain, read_plain, sha256_of
 from rexdeploy.steps.build import _check_precision
-from rexdeploy.steps.export import ExportOptions, _labels
 from tests.helpers import assert_refused, run_cli, run_python
 
 PIPE = "it is a named pipe, expected a plain file"
@@ -70,7 +70,7 @@ def test_no_command_reads_them(odd: dict[str, str], tmp_path: Path) -> None:
         for arguments in (("inspect",), ("build-trt", "--onnx"), ("export", "--weights")):
             assert_refused(run_cli(*arguments, path, cwd=tmp_path), name, reason)
         with pytest.raises(UsageError, match=reason):
-            _labels(ExportOptions(labels=path), 2)
+            labels_for(path, 2)
 
 
 @pytest.mark.parametrize("target", ["pipe", "to_pipe", "to_zero"])

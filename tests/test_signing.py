@@ -61,7 +61,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
 
 @pytest.fixture
 def signed(small_lite: Bundle, keys: Keys) -> Bundle:
-    signing.sign(small_lite.path, keys.private)
+    signing.sign(small_lite.path, private_key=keys.private)
     return small_lite
 
 
@@ -220,7 +220,7 @@ def test_a_change_takes_the_signature_away_in_the_same_step(
     added = Artifact("labels", "labels.txt", sha256(data))
     source = tmp_path / "signed"
     shutil.copytree(small_lite_original.path, source)
-    signing.sign(source, keys.private)
+    signing.sign(source, private_key=keys.private)
     left = 0
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -274,7 +274,7 @@ def test_a_disk_that_is_full_leaves_no_signature(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RexdeployError, match="No space left"):
-        signing.sign(small_lite.path, keys.private)
+        signing.sign(small_lite.path, private_key=keys.private)
     assert folder_state(small_lite.path) == before
 
 

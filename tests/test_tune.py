@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,14 +24,14 @@ from rexdeploy.graphs.wrapper import forms, unwrap
 from rexdeploy.images.sets import varied
 from rexdeploy.parity.localize import OWN_LIMITS, localize
 from rexdeploy.parity.walk import GraphWalk
-from rexdeploy.steps.build import BuildOptions, build
-from rexdeploy.steps.tune import STATE, TuneOptions, tune
-from rexdeploy.steps.verify import VerifyOptions, verify
+from rexdeploy.steps.build import build_trt
+from rexdeploy.steps.tune import STATE, tune_precision
+from rexdeploy.steps.verify import verify
 from tests import test_verify as planted
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
 
-OPTIONS = TuneOptions(samples=4)
-ENGINE = BuildOptions(fp16=True, flavor="rtx", targets=("sm89",))
+OPTIONS: dict[str, Any] = {"samples": 4}
+ENGINE: dict[str, Any] = {"fp16": True, "flavor": "rtx", "target": ("sm89",)}
 
 
 def _scaled(model: ModelProto, first: int, second: int, by: float) -> ModelProto:
@@ -76,7 +77,7 @@ def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
     )  # fmt: skip
     assert walked.culprit is not None  # the weights fit: it is what they make that does not
     assert walked.culprit.block == "block 10"
-    result = tune(bundle, OPTIONS)
+    result = tune_precision(bundle, **OPTIONS)
     assert result.plain.error is None
     assert result.best.float32 == ("block 10",)
     assert result.healed
@@ -94,12 +95,12 @@ def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
     assert len(_kept(mixed)) == (2 if result.best.nodes else 5)
     assert not result.best.nodes or graph.built_with["float32_nodes"]
     assert result.bundle.manifest.find("engine") is None  # it was of the plain graph
-    verified = verify(result.bundle, VerifyOptions(samples=4))
+    verified = verify(result.bundle, samples=4)
     assert verified.passed, verified.failures
     assert verified.edges[-1].candidate == "fp16.onnx (onnxruntime)"
     assert verified.edges[-1].reference == "fp32.tensorrt.onnx, rounded"
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    built = build(result.bundle, ENGINE)
+    built = build_trt(result.bundle, **ENGINE)
     assert built.engine.parent_sha256 == graph.sha256
     assert built.engine.file == "mixed.rtx-sm89.engine"
     assert built.engine.proof is not None
@@ -116,19 +117,19 @@ def test_an_interrupted_search_of_an_overflowing_head_goes_on(small_v1: Bundle) 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(bundle, OPTIONS, interrupt)
+        tune_precision(bundle, **OPTIONS, report=interrupt)
     steps: list[str] = []
-    result = tune(Bundle.open(bundle.path), OPTIONS, steps.append)
+    result = tune_precision(Bundle.open(bundle.path), **OPTIONS, report=steps.append)
     assert result.best.float32 == ("head", "classifier")
     assert result.healed
     assert result.resumed == 2
     assert any("trial 3 of at most 14: " in step for step in steps)
     assert not any("trial 2 of" in step for step in steps)
     assert any("s left" in step for step in steps)
-    again = tune(result.bundle, OPTIONS)
+    again = tune_precision(result.bundle, **OPTIONS)
     assert again.trials == 0
     assert again.best == result.best
-    few = tune(again.bundle, TuneOptions(samples=3, max_blocks=1))
+    few = tune_precision(again.bundle, samples=3, max_blocks=1)
     assert few.resumed == 0  # other images are another search
     assert not few.healed
     assert few.written is None
@@ -184,25 +185,25 @@ def test_an_engine_that_undoes_what_was_kept_is_refused(small_lite: Bundle) -> N
     bundle = small_lite.update(mixed, files={half.file: data})
     assert _kept(_file(bundle, half.file)) == {single}
     with pytest.raises(VerificationFailed, match="the engine is not in its graph's types"):
-        build(bundle, ENGINE)
+        build_trt(bundle, **ENGINE)
 
 
 def test_unusable_requests_are_refused(small_lite: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="samples: got 1, expected 2 to"):
-        tune(small_lite, TuneOptions(samples=1))
+        tune_precision(small_lite, samples=1)
     with pytest.raises(UsageError, match="max blocks: got 0"):
-        tune(small_lite, TuneOptions(max_blocks=0))
+        tune_precision(small_lite, max_blocks=0)
     with pytest.raises(UsageError, match="backend: got 'openvino', expected one of onnxruntime"):
-        tune(small_lite, TuneOptions(backend="openvino"))
+        tune_precision(small_lite, backend="openvino")
     if machine.detect() is None and importlib.util.find_spec("tensorrt_rtx"):
         with pytest.raises(BackendUnavailable, match="no NVIDIA GPU driver"):
-            tune(small_lite, replace(OPTIONS, samples=2, backend="tensorrt-rtx"))
+            tune_precision(small_lite, **OPTIONS | {"samples": 2, "backend": "tensorrt-rtx"})
     assert_refused(
         run_cli("tune-precision", "--images", "nowhere", cwd=tmp_path), "expected a folder"
     )
     half = planted._plant(small_lite, "fp32", lambda model: to_fp16(model))
     with pytest.raises(UsageError, match="is not a float32 graph"):
-        tune(half, OPTIONS)
+        tune_precision(half, **OPTIONS)
 
 
 def test_kept_nodes_are_float32_and_the_others_half(small_lite_original: Bundle) -> None:

@@ -18,9 +18,8 @@ from rexdeploy.errors import RexdeployError
 from rexdeploy.serving import tuning
 from rexdeploy.serving.config import DEFAULTS, Settings
 from rexdeploy.serving.deploy import deploy
-from rexdeploy.serving.processes import find_server
 from rexdeploy.serving.repository import deployed
-from rexdeploy.serving.tuning import Load, Row, SweepOptions, candidates, choose, climb, measure
+from rexdeploy.serving.tuning import Load, Row, candidates, choose, climb, measure
 from rexdeploy.triton_backend import _share
 from tests.helpers import assert_refused, run_cli
 from tests.test_serve import needs_server
@@ -188,7 +187,7 @@ def test_the_best_of_two_ways_is_kept_by_later_versions(
     deploy(small_v1, repository, "python")
     ways: Sequence[Settings] = (Settings(batch=1), Settings(batch=2, delay_us=1000))
     result = tuning.tune_serving(
-        small_v1, repository, find_server(), SweepOptions(10_000.0, photos, ways)
+        small_v1, p99=10_000.0, repository=repository, images=photos, ways=ways
     )
     assert [row.settings for row in result.rows] == list(ways)
     assert all(row.fault is None and row.loads for row in result.rows)

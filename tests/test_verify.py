@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,9 +32,9 @@ from rexdeploy.images import sets
 from rexdeploy.images.decode import normalise
 from rexdeploy.images.sets import synthetic
 from rexdeploy.models.rexnet import ReXNetV1_lite
-from rexdeploy.steps.build import BuildOptions, build
-from rexdeploy.steps.export import ExportOptions, export
-from rexdeploy.steps.verify import Verification, VerifyOptions, store, verify
+from rexdeploy.steps.build import build_trt
+from rexdeploy.steps.export import export
+from rexdeploy.steps.verify import Verification, verify
 from tests.helpers import (
     assert_refused,
     edit_weights,
@@ -43,7 +44,7 @@ from tests.helpers import (
     run_cli,
 )
 
-FAST = VerifyOptions(samples=6)
+FAST: dict[str, Any] = {"samples": 6}
 Defect = Callable[[ModelProto], ModelProto]
 
 
@@ -180,7 +181,7 @@ def _errors(result: Verification) -> dict[str, float]:
 
 
 def test_a_sound_bundle_passes_and_the_engine_is_skipped_in_sight(small_v1: Bundle) -> None:
-    result = verify(small_v1, FAST)
+    result = verify(small_v1, **FAST)
     assert result.passed, result.failures
     errors = _errors(result)
     assert errors["torch -> fp32.onnx (onnxruntime)"] < 2e-4
@@ -202,7 +203,7 @@ def test_a_sound_bundle_passes_and_the_engine_is_skipped_in_sight(small_v1: Bund
         "fp16.onnx": ["Half"],
         "fp16.rtx-sm89.engine": ["Half"],
     }
-    store(small_v1, result)
+    result.store(small_v1)
     written = Bundle.open(small_v1.path).manifest.find("report")
     assert written is not None
     assert written.file == "verify.json"
@@ -214,7 +215,7 @@ def test_lite_and_timm_bundles_pass_on_photographs(
     for bundle in (small_lite_original, timm_original):
         copy = tmp_path / bundle.path.name
         shutil.copytree(bundle.path, copy)
-        result = verify(Bundle.open(copy), VerifyOptions(images=photos))
+        result = verify(Bundle.open(copy), images=photos)
         assert result.passed, result.failures
         assert result.images.startswith("2 images of ")
 
@@ -222,7 +223,7 @@ def test_lite_and_timm_bundles_pass_on_photographs(
 @pytest.mark.parametrize("defect", [_weight_off_by_one_percent, *STRUCTURAL])
 def test_a_defect_in_the_onnx_graph_breaks_its_edge(small_v1: Bundle, defect: Defect) -> None:
     bundle = _plant(small_v1, "fp32", defect)
-    result = verify(bundle, FAST)
+    result = verify(bundle, **FAST)
     assert len(result.failures) == 1
     assert result.failures[0].startswith("broken edge torch -> fp32.onnx (onnxruntime): error ")
 
@@ -232,7 +233,7 @@ def test_a_defect_in_the_fp16_graph_breaks_that_edge_alone(
     small_v1: Bundle, defect: Defect
 ) -> None:
     bundle = _plant(small_v1, "fp16", defect)
-    result = verify(bundle, FAST)
+    result = verify(bundle, **FAST)
     assert len(result.failures) == 1
     assert result.failures[0].startswith(
         "broken edge fp32.tensorrt.onnx -> fp16.onnx (onnxruntime)"
@@ -241,7 +242,7 @@ def test_a_defect_in_the_fp16_graph_breaks_that_edge_alone(
 
 def test_a_defect_in_lite_is_found_too(small_lite: Bundle) -> None:
     bundle = _plant(small_lite, "fp32", _weight_off_by_one_percent)
-    assert verify(bundle, FAST).failures[0].startswith("broken edge torch -> fp32.onnx")
+    assert verify(bundle, **FAST).failures[0].startswith("broken edge torch -> fp32.onnx")
 
 
 def test_infinite_logits_fail_and_are_counted(small_v1: Bundle) -> None:
@@ -251,7 +252,7 @@ def test_infinite_logits_fail_and_are_counted(small_v1: Bundle) -> None:
         name = nodes_of(model, "Conv")[-1].input[1]
         return edit_weights(model, [name], lambda values: np.full_like(values, 60000))
 
-    result = verify(_plant(small_v1, "fp16", overflow), FAST)
+    result = verify(_plant(small_v1, "fp16", overflow), **FAST)
     broken = [edge for edge in result.edges if edge.nonfinite]
     assert len(broken) == 1
     assert "logits are NaN or infinite" in result.failures[0]
@@ -276,7 +277,7 @@ def test_a_graph_that_fails_at_some_batch_size_is_a_broken_edge(
 ) -> None:
     path = tmp_path / "fixed.onnx"
     path.write_bytes(_fixed_reshape(_graph(small_v1, "fp32"), rows).SerializeToString())
-    result = verify(small_v1, replace(FAST, candidate=path))
+    result = verify(small_v1, **FAST | {"candidate": path})
     assert result.failures[0].startswith("broken edge torch -> fixed.onnx (onnxruntime): ")
     assert "failed on a batch of" in result.failures[0]
 
@@ -327,7 +328,7 @@ def test_a_graphs_own_types_decide_its_limit(small_v1: Bundle, precision: Precis
         ),
     )
     (bundle.path / "manifest.json").write_bytes(to_json(edited))
-    result = verify(Bundle.open(bundle.path), FAST)
+    result = verify(Bundle.open(bundle.path), **FAST)
     assert result.edges[0].limits.error < 5e-3
     assert not result.passed
 
@@ -351,7 +352,7 @@ def test_one_convolution_in_float32_is_not_float16_whatever_its_logits(
         model.graph.node.extend([*nodes[:at], *casts, *nodes[at : at + 1], back, *nodes[at + 1 :]])
         return model
 
-    result = verify(_plant(small_v1, "fp16", stem_in_float32), FAST)
+    result = verify(_plant(small_v1, "fp16", stem_in_float32), **FAST)
     assert len(result.failures) == 1
     assert "fp16.onnx is not in the precision that the manifest says: 75 of" in result.failures[0]
 
@@ -362,7 +363,7 @@ def test_preprocessing_that_was_edited_in_the_manifest_is_noticed(small_v1: Bund
     data = to_json(replace(small_v1.manifest, model=edited))
     (small_v1.path / "manifest.json").write_bytes(data)
     with pytest.raises(UsageError, match="preprocessing is not that of fp32.onnx"):
-        verify(Bundle.open(small_v1.path), FAST)
+        verify(Bundle.open(small_v1.path), **FAST)
 
 
 def test_images_are_taken_from_all_over_a_folder(
@@ -372,7 +373,7 @@ def test_images_are_taken_from_all_over_a_folder(
     for name, photo in (("a/1.png", "china"), ("a/2.png", "china"), ("b/3.png", "flower")):
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / f"{photo}.png", tmp_path / "tree" / name)
-    result = verify(small_lite, VerifyOptions(images=tmp_path / "tree", samples=2))
+    result = verify(small_lite, images=tmp_path / "tree", samples=2)
     assert result.passed
     assert result.images.startswith("2 images of ")
 
@@ -387,7 +388,7 @@ def test_the_command_exits_3_and_names_the_edge(small_v1: Bundle, tmp_path: Path
 
 
 def test_a_required_backend_that_cannot_run_is_a_failure(small_v1: Bundle) -> None:
-    result = verify(small_v1, replace(FAST, require=("tensorrt",)))
+    result = verify(small_v1, **FAST | {"require": ("tensorrt",)})
     if any("(tensorrt" in edge.candidate for edge in result.edges):
         pytest.skip("this machine runs the engine")
     assert result.failures[0].startswith("required backend tensorrt did not run: ")
@@ -395,18 +396,18 @@ def test_a_required_backend_that_cannot_run_is_a_failure(small_v1: Bundle) -> No
 
 
 def test_nothing_compared_is_a_failure(small_v1: Bundle) -> None:
-    result = verify(small_v1, replace(FAST, backends=("tensorrt",)))
+    result = verify(small_v1, **FAST | {"backend": ("tensorrt",)})
     if result.edges:
         pytest.skip("this machine runs the engine")
     assert result.failures[0].startswith("nothing was compared: fewer than two backends ran")
 
 
 def test_unknown_backends_and_sample_counts_are_refused(small_v1_original: Bundle) -> None:
-    for options in (replace(FAST, require=("cuda",)), replace(FAST, backends=("ncnn",))):
+    for options in (FAST | {"require": ("cuda",)}, FAST | {"backend": ("ncnn",)}):
         with pytest.raises(UsageError, match="expected one of onnxruntime, onnxruntime-cuda"):
-            verify(small_v1_original, options)
+            verify(small_v1_original, **options)
     with pytest.raises(UsageError, match="samples: got 1, expected 2 to"):
-        verify(small_v1_original, VerifyOptions(samples=1))
+        verify(small_v1_original, samples=1)
 
 
 def test_logits_that_do_not_vary_are_refused(small_lite: Bundle) -> None:
@@ -422,7 +423,7 @@ def test_logits_that_do_not_vary_are_refused(small_lite: Bundle) -> None:
         fresh, replace(graph, parent_sha256=fresh.sha256), files={weights.file: data}
     )
     with pytest.raises(UsageError, match="do not vary over the 8 images"):
-        verify(bundle, FAST)
+        verify(bundle, **FAST)
 
 
 def test_a_damaged_file_is_refused_and_nothing_changes(small_v1: Bundle, tmp_path: Path) -> None:
@@ -450,8 +451,8 @@ def test_a_candidate_from_elsewhere_is_judged_by_its_logits(
     good.write_bytes(model.SerializeToString())
     bad.write_bytes(_weight_off_by_one_percent(model).SerializeToString())
     before = folder_state(small_v1.path)
-    assert verify(small_v1, replace(FAST, candidate=good)).passed
-    result = verify(small_v1, replace(FAST, candidate=bad))
+    assert verify(small_v1, **FAST | {"candidate": good}).passed
+    result = verify(small_v1, **FAST | {"candidate": bad})
     assert result.failures[0].startswith("broken edge torch -> bad.onnx (onnxruntime)")
     assert folder_state(small_v1.path) == before
 
@@ -484,7 +485,7 @@ def test_unusable_candidates_are_refused(
         (tmp_path, "cannot be read"),
     ):
         with pytest.raises(UsageError, match=message):
-            verify(small_v1_original, replace(FAST, candidate=path))
+            verify(small_v1_original, **FAST | {"candidate": path})
 
 
 def test_an_engine_of_another_version_is_not_run(small_v1_original: Bundle, tmp_path: Path) -> None:
@@ -493,12 +494,12 @@ def test_an_engine_of_another_version_is_not_run(small_v1_original: Bundle, tmp_
     plan[24:28] = bytes([1, 2, 3, 4])
     other = tmp_path / "other.engine"
     other.write_bytes(plan)
-    result = verify(small_v1_original, replace(FAST, candidate=other))
+    result = verify(small_v1_original, **FAST | {"candidate": other})
     assert result.skipped[0].reason.startswith("the engine was built by TensorRT-RTX 1.2.3.4 and")
     assert not result.passed
     other.write_bytes(plan[: len(plan) // 2])
     with pytest.raises(UsageError, match="truncated TensorRT-RTX engine"):
-        verify(small_v1_original, replace(FAST, candidate=other))
+        verify(small_v1_original, **FAST | {"candidate": other})
 
 
 def _copied_rows(model: ModelProto, computed: int) -> ModelProto:
@@ -551,7 +552,7 @@ def test_a_graph_that_copies_rows_of_a_large_batch_is_found(
     path.write_bytes(
         _copied_rows(_graph(small_lite_original, "fp32"), computed).SerializeToString()
     )
-    result = verify(small_lite_original, VerifyOptions(samples=4, candidate=path))
+    result = verify(small_lite_original, samples=4, candidate=path)
     assert result.batches == (1, 5, 8, 64)
     assert result.failures[0].startswith("broken edge torch -> copied.onnx (onnxruntime): error ")
 
@@ -563,23 +564,27 @@ def test_two_exchanged_rows_of_64_are_found_and_a_sound_graph_passes(
     sound.write_bytes(_graph(small_lite_original, "fp32").SerializeToString())
     wrong.write_bytes(_exchanged_rows(_graph(small_lite_original, "fp32")).SerializeToString())
     for folder in (None, photos):
-        options = VerifyOptions(samples=2, images=folder)
-        good = verify(small_lite_original, replace(options, candidate=sound))
+        options: dict[str, Any] = {"samples": 2, "images": folder}
+        good = verify(small_lite_original, **options | {"candidate": sound})
         assert good.passed, good.failures
         assert 64 in good.batches
-        assert not verify(small_lite_original, replace(options, candidate=wrong)).passed
+        assert not verify(small_lite_original, **options | {"candidate": wrong}).passed
 
 
 def test_every_graph_of_a_bundle_is_run_at_batch_64(small_lite: Bundle) -> None:
     """The engine's range is what its clients may send; the 16-bit graph's rows count as well."""
-    options = BuildOptions(
-        fp16=True, flavor="rtx", batch=BatchRange(1, 8, 64), targets=("sm89",), force=True
-    )
-    bundle = build(small_lite, options).bundle
-    good = verify(bundle, VerifyOptions(samples=2))
+    options: dict[str, Any] = {
+        "fp16": True,
+        "flavor": "rtx",
+        "batch": BatchRange(1, 8, 64),
+        "target": ("sm89",),
+        "force": True,
+    }
+    bundle = build_trt(small_lite, **options).bundle
+    good = verify(bundle, samples=2)
     assert good.passed, good.failures
     assert good.batches == (1, 5, 8, 64)
-    bad = verify(_plant(bundle, "fp16", _exchanged_rows), VerifyOptions(samples=2))
+    bad = verify(_plant(bundle, "fp16", _exchanged_rows), samples=2)
     assert bad.failures
     assert all("-> fp16.onnx (onnxruntime): " in failure for failure in bad.failures)
 
@@ -636,7 +641,7 @@ def test_a_defect_smaller_than_rounding_in_the_16_bit_graph_is_found(
     small_v1: Bundle, defect: Defect
 ) -> None:
     """Issue 10: all of these hid below the float16 limit of 0.7."""
-    result = verify(_plant(small_v1, "fp16", defect), FAST)
+    result = verify(_plant(small_v1, "fp16", defect), **FAST)
     assert len(result.failures) == 1
     assert "-> fp16.onnx (onnxruntime): " in result.failures[0]
     twin = next(edge for edge in result.edges if ", rounded" in edge.reference)
@@ -651,7 +656,7 @@ def test_a_small_defect_in_the_float32_graph_is_found_and_its_node_named(
     planted = _plant(small_v1, "fp32", defect)
     graph = _graph(planted, "fp32")
     index = 8 if defect is _one_channel_off_by_one_percent else -1
-    result = verify(planted, FAST)
+    result = verify(planted, **FAST)
     assert len(result.failures) == 1
     assert f"; first at node {nodes_of(graph, 'Conv')[index].name} in " in result.failures[0]
 
@@ -680,10 +685,10 @@ def test_a_float16_convolution_of_zeros_loosens_no_limit(small_v1: Bundle, tmp_p
     graph = _graph(small_v1, "fp32")
     sound.write_bytes(with_zeros(graph).SerializeToString())
     wrong.write_bytes(with_zeros(_weight_off_by_one_percent(graph)).SerializeToString())
-    good = verify(small_v1, replace(FAST, candidate=sound))
+    good = verify(small_v1, **FAST | {"candidate": sound})
     assert good.passed, good.failures
     assert good.edges[0].limits.error < 5e-3
-    bad = verify(small_v1, replace(FAST, candidate=wrong))
+    bad = verify(small_v1, **FAST | {"candidate": wrong})
     assert bad.failures[0].startswith("broken edge torch -> wrong.onnx (onnxruntime): error ")
 
 
@@ -703,10 +708,10 @@ def test_a_type_without_limits_is_an_error_that_names_the_option(
     path = tmp_path / "double.onnx"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match=r"computes in DOUBLE, .* say with --precision"):
-        verify(small_lite_original, replace(FAST, candidate=path))
-    told = replace(FAST, candidate=path, precision="fp32")
-    assert verify(small_lite_original, told).passed
-    loose = verify(small_lite_original, replace(told, precision="fp16"))
+        verify(small_lite_original, **FAST | {"candidate": path})
+    told = FAST | {"candidate": path, "precision": "fp32"}
+    assert verify(small_lite_original, **told).passed
+    loose = verify(small_lite_original, **told | {"precision": "fp16"})
     assert loose.edges[0].limits.rms == 0.15
 
 
@@ -728,7 +733,7 @@ def test_a_16_bit_graph_of_ours_must_be_that_of_its_parent(small_v1: Bundle) -> 
     def other_graph(model: ModelProto) -> ModelProto:
         return _one_channel_off_by_one_percent(_renamed(model))
 
-    result = verify(_plant(small_v1, "fp16", other_graph), FAST)
+    result = verify(_plant(small_v1, "fp16", other_graph), **FAST)
     assert not result.passed
     assert result.failures[0].startswith(
         "broken edge fp32.tensorrt.onnx -> fp16.onnx (onnxruntime): it is not the float32 graph"
@@ -743,11 +748,11 @@ def test_foreign_conversions_are_held_to_what_their_own_rounding_does(
     sound, wrong = tmp_path / "sound.onnx", tmp_path / "wrong.onnx"
     sound.write_bytes(model.SerializeToString())
     wrong.write_bytes(_swapped_channels(model).SerializeToString())
-    good = verify(small_v1, replace(FAST, candidate=sound))
+    good = verify(small_v1, **FAST | {"candidate": sound})
     assert good.passed, good.failures
     assert [edge.reference for edge in good.edges] == ["torch"]
     assert good.edges[0].error < good.edges[0].limits.error < 1
-    assert not verify(small_v1, replace(FAST, candidate=wrong)).passed
+    assert not verify(small_v1, **FAST | {"candidate": wrong}).passed
 
 
 def _inner_names(model: ModelProto) -> list[str]:
@@ -759,18 +764,16 @@ def _inner_names(model: ModelProto) -> list[str]:
 def two_classes(session_dir: Path) -> Bundle:
     """An untrained lite network of two classes and 64 pixels, with a bfloat16 engine."""
     made = export(
-        ExportOptions(
-            lite=True, num_classes=2, image_size=64, name="two", out=session_dir / "two_classes"
-        )
+        lite=True, num_classes=2, image_size=64, name="two", out=session_dir / "two_classes"
     )
-    return build(made.bundle, BuildOptions(bf16=True, flavor="rtx", targets=("sm89",))).bundle
+    return build_trt(made.bundle, bf16=True, flavor="rtx", target=("sm89",)).bundle
 
 
 def test_few_classes_pass_and_a_constant_answer_does_not(
     two_classes: Bundle, tmp_path: Path
 ) -> None:
     """Issue 10: the bfloat16 limit of 3 lay above what a constant has with two classes."""
-    sound = verify(two_classes, VerifyOptions())
+    sound = verify(two_classes)
     assert sound.passed, sound.failures
     limits = [edge.limits for edge in sound.edges if "bf16.onnx" in edge.candidate]
     copied = tmp_path / "two"
@@ -798,12 +801,12 @@ def test_few_classes_pass_and_a_constant_answer_does_not(
     bundle = Bundle.open(copied).update(
         replace(artifact, sha256=sha256(data)), files={artifact.file: data}
     )
-    result = verify(bundle, VerifyOptions())
+    result = verify(bundle)
     assert result.failures[0].startswith("broken edge fp32.tensorrt.onnx -> bf16.onnx")
 
 
 def test_what_backend_leaves_out_is_said(small_v1: Bundle) -> None:
-    result = verify(small_v1, replace(FAST, backends=("onnxruntime",)))
+    result = verify(small_v1, **FAST | {"backend": ("onnxruntime",)})
     assert result.passed
     assert [(skip.candidate, skip.reason) for skip in result.skipped] == [
         ("fp16.rtx-sm89.engine", "left out: --backend onnxruntime does not run it")
@@ -813,7 +816,7 @@ def test_what_backend_leaves_out_is_said(small_v1: Bundle) -> None:
 def test_a_required_backend_must_run_every_file_of_its_own(small_v1: Bundle) -> None:
     """A 16-bit graph is none of OpenVINO's, which computes in float32: no reason to fail."""
     pytest.importorskip("openvino")
-    result = verify(small_v1, replace(FAST, require=("openvino",)))
+    result = verify(small_v1, **FAST | {"require": ("openvino",)})
     assert result.passed, result.failures
     assert [skip.candidate for skip in result.skipped if skip.backend == "openvino"] == [
         "fp16.onnx (openvino)"
@@ -826,7 +829,7 @@ def test_a_candidate_runs_on_the_backends_that_are_required(
     pytest.importorskip("openvino")
     path = tmp_path / "copy.onnx"
     path.write_bytes(_graph(small_v1, "fp32").SerializeToString())
-    result = verify(small_v1, replace(FAST, candidate=path, require=("openvino",)))
+    result = verify(small_v1, **FAST | {"candidate": path, "require": ("openvino",)})
     assert result.passed, result.failures
     assert [edge.candidate for edge in result.edges] == [
         "copy.onnx (onnxruntime)",
@@ -853,19 +856,19 @@ def _with_gate_at(bundle: Bundle, peak: float, images: Float32) -> Bundle:
         return edit_weights(grown, [excite.input[1]], lambda values: values / (peak / now))
 
     planted = _plant(bundle, "fp32", scaled)
-    return build(planted, BuildOptions(fp16=True, flavor="rtx", targets=("sm89",))).bundle
+    return build_trt(planted, fp16=True, flavor="rtx", target=("sm89",)).bundle
 
 
 def test_values_that_overflow_on_other_images_are_found_or_warned_of(
     small_v1: Bundle, tmp_path: Path
 ) -> None:
     """Issue 10: 60,000 over smooth images passed, and was NaN on every photograph."""
-    sound = verify(small_v1, FAST)
+    sound = verify(small_v1, **FAST)
     assert [room.file for room in sound.headroom] == ["fp16.onnx"]
     assert not sound.headroom[0].is_low
     spec = small_v1.manifest.model.preprocess
     high = _with_gate_at(small_v1, 60_000, synthetic(16, spec, seed=1))
-    result = verify(high, VerifyOptions())
+    result = verify(high)
     assert "logits are NaN or infinite" in result.failures[0]
     assert result.headroom[0].factor < 1
     pool, _ = sets.pool(None, 16, spec, 64)
@@ -886,13 +889,18 @@ def far_from_zero(session_dir: Path) -> Bundle:
     folder = session_dir / "far"
     folder.mkdir()
     torch.save(model.state_dict(), folder / "far.pth")
-    options = ExportOptions(weights=str(folder / "far.pth"), image_size=64, name="far", out=folder)
-    return export(options).bundle
+    options: dict[str, Any] = {
+        "weights": str(folder / "far.pth"),
+        "image_size": 64,
+        "name": "far",
+        "out": folder,
+    }
+    return export(**options).bundle
 
 
 def test_rounding_that_leaves_nothing_to_judge_by_is_no_verdict(far_from_zero: Bundle) -> None:
-    options = BuildOptions(bf16=True, flavor="rtx", targets=("sm89",))
-    result = verify(build(far_from_zero, options).bundle, VerifyOptions())
+    options: dict[str, Any] = {"bf16": True, "flavor": "rtx", "target": ("sm89",)}
+    result = verify(build_trt(far_from_zero, **options).bundle)
     graph, _ = result.skipped
     assert graph.candidate == "bf16.onnx (onnxruntime, bfloat16 emulated)"
     assert "rounding to bf16 alone makes an error of" in graph.reason
@@ -901,15 +909,15 @@ def test_rounding_that_leaves_nothing_to_judge_by_is_no_verdict(far_from_zero: B
     # Yet that it rounds as it should, and no more, can be told.
     assert result.edges[-1].reference == "fp32.tensorrt.onnx, rounded"
     assert result.passed, result.failures
-    required = verify(Bundle.open(far_from_zero.path), VerifyOptions(require=("onnxruntime",)))
+    required = verify(Bundle.open(far_from_zero.path), require=("onnxruntime",))
     assert required.failures[0].startswith("required backend onnxruntime did not run bf16.onnx")
 
 
 def test_float16_that_rounds_too_much_fails(far_from_zero: Bundle, tmp_path: Path) -> None:
     copied = tmp_path / "far"
     shutil.copytree(far_from_zero.path, copied)
-    options = BuildOptions(fp16=True, flavor="rtx", targets=("sm89",))
-    result = verify(build(Bundle.open(copied), options).bundle, VerifyOptions())
+    options: dict[str, Any] = {"fp16": True, "flavor": "rtx", "target": ("sm89",)}
+    result = verify(build_trt(Bundle.open(copied), **options).bundle)
     assert result.failures[0].startswith("broken edge fp32.tensorrt.onnx -> fp16.onnx")
     assert "root mean square error" in result.failures[0]
     assert "is over the limit 0.15" in result.failures[0]
@@ -922,7 +930,7 @@ def test_a_runtime_that_rounds_elsewhere_gets_the_room_that_it_needs(
     """Without `literal`, onnxruntime as it is keeps float32 where the graph has float16."""
     monkeypatch.setattr("rexdeploy.parity.judge.literal", lambda model: model)
     bundle = _plant(small_v1, "fp16", defect) if defect else small_v1
-    result = verify(bundle, FAST)
+    result = verify(bundle, **FAST)
     twin = next(edge for edge in result.edges if ", rounded" in edge.reference)
     assert twin.error > 1e-2  # not to the bit
     assert result.passed == (defect is None), result.failures
@@ -958,7 +966,7 @@ def test_a_float32_graph_that_rounds_between_its_products_is_not_float32(
     """Its products are float32, its limits would be those of 16 bits."""
     kind = TensorProto.DataType.Value(name)
     bundle = _plant(small_v1, "fp32", lambda model: _rounded_inside(model, kind))
-    result = verify(bundle, FAST)
+    result = verify(bundle, **FAST)
     assert any(
         f"fp32.onnx is not in the precision that the manifest says: it rounds to {name}" in failure
         for failure in result.failures
@@ -974,7 +982,7 @@ def test_bfloat16_inside_a_float16_graph_is_not_float16(small_v1: Bundle) -> Non
             helper.make_node("Cast", ["narrow"], [output], to=TensorProto.FLOAT),
         )
 
-    result = verify(_plant(small_v1, "fp16", narrower), FAST)
+    result = verify(_plant(small_v1, "fp16", narrower), **FAST)
     assert any("it rounds to BFLOAT16 inside" in failure for failure in result.failures)
 
 
@@ -989,12 +997,12 @@ def test_graphs_are_run_at_all_sizes_of_all_engines_and_never_at_one_alone(
     assert engine is not None
     plan = bundle.read(engine)
     alone = bundle.update(replace(engine, batch=BatchRange(1, 1, 1)), files={engine.file: plan})
-    good = verify(alone, VerifyOptions(samples=4))
+    good = verify(alone, samples=4)
     assert good.passed, good.failures
     assert good.batches == (1, 5, 8)
     wide = replace(engine, file="wide.engine", batch=BatchRange(1, 16, 24))
     both = alone.update(wide, files={wide.file: plan})
-    assert verify(both, VerifyOptions(samples=4)).batches == (1, 5, 16, 24)
+    assert verify(both, samples=4).batches == (1, 5, 16, 24)
 
 
 def test_rows_of_grey_images_cannot_stand_for_each_other(
@@ -1010,7 +1018,7 @@ def test_rows_of_grey_images_cannot_stand_for_each_other(
     assert len({image.tobytes() for image in pool}) == len(pool) == 64
     path = tmp_path / "copied.onnx"
     path.write_bytes(_copied_rows(_graph(small_lite_original, "fp32"), 32).SerializeToString())
-    result = verify(small_lite_original, VerifyOptions(samples=4, images=folder, candidate=path))
+    result = verify(small_lite_original, samples=4, images=folder, candidate=path)
     assert result.failures[0].startswith("broken edge torch -> copied.onnx (onnxruntime): error")
 
 
@@ -1035,7 +1043,7 @@ def test_probabilities_that_do_not_sum_to_one_are_found(
     small_pixels: Bundle, defect: Defect
 ) -> None:
     """Their logarithms, less their mean, are those of the right ones."""
-    result = verify(_plant(small_pixels, "fp16", defect), FAST)
+    result = verify(_plant(small_pixels, "fp16", defect), **FAST)
     assert result.failures[0].startswith(
         "broken edge fp32.tensorrt.onnx -> fp16.onnx (onnxruntime): gave probabilities that sum to "
     )
@@ -1057,7 +1065,7 @@ def test_a_graph_that_lists_its_weights_first_is_run_at_every_size(
     )
     path = tmp_path / "listed.onnx"
     path.write_bytes(model.SerializeToString())
-    result = verify(small_lite_original, VerifyOptions(samples=4, candidate=path))
+    result = verify(small_lite_original, samples=4, candidate=path)
     assert result.batches == (1, 5, 8, 64)
     assert result.failures[0].startswith("broken edge torch -> listed.onnx (onnxruntime): error")
     image.type.tensor_type.shape.dim[0].dim_value = 5000
@@ -1065,7 +1073,7 @@ def test_a_graph_that_lists_its_weights_first_is_run_at_every_size(
     model.graph.input.append(image)
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match="takes batches of exactly 5000, expected 1 to 4096"):
-        verify(small_lite_original, VerifyOptions(samples=4, candidate=path))
+        verify(small_lite_original, samples=4, candidate=path)
 
 
 def test_weights_beside_a_graph_are_covered_by_no_hash(
@@ -1076,12 +1084,12 @@ def test_weights_beside_a_graph_are_covered_by_no_hash(
     assert artifact is not None
     apart = tmp_path / "apart.onnx"
     onnx.save(_graph(small_lite, "fp32"), apart, save_as_external_data=True, location="apart.bin")
-    assert verify(small_lite, replace(FAST, candidate=apart)).passed
+    assert verify(small_lite, **FAST | {"candidate": apart}).passed
     data = apart.read_bytes()
     bundle = small_lite.update(replace(artifact, sha256=sha256(data)), files={artifact.file: data})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"fp32\.onnx keeps weights in another file"):
-        verify(bundle, FAST)
+        verify(bundle, **FAST)
 
 
 def _rounded_gates(model: ModelProto) -> ModelProto:
@@ -1118,7 +1126,7 @@ def test_a_graph_that_rounds_where_no_conversion_does_gets_no_room_for_it(
     assert parent is not None
     graph = onnx.load_from_string(small_v1.read(parent))
     wrong = _rounded_gates(defect(graph) if defect else graph)
-    result = verify(_plant(small_v1, "fp16", lambda model: wrong), FAST)
+    result = verify(_plant(small_v1, "fp16", lambda model: wrong), **FAST)
     twin = next(edge for edge in result.edges if ", rounded" in edge.reference)
     assert bool(twin.failures) == (defect is not None)
     assert twin.limits.error < 5e-3
@@ -1126,12 +1134,12 @@ def test_a_graph_that_rounds_where_no_conversion_does_gets_no_room_for_it(
 
 
 def test_a_verdict_is_not_stored_over_files_that_it_did_not_judge(small_lite: Bundle) -> None:
-    result = verify(small_lite, VerifyOptions(samples=2))
+    result = verify(small_lite, samples=2)
     _plant(small_lite, "fp16", _swapped_channels)  # another command's
     with pytest.raises(UsageError, match="was changed by another command meanwhile"):
-        store(small_lite, result)
+        result.store(small_lite)
     assert Bundle.open(small_lite.path).manifest.find_file("verify.json") is None
-    store(Bundle.open(small_lite.path), verify(Bundle.open(small_lite.path), FAST))
+    verify(Bundle.open(small_lite.path), **FAST).store(Bundle.open(small_lite.path))
 
 
 def test_a_graph_of_any_size_runs_at_one_whatever_its_engines_take(
@@ -1147,7 +1155,7 @@ def test_a_graph_of_any_size_runs_at_one_whatever_its_engines_take(
     wrong = replace(graph, sha256=sha256(data))
     only = replace(engine, batch=BatchRange(2, 2, 2), parent_sha256=wrong.sha256)
     bundle = small_lite.update(wrong, only, files={graph.file: data, engine.file: plan})
-    result = verify(bundle, VerifyOptions(samples=4))
+    result = verify(bundle, samples=4)
     assert result.failures[0].startswith("broken edge torch -> fp32.onnx (onnxruntime): ")
     assert "failed on a batch of 1" in result.failures[0]
 
@@ -1161,7 +1169,7 @@ def test_a_graph_that_gives_another_type_is_not_what_its_manifest_says(small_v1:
         model.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
         return model
 
-    result = verify(_plant(small_v1, "fp32", double), FAST)
+    result = verify(_plant(small_v1, "fp32", double), **FAST)
     assert "it gives DOUBLE, expected FLOAT" in result.failures[0]
 
 
@@ -1171,7 +1179,7 @@ def test_a_manifest_that_makes_its_own_graph_the_reference_is_refused(small_v1: 
     data = to_json(replace(small_v1.manifest, model=spec))
     (small_v1.path / "manifest.json").write_bytes(data)
     with pytest.raises(UsageError, match="own ONNX graph, and lists weights.safetensors"):
-        verify(Bundle.open(small_v1.path), FAST)
+        verify(Bundle.open(small_v1.path), **FAST)
 
 
 @pytest.mark.parametrize("text", [None, "{}", "[1"])
@@ -1187,7 +1195,7 @@ def test_a_candidate_for_other_preprocessing_is_refused(
     path.write_bytes(model.SerializeToString())
     expected = "metadata rexdeploy.preprocess is damaged" if text == "[1" else "other preprocessing"
     with pytest.raises(UsageError, match=expected):
-        verify(small_v1, replace(FAST, candidate=path))
+        verify(small_v1, **FAST | {"candidate": path})
 
 
 def test_a_float16_graph_made_of_somebodys_own_must_be_it_too(
@@ -1202,6 +1210,6 @@ def test_a_float16_graph_made_of_somebodys_own_must_be_it_too(
     )
     assert made.code == 0, made.err
     bundle = Bundle.open(tmp_path / "artifacts" / "own")
-    assert verify(bundle, FAST).passed
+    assert verify(bundle, **FAST).passed
     wrong = _plant(bundle, "fp16", lambda half: _one_channel_off_by_one_percent(_renamed(half)))
-    assert "its nodes are others" in verify(wrong, FAST).failures[0]
+    assert "its nodes are others" in verify(wrong, **FAST).failures[0]

@@ -6,17 +6,20 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rexdeploy.backends import ENGINE_BACKENDS, GPU_BACKENDS, ONNX_BACKENDS, TORCH_BACKENDS
 from rexdeploy.bench import probes
 from rexdeploy.bench.competitors import BenchOptions, Competitor, Latency, Opening
-from rexdeploy.bench.networks import Subject, published_table
+from rexdeploy.bench.networks import Subject, compared, published_table
 from rexdeploy.bench.probes import Probe, computes_in
 from rexdeploy.bench.rounds import Rounds, Task, time_rounds
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.machine import machine
-from rexdeploy.progress import Report, silent
+from rexdeploy.progress import Report, Result, silent
+from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
     from rexdeploy.bench.roofline import Rates
@@ -28,16 +31,17 @@ __all__ = [
     "BenchOptions",
     "Benchmark",
     "Latency",
-    "bench",
     "bench_published_table",
+    "benchmark",
     "machine",
+    "time_subjects",
 ]
 BACKENDS = (*TORCH_BACKENDS, *ONNX_BACKENDS, *ENGINE_BACKENDS)
 MAX_ROUNDS = 100_000
 
 
-@dataclass(frozen=True)
-class Benchmark:
+@dataclass(frozen=True, repr=False)
+class Benchmark(Result):
     """One run of the harness, with the machine that it ran on."""
 
     machine: dict[str, str]
@@ -48,8 +52,57 @@ class Benchmark:
     interrupted: bool  # by Ctrl-C: the rounds so far are kept
     failures: tuple[str, ...] = ()  # competitors whose outputs are not their network's: no rows
 
+    def __repr__(self) -> str:
+        fastest = min(self.latencies, key=lambda row: -row.images_per_s)
+        verdict = f"FAILED, {self.failures[0]}" if self.failures else "interrupted"
+        return one_line(
+            f"<Benchmark of {len(self.latencies)} rows, {self.rounds} rounds: most images a second "
+            f"{fastest.images_per_s:.0f}, {fastest.network} on {fastest.backend}"
+            + f"; {verdict}" * (self.interrupted or bool(self.failures))
+            + ">",
+            240,
+        )
 
-def bench(subjects: Sequence[Subject], options: BenchOptions, report: Report = silent) -> Benchmark:
+
+def benchmark(
+    bundles: Bundle | Path | str | Sequence[Bundle | Path | str] | None = None,
+    *,
+    backend: Sequence[str] = BenchOptions.backends,
+    compare: Sequence[str] = (),
+    batch: Sequence[int] = BenchOptions.batches,
+    threads: Sequence[int] = BenchOptions.threads,
+    rounds: int = BenchOptions.rounds,
+    fp16: bool = BenchOptions.fp16,
+    table: str | None = None,
+    report: Report = silent,
+) -> Benchmark:
+    """Times networks side by side on this machine: every backend, batch size and thread count.
+
+    `bundles` are bundles, their folders or their names in artifacts/, or None: the latest one
+    there. `compare` names forms of their networks (plain, 8, 16, published, timm) or models of
+    timm. `fp16` times graphs and PyTorch in float16. `table` is "paper" for the networks of the
+    published tables instead. Ctrl-C ends it with the rounds that are complete.
+
+    What is wrong is in the result's `failures`. Raises UsageError for unusable options,
+    BackendUnavailable where nothing can run, and VerificationFailed where all that runs is wrong.
+    """
+    options = BenchOptions(tuple(backend), tuple(batch), tuple(threads), rounds, fp16)
+    if table not in (None, "paper"):
+        raise UsageError(f"table: got '{table}', expected paper")
+    if table is not None:
+        if bundles or compare or options.batches != BenchOptions.batches:
+            raise UsageError(
+                "--table paper times its own networks at their own batch sizes: leave out bundles, "
+                "--compare and --batch"
+            )
+        return bench_published_table(options, report)
+    named = [bundles] if bundles is None or isinstance(bundles, Bundle | Path | str) else bundles
+    return time_subjects(compared([Bundle.find(one) for one in named], compare), options, report)
+
+
+def time_subjects(
+    subjects: Sequence[Subject], options: BenchOptions, report: Report = silent
+) -> Benchmark:
     """Times every network on every backend, batch size and number of threads.
 
     Each round times every competitor once, so that a machine that drifts hits all of them alike,
@@ -97,8 +150,8 @@ def bench_published_table(options: BenchOptions, report: Report = silent) -> Ben
 
     ReXNets' graphs are in our aligned form, EfficientNets are timm's.
 
-    Raises what `bench` raises where nothing of it can run, and BackendUnavailable where timm is
-    missing.
+    Raises what `time_subjects` raises where nothing of it can run, and BackendUnavailable where
+    timm is missing.
     """
     _check_options(options)
     report("making the networks of the published tables")
@@ -111,7 +164,7 @@ def bench_published_table(options: BenchOptions, report: Report = silent) -> Ben
         if backends and not (results and results[-1].interrupted):
             here = replace(options, backends=backends, batches=(batch,))
             try:
-                results.append(bench(subjects, here, report))
+                results.append(time_subjects(subjects, here, report))
             except (BackendUnavailable, VerificationFailed) as error:
                 faults.append(error)  # of the CPUs or of the GPU: the other half stays
     if not results:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import resources
+from pathlib import Path
+
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
+from rexdeploy.files import MAX_TEXT_BYTES, read_plain
 from rexdeploy.text import STEERING
+
+IMAGENET_CLASSES = 1000
 
 
 def parse_labels(data: bytes, name: str) -> list[str]:
@@ -50,5 +56,24 @@ def read_labels(bundle: Bundle) -> list[str]:
     if len(labels) != count:
         raise UsageError(
             f"{name}: got {len(labels)} labels, expected {count}; export again with --labels"
+        )
+    return labels
+
+
+def labels_for(file: Path | str | None, num_classes: int) -> list[str] | None:
+    """One label a class: from the file given, or ImageNet-1k's for a network of 1000 classes."""
+    if file is None:
+        if num_classes != IMAGENET_CLASSES:
+            return None
+        return resources.files("rexdeploy").joinpath("data/imagenet1k.txt").read_text().splitlines()
+    try:
+        data = read_plain(Path(file), MAX_TEXT_BYTES)
+    except OSError as error:
+        raise UsageError(f"labels {file} cannot be read ({error.strerror})") from None
+    labels = parse_labels(data, f"labels {file}")
+    if len(labels) != num_classes:
+        raise UsageError(
+            f"labels {file}: got {len(labels)} lines, expected one for each of the "
+            f"{num_classes} classes"
         )
     return labels

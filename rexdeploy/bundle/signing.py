@@ -2,7 +2,7 @@
 
 `bundle.sig` beside the manifest is a signature of the OpenSSF's model-signing over the manifest and
 every file that it names. Files of the folder that begin with a dot are not a part of the bundle.
-Nothing here, nor model-signing, is imported unless a signature is asked for.
+model-signing is not imported unless a signature is asked for.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ _KEY = "an EC key of the curve P-256, P-384 or P-521 as PEM"
 _LARGEST = 2**20  # bytes of a key or a signature; a bundle of a hundred files has 20 KB
 
 
-def sign(path: Path, private_key: Path) -> int:
-    """Signs the bundle at `path`, in one rename, and returns how many files that covers.
+def sign(bundle: Bundle | Path | str | None = None, *, private_key: Path | str) -> int:
+    """Signs a bundle, in one rename, and returns how many files that covers.
 
-    Raises UsageError for a key that cannot be used, and for a bundle with files that are changed,
-    missing or not its own; BackendUnavailable without model-signing.
+    `bundle` is one, its folder, its name in artifacts/, or None: the latest one there.
+    `private_key` is an EC key's PEM file. Raises UsageError for a key that cannot be used, and for
+    a bundle with files that are changed, missing or not its own; BackendUnavailable without
+    model-signing.
     """
+    path, private_key = Bundle.find(bundle).path, Path(private_key)
     signing, _, hashing = _library()
     config = _with_key(
         private_key,
@@ -62,6 +65,12 @@ def sign(path: Path, private_key: Path) -> int:
 
     attach_signature(path, make)
     return len(signed)
+
+
+def find(bundle: Bundle | Path | str | None, public_key: Path | str | None) -> Bundle:
+    """The bundle that `Bundle.find` finds; with a key, only if it is signed by it (`check`)."""
+    found = Bundle.find(bundle)
+    return found if public_key is None else check(found.path, Path(public_key))
 
 
 def check(path: Path, public_key: Path) -> Bundle:

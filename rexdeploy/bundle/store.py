@@ -37,7 +37,7 @@ _JOURNAL = ".manifest.commit"
 _STAGED = ".{}.staged"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """A bundle as one command sees it: its folder, and the manifest read when it was opened."""
 
@@ -56,12 +56,16 @@ class Bundle:
             return cls(path, _read_manifest(path))
 
     @classmethod
-    def find(cls, where: Path | None, root: Path = DEFAULT_ROOT) -> Bundle:
-        """The bundle at `where` (a folder, or a name under `root`), or the latest one in `root`.
+    def find(cls, where: Bundle | Path | str | None, root: Path = DEFAULT_ROOT) -> Bundle:
+        """The bundle itself, at a folder, or of a name under `root`; of None the latest in `root`.
 
-        The latest is the one a command changed last, by the time in its manifest.
+        The latest is the one a command changed last, by the time in its manifest. Raises UsageError
+        where there is none.
         """
+        if isinstance(where, Bundle):
+            return where
         if where is not None:
+            where = Path(where)
             named = root / where
             return cls.open(named if is_bundle(named) and not is_bundle(where) else where)
         # A damaged bundle is an error, not passed over: it may be the very one that is meant.
@@ -76,6 +80,10 @@ class Bundle:
                 "folder"
             )
         return max(bundles, key=lambda bundle: bundle.manifest.updated_at)
+
+    def __repr__(self) -> str:
+        files = len(self.manifest.artifacts)
+        return f"<Bundle {self.path}: {self.manifest.model.title}, {files} files>"
 
     def read(self, artifact: Artifact) -> bytes:
         """An artifact's bytes, checked against its hash; raises UsageError."""

@@ -79,38 +79,31 @@ def bench(
     rexdeploy bench --table paper --backend pytorch --backend onnxruntime
     """
     check_json(json)
-    from rexdeploy.bench.competitors import BenchOptions
-    from rexdeploy.bench.harness import bench as run
-    from rexdeploy.bench.harness import bench_published_table
-    from rexdeploy.bench.networks import compared
-    from rexdeploy.bundle.store import Bundle
+    from rexdeploy.bench.harness import benchmark as run
     from rexdeploy.errors import VerificationFailed
 
-    if table not in (None, "paper"):
-        raise UsageError(f"table: got '{table}', expected paper")
-    if table and (bundles or compare or batch != "1"):
-        raise UsageError(
-            "--table paper times its own networks at their own batch sizes: leave out bundles, "
-            "--compare and --batch"
-        )
     if plot is not None and plot == json:
         raise UsageError(f"got {plot} for --plot and --json, expected two files")
     if plot is not None:
         from rexdeploy.cli.plot import check_plot
 
         check_plot(plot)
-    options = BenchOptions(
-        tuple(backend), _numbers("batch", batch), _numbers("threads", threads), rounds, fp16
-    )
+    batches, counts = _numbers("batch", batch), _numbers("threads", threads)
     # Here Ctrl-C ends the rounds, and what was measured is printed.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with progress(quiet) as report:
-            if table:
-                result = bench_published_table(options, report)
-            else:
-                opened = [Bundle.find(path) for path in bundles] if bundles else [Bundle.find(None)]
-                result = run(compared(opened, compare or ()), options, report)
+            result = run(
+                bundles or None,
+                backend=backend,
+                compare=compare or (),
+                batch=batches,
+                threads=counts,
+                rounds=rounds,
+                fp16=fp16,
+                table=table,
+                report=report,
+            )
     except KeyboardInterrupt:
         fail("interrupted before the first round was complete", EXIT_INTERRUPTED)
     signal.signal(signal.SIGINT, interrupted)
@@ -122,7 +115,7 @@ def bench(
         else:
             show_benchmark(result)
     with only_warned_of(bool(result.failures)):
-        emit(json, lambda: result)
+        emit(json, result)
         if plot is not None:
             from rexdeploy.cli.plot import plot_benchmark
 

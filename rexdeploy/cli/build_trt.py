@@ -11,7 +11,6 @@ from rexdeploy.cli.console import check_json, describe_artifact, emit, progress,
 from rexdeploy.cli.shared import BundleArgument, Json, Quiet, command_line
 from rexdeploy.errors import UsageError
 from rexdeploy.machine import bounded
-from rexdeploy.text import printable
 
 if TYPE_CHECKING:
     from rexdeploy.steps.build import BuildResult
@@ -68,35 +67,29 @@ def build_trt(
     rexdeploy build-trt artifacts/rexnet_1.5 --fp16 --target sm86 --target sm89
     """
     check_json(json)
-    from rexdeploy.bundle.manifest import BatchRange
     from rexdeploy.bundle.store import Bundle
-    from rexdeploy.steps.build import BuildOptions
-    from rexdeploy.steps.build import build as run
+    from rexdeploy.steps.build import build_trt as run
     from rexdeploy.steps.import_onnx import import_onnx
 
     if onnx is not None and bundle is not None:
         raise UsageError("got a bundle and --onnx, expected one of them")
-    options = BuildOptions(
-        fp16=fp16,
-        bf16=bf16,
-        batch=BatchRange.parse(batch) if batch is not None else None,
-        flavor=flavor,
-        targets=tuple(target or ()),
-        workspace_mib=workspace,
-        force=force,
-        command=command_line(),
-    )
+    command = command_line()
     with bounded(), progress(quiet) as report:
-        source = import_onnx(onnx, out, options) if onnx else Bundle.find(bundle, out)
-        result = run(source, options, report)
-    emit(
-        json,
-        lambda: {
-            "bundle": printable(str(result.bundle.path)),
-            "engine": result.engine,
-            "reused": result.reused,
-        },
-    )
+        result = run(
+            import_onnx(onnx, out=out, batch=batch, force=force, command=command)
+            if onnx
+            else Bundle.find(bundle, out),
+            fp16=fp16,
+            bf16=bf16,
+            batch=batch,
+            flavor=flavor,
+            target=target or (),
+            workspace=workspace,
+            force=force,
+            command=command,
+            report=report,
+        )
+    emit(json, result)
     if not quiet and json != Path("-"):
         show_build(result)
 

@@ -17,7 +17,7 @@ import typer
 
 from rexdeploy.errors import RexdeployError
 from rexdeploy.files import check_replaceable, replacing
-from rexdeploy.progress import Report, silent
+from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import json_text, one_line, plain
 
 if TYPE_CHECKING:
@@ -160,13 +160,14 @@ def check_json(file: Path | None) -> None:
         check_replaceable(file)
 
 
-def emit(file: Path | None, result: Callable[[], object]) -> None:
+def emit(file: Path | None, result: Result | Sequence[Result]) -> None:
     """Writes a command's result as JSON to `file`, if one was asked for."""
     if file is None:
         return
     from rexdeploy.bundle.manifest import to_json
 
-    write_text(file, json_text(to_json(result()).decode()))
+    parts = result.to_dict() if isinstance(result, Result) else [one.to_dict() for one in result]
+    write_text(file, json_text(to_json(parts).decode()))
 
 
 def write_text(file: Path, text: str) -> None:

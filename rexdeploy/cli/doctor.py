@@ -17,10 +17,10 @@ def doctor(json: Json = None) -> None:
     rexdeploy doctor
     """
     check_json(json)
-    from rexdeploy.steps.doctor import examine
+    from rexdeploy.steps.doctor import doctor as run
 
-    findings = examine()
-    emit(json, lambda: findings)
+    findings = run()
+    emit(json, findings)
     if json == Path("-"):
         return
     lines = [(finding.item, finding.status, finding.detail, finding.fix) for finding in findings]

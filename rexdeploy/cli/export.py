@@ -9,9 +9,7 @@ import typer
 
 from rexdeploy.cli.console import check_json, describe_artifact, emit, progress, say
 from rexdeploy.cli.shared import Json, Quiet, command_line
-from rexdeploy.errors import UsageError
 from rexdeploy.machine import bounded
-from rexdeploy.text import printable
 
 if TYPE_CHECKING:
     from rexdeploy.steps.export import ExportResult
@@ -73,50 +71,30 @@ def export(
     rexdeploy export --weights pretrained --width 2.0
     """
     check_json(json)
-    from rexdeploy.models.rexnet import check_width
-
-    if width is not None:
-        check_width(width)
-    from rexdeploy.steps.export import ExportOptions
     from rexdeploy.steps.export import export as run
 
-    options = ExportOptions(
-        width=width,
-        lite=lite,
-        weights=weights,
-        num_classes=num_classes,
-        image_size=image_size,
-        batch=_fixed_batch(batch),
-        opset=opset,
-        simplify=not no_simplify,
-        align=align,
-        input=input,
-        output=output,
-        labels=labels,
-        name=name,
-        out=out,
-        command=command_line(),
-    )
     with bounded(), progress(quiet) as report:
-        result = run(options, report)
-    emit(
-        json,
-        lambda: {
-            "bundle": printable(str(result.bundle.path)),
-            "manifest": result.bundle.manifest,
-            "comparisons": result.comparisons,
-        },
-    )
+        result = run(
+            width=width,
+            lite=lite,
+            weights=weights,
+            num_classes=num_classes,
+            image_size=image_size,
+            batch=batch,
+            opset=opset,
+            simplify=not no_simplify,
+            align=align,
+            input=input,
+            output=output,
+            labels=labels,
+            name=name,
+            out=out,
+            command=command_line(),
+            report=report,
+        )
+    emit(json, result)
     if not quiet and json != Path("-"):
         show_export(result)
-
-
-def _fixed_batch(text: str) -> int | None:
-    if text == "dynamic":
-        return None
-    if not text.isdecimal() or len(text) > 9:
-        raise UsageError(f"batch: got '{text}', expected 'dynamic' or a number")
-    return int(text)
 
 
 def show_export(result: ExportResult) -> None:

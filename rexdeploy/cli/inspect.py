@@ -35,8 +35,8 @@ def inspect(
     from rexdeploy.steps.inspection import inspect as run
 
     with bounded(), progress(quiet) as report:
-        result = run(file, report)
-    emit(json, lambda: result)
+        result = run(file, report=report)
+    emit(json, result)
     if not quiet and json != Path("-"):
         show_inspection(result)
     if result.proof is not None and not result.proof.holds:

@@ -10,7 +10,7 @@ from rexdeploy.cli.console import check_json, emit, print_table, say
 from rexdeploy.cli.shared import Json
 
 if TYPE_CHECKING:
-    from rexdeploy.models.zoo import Cost, Published
+    from rexdeploy.models.zoo import Model
 
 
 def models(json: Json = None) -> None:
@@ -21,16 +21,15 @@ def models(json: Json = None) -> None:
     rexdeploy models
     """
     check_json(json)
-    from rexdeploy.models import zoo
+    from rexdeploy.models.zoo import published_models as run
 
-    rows = [(row, zoo.cost(row.family, row.width)) for row in zoo.published()]
-    emit(json, lambda: [{"published": row, "computed": cost} for row, cost in rows])
-    if json == Path("-"):
-        return
-    show_models([(row, cost, zoo.agrees(row, cost)) for row, cost in rows])
+    rows = run()
+    emit(json, rows)
+    if json != Path("-"):
+        show_models(rows)
 
 
-def show_models(rows: Sequence[tuple[Published, Cost, bool]]) -> None:
+def show_models(rows: Sequence[Model]) -> None:
     """The published table beside the computed costs, and whether they agree."""
     columns = ("network", "top-1", "top-5", "GMACs", "computed", "params M", "computed", "")
     lines = [
@@ -41,9 +40,10 @@ def show_models(rows: Sequence[tuple[Published, Cost, bool]]) -> None:
             f"{cost.macs / 1e9:.3f}",
             f"{row.params_m:.{row.decimals[1]}f}",
             f"{cost.parameters / 1e6:.3f}",
-            "agrees" if agrees else "DIFFERS",
+            "agrees" if model.agrees else "DIFFERS",
         )
-        for row, cost, agrees in rows
+        for model in rows
+        for row, cost in [(model.published, model.computed)]
     ]
     print_table(columns, lines)
     say(

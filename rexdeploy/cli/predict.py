@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import warnings
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,16 +17,15 @@ from rexdeploy.cli.shared import (
     Json,
     Quiet,
     RequireSignature,
-    find_bundle,
     interrupted,
     leave_with,
 )
 from rexdeploy.errors import UsageError
-from rexdeploy.text import one_line, printable
+from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
     from rexdeploy.inference.classifier import Classifier
-    from rexdeploy.inference.rows import Results
+    from rexdeploy.inference.predict import Predictions
     from rexdeploy.inference.stream import Row
 
 
@@ -74,72 +74,67 @@ def predict(
     rexdeploy predict photos/ --out results.csv
     """
     check_json(json)
-    if force and out is None:
-        raise UsageError("--force is about the file that --out names: give both")
-    from rexdeploy.inference.classifier import load
-    from rexdeploy.inference.rows import Header, Results, check_out
-    from rexdeploy.inference.stream import classify_files, expand
+    from rexdeploy.inference.predict import predict as run
 
-    if out is not None:
-        check_out(out)
     # Pillow's remarks on odd files would stand between ours; what it cannot read is an error.
     warnings.filterwarnings("ignore", module="PIL")
-    files = expand(image)
     silent = quiet or json == Path("-")
-    with load(find_bundle(bundle, require_signature), backend) as classifier:
-        answer: dict[str, object] = {
-            "model": classifier.title,
-            "backend": classifier.backend,
-            "passed_over": classifier.passed_over,
-        }
+    running: list[Classifier] = []
+    kept: list[Row] = []
+
+    def began(classifier: Classifier) -> None:
+        running.append(classifier)
         if out is not None:
-            show_runner(classifier, quiet, silent)
-            header = Header.of(classifier, image, top)
-            with Results(out, header, force) as results:
-                _classify_into(results, classifier, files, quiet)
-            emit(
-                json,
-                lambda: (
-                    answer
-                    | {"out": printable(str(out)), "rows": results.rows, "errors": results.errors}
-                ),
-            )
-            if not silent:
-                show_results(results)
-            return
-        told = False
-        kept: list[Row] = []
-        errors = 0
-        for row in chain.from_iterable(classify_files(classifier, files, top)):
-            if row.error is None and not told:
-                told = True
-                show_runner(classifier, quiet, silent)
-            show_row(row, silent)
-            errors += row.error is not None
-            if json is not None:
-                kept.append(row)
-    emit(json, lambda: answer | {"images": kept})
-    if errors:
+            show_runner(running.pop(), quiet, silent)
+
+    def each(row: Row) -> None:
+        if row.error is None and running:
+            show_runner(running.pop(), quiet, silent)
+        show_row(row, silent)
+        if json is not None:
+            kept.append(row)
+
+    with contextlib.ExitStack() as stack:
+        result = run(
+            image,
+            bundle,
+            top=top,
+            backend=backend,
+            out=out,
+            force=force,
+            require_signature=require_signature,
+            began=began,
+            each=each,
+            report=_Bar(stack, quiet, out),
+        )
+    if out is not None:
+        emit(json, result)
+        if not silent:
+            show_results(result)
+        return
+    emit(json, replace(result, images=tuple(kept)))
+    if result.errors:
         raise typer.Exit(UsageError.exit_code)
 
 
-def _classify_into(
-    results: Results, classifier: Classifier, files: Sequence[str], quiet: bool
-) -> None:
-    """Adds the rows of the files that have none yet; Ctrl-C leaves at once, with what is done."""
-    from rexdeploy.inference.stream import classify_files
+class _Bar:
+    """The progress of a results file; meanwhile Ctrl-C leaves at once, with what is done."""
 
-    signal.signal(
-        signal.SIGINT,
-        leave_with(f"; {results.path} keeps what is done, and the same command goes on"),
-    )
-    left = [file for file in files if printable(file) not in results.done]
-    with progress_bar(quiet, "classifying", results.rows, results.rows + len(left)) as show:
-        for rows in classify_files(classifier, left, results.top):
-            results.append(rows)
-            show(results.rows)
-        results.finish()
-    signal.signal(signal.SIGINT, interrupted)
+    def __init__(self, stack: contextlib.ExitStack, quiet: bool, out: Path | None) -> None:
+        self._stack, self._quiet, self._out = stack, quiet, out
+        self._show: Callable[[int], None] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._show is not None:
+            self._show(done)
+            return
+        handler = leave_with(
+            f"; {self._out}.partial keeps what is done, and the same command goes on"
+        )
+        signal.signal(signal.SIGINT, handler)
+        self._stack.callback(signal.signal, signal.SIGINT, interrupted)
+        bar = progress_bar(self._quiet, "classifying", done, total)
+        self._show = self._stack.enter_context(bar)
 
 
 def show_runner(classifier: Classifier, quiet: bool, silent: bool) -> None:
@@ -160,8 +155,8 @@ def show_row(row: Row, silent: bool) -> None:
         say(row.file, *lines)
 
 
-def show_results(results: Results) -> None:
+def show_results(result: Predictions) -> None:
     """How many rows a results file has, and how many of them are errors."""
-    before = f", {len(results.done)} of them by an earlier run" if results.done else ""
-    errors = f"; {results.errors} could not be read: see column error" if results.errors else ""
-    say(f"  {results.out}, {results.rows} rows{before}{errors}")
+    before = f", {result.before} of them by an earlier run" if result.before else ""
+    errors = f"; {result.errors} could not be read: see column error" if result.errors else ""
+    say(f"  {result.out}, {result.rows} rows{before}{errors}")

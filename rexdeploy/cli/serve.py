@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rexdeploy.cli.console import progress, say
-from rexdeploy.cli.shared import Quiet, RequireSignature, find_bundle, taken_back_on_ctrl_c
-from rexdeploy.errors import UsageError
+from rexdeploy.cli.shared import Quiet, RequireSignature, taken_back_on_ctrl_c
 
 if TYPE_CHECKING:
-    from rexdeploy.serving.front import Address
-    from rexdeploy.serving.processes import Binary
-    from rexdeploy.serving.repository import Deployed
-    from rexdeploy.serving.server import Guard
+    from rexdeploy.serving.server import Service
 
 
 def serve(
@@ -75,68 +70,40 @@ def serve(
     rexdeploy serve
     rexdeploy serve rexnet_1.5 --port 9000
     """
-    from rexdeploy.serving.deploy import backend_here, deploy, servable
-    from rexdeploy.serving.front import Address, check_ports
-    from rexdeploy.serving.processes import choose_backend, find_server, workplace
-    from rexdeploy.serving.server import Guard, request_bytes, running, stop_signals
+    from rexdeploy.serving.front import Address
+    from rexdeploy.serving.processes import stop_signals, workplace
+    from rexdeploy.serving.server import prepare, running
 
-    server = find_server(tritonserver)
     address = Address(host, port)
-    check_ports(address)
-    apis = tuple(open_api or ())
-    Guard(opened=apis)  # before anything is written
-    request_bytes(max_request, [])
-    models = servable(repository, server)
-    if bundle is None and not models and repository.is_dir() and any(repository.iterdir()):
-        raise UsageError(f"{repository} holds no model of rexdeploy's; name a bundle to add to it")
-    if bundle is None and models:
-        if backend != "auto" or require_signature is not None:
-            option = "--backend" if backend != "auto" else "--require-signature"
-            raise UsageError(f"{option} is for a bundle that is added: name one")
-        served = models[0]
-        title = f"{served.name}, version {served.version}, in {repository}"
-    else:
-        opened = find_bundle(bundle, require_signature)
-        chosen, why = backend_here(backend, repository, opened.manifest.name, server)
-        if chosen != "auto":
-            choose_backend(server, chosen)  # raises for one that the server lacks
-        with taken_back_on_ctrl_c():
-            result = deploy(opened, repository, chosen, why=why)
-        models = servable(repository, server)
-        served = next(model for model in models if model.name == result.name)
-        title = (
-            f"{opened.manifest.model.title}, version {result.version}, {result.backend} backend "
-            f"({result.reason})"
+    with taken_back_on_ctrl_c():
+        service = prepare(
+            bundle,
+            repository,
+            backend,
+            tritonserver,
+            address,
+            max_request,
+            open_api or (),
+            require_signature,
         )
-    limit = request_bytes(max_request, [model.tensor_bytes for model in models])
-    guard = Guard(limit, apis)
     with (
         stop_signals() as stop,
         workplace() as place,
         running(
-            server, repository, address, show_log_line, show_log, guard, place, stop
+            service.binary, repository, address, show_log_line, show_log, service.guard, place, stop
         ) as process,
     ):
         with progress(quiet) as report:
             report("starting tritonserver")
-            ready = process.wait_until_ready(
-                [name for model in models for name in (model.name, model.image_name)]
-            )
+            ready = process.wait_until_ready(service.names)
         if ready and not quiet:
-            others = [model for model in models if model != served]
-            show_serving(title, served, others, server, address, guard)
-        process.wait(served.image_name)
+            show_serving(service)
+        process.wait(service.model.image_name)
 
 
-def show_serving(
-    title: str,
-    result: Deployed,
-    others: Sequence[Deployed],
-    server: Binary,
-    address: Address,
-    guard: Guard,
-) -> None:
+def show_serving(service: Service) -> None:
     """Where a server answers, which other models it has, what it exposes, a command to try it."""
+    result, others, address, guard = service.model, service.others, service.address, service.guard
     beside = ", ".join(f"{other.image_name} (version {other.version})" for other in others)
     output = result.signature.output_name
     header = (
@@ -146,8 +113,8 @@ def show_serving(
     )
     opened = f"; open to every client: {', '.join(guard.opened)}" if guard.opened else ""
     say(
-        f"{title}, tritonserver {server.origin}",
-        f"  HTTP     {address.http}/v2/models/{result.image_name}",
+        f"{service.title}, tritonserver {service.binary.origin}",
+        f"  HTTP     {service.url}",
         f"  gRPC     {address.grpc}",
         f"  metrics  {address.metrics}",
         f"  and      {beside}" if others else None,
@@ -163,8 +130,7 @@ def show_serving(
         f"  n=$(wc -c < photo.jpg); h='{header}'",
         '  { printf %s "$h"; cat photo.jpg; } | curl -s --data-binary @- \\',
         "  -H 'Content-Type: application/octet-stream' \\",
-        f'  -H "Inference-Header-Content-Length: ${{#h}}" '
-        f"{address.http}/v2/models/{result.image_name}/infer",
+        f'  -H "Inference-Header-Content-Length: ${{#h}}" {service.url}/infer',
         "Ctrl-C ends it",
     )
 

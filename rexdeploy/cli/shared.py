@@ -9,17 +9,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from rexdeploy.cli.console import fail, say
 from rexdeploy.errors import RexdeployError
 from rexdeploy.text import one_line, printable
-
-if TYPE_CHECKING:
-    from rexdeploy.bundle.store import Bundle
-
 
 EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 BundleArgument = Annotated[
@@ -89,18 +85,6 @@ def only_warned_of(is_error: bool) -> Iterator[None]:
         if not is_error:
             raise
         say(f"warning: {one_line(str(error))}", to_stderr=True)
-
-
-def find_bundle(bundle: Path | None, public_key: Path | None) -> Bundle:
-    """The bundle that is meant; signed by the key, where there is one."""
-    from rexdeploy.bundle.store import Bundle
-
-    opened = Bundle.find(bundle)
-    if public_key is None:
-        return opened
-    from rexdeploy.bundle.signing import check
-
-    return check(opened.path, public_key)
 
 
 def command_line() -> str:

@@ -32,6 +32,6 @@ def sign(
     from rexdeploy.bundle.store import SIGNATURE, Bundle
 
     opened = Bundle.find(bundle)
-    count = run(opened.path, private_key)
+    count = run(opened, private_key=private_key)
     if not quiet:
         say(f"{opened.path / SIGNATURE}: of {count} files; whatever changes the bundle drops it")

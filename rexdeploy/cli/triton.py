@@ -10,11 +10,9 @@ import typer
 
 from rexdeploy.cli.console import check_json, emit, say, write_text
 from rexdeploy.cli.shared import BundleArgument, Json, Quiet, taken_back_on_ctrl_c
-from rexdeploy.text import printable
 
 if TYPE_CHECKING:
     from rexdeploy.serving.deploy import Deployment
-    from rexdeploy.serving.processes import Binary
 
 
 def triton(
@@ -58,48 +56,34 @@ def triton(
     check_json(json)
     check_json(kserve)
     from rexdeploy.bundle.store import Bundle
-    from rexdeploy.errors import BackendUnavailable
-    from rexdeploy.serving.deploy import backend_here, check_place, deploy, inference_service
-    from rexdeploy.serving.processes import Binary, find_server
+    from rexdeploy.serving.config import check_place
+    from rexdeploy.serving.deploy import triton as run
 
     check_place(storage_uri, image)
     opened = Bundle.find(bundle)
-    try:
-        server: Binary | str = find_server()
-    except BackendUnavailable as error:
-        server = str(error)
-    # A cluster's server is another one.
-    here = server if isinstance(server, Binary) and kserve is None else None
     with taken_back_on_ctrl_c():
-        chosen, why = backend_here(backend, repository, name or opened.manifest.name, here)
-        result = deploy(opened, repository, chosen, name, why=why)
+        result = run(
+            opened, repository=repository, backend=backend, name=name, kserve=kserve is not None
+        )
     if kserve is not None:
-        write_text(kserve, inference_service(result.name, result.backend, storage_uri, image))
-    emit(
-        json,
-        lambda: {
-            "repository": printable(str(result.repository)),
-            "network": result.name,
-            "ensemble": result.image_name,
-            "version": result.version,
-            "added": result.added,
-            "backend": result.backend,
-            "batch": result.batch,
-        },
-    )
+        write_text(kserve, result.inference_service(storage_uri, image))
+    emit(json, result)
     if not quiet and Path("-") not in (json, kserve):
-        show_deployment(opened.manifest.model.title, result, server)
+        show_deployment(opened.manifest.model.title, result)
 
 
-def show_deployment(title: str, result: Deployment, server: Binary | str) -> None:
-    """Where a bundle went in a model repository, and how to serve it.
-
-    `server` is this machine's, or why there is none.
-    """
+def show_deployment(title: str, result: Deployment) -> None:
+    """Where a bundle went in a model repository, and how to serve it here, or why it cannot be."""
+    from rexdeploy.errors import BackendUnavailable
+    from rexdeploy.serving.processes import find_server
     from rexdeploy.serving.repository import DEFAULT_REPOSITORY
 
-    if isinstance(server, str):
-        step = f"not served here: {server}"
+    try:
+        server, missing = find_server(), ""
+    except BackendUnavailable as error:
+        server, missing = None, str(error)
+    if server is None:
+        step = f"not served here: {missing}"
     elif server.backends and result.backend not in server.backends:
         step = f"not served here: no {result.backend} backend in the tritonserver {server.origin}"
     elif result.repository == DEFAULT_REPOSITORY:

@@ -10,7 +10,6 @@ import typer
 from rexdeploy.cli.console import check_json, emit, print_table, progress, say
 from rexdeploy.cli.shared import BundleArgument, Json, Quiet, command_line, only_warned_of
 from rexdeploy.machine import bounded
-from rexdeploy.text import printable
 
 if TYPE_CHECKING:
     from rexdeploy.parity.ranges import Ranges
@@ -45,30 +44,23 @@ def tune_precision(
     rexdeploy tune-precision rexnet_1.5 --images photos/
     """
     check_json(json)
-    from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.steps.tune import TuneOptions, tune
+    from rexdeploy.steps.tune import tune_precision as run
 
-    options = TuneOptions(images, samples, max_blocks, backend, command_line())
-    opened = Bundle.find(bundle)
     with bounded(), progress(quiet) as report:
-        result = tune(opened, options, report)
+        result = run(
+            bundle,
+            images=images,
+            samples=samples,
+            max_blocks=max_blocks,
+            backend=backend,
+            command=command_line(),
+            report=report,
+        )
     if not quiet and json != Path("-"):
         show_tuning(result)
     with only_warned_of(not result.healed):
-        emit(
-            json,
-            lambda: {
-                "bundle": printable(str(result.bundle.path)),
-                "images": result.images,
-                "healed": result.healed,
-                "limits": result.limits,
-                "plain": result.plain,
-                "best": result.best,
-                "written": result.written,
-                "ranges": result.ranges,
-            },
-        )
+        emit(json, result)
     if not result.healed:
         raise VerificationFailed(
             f"no {max_blocks} blocks in float32 bring the FP16 graph within its limits (error "

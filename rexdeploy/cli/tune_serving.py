@@ -62,18 +62,22 @@ def tune_serving(
         check_plot(plot)
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.serving.processes import find_server
-    from rexdeploy.serving.tuning import SweepOptions
     from rexdeploy.serving.tuning import tune_serving as run
 
     opened = Bundle.find(bundle)
-    server = find_server(tritonserver)
     with taken_back_on_ctrl_c(), progress(quiet) as report:
-        result = run(opened, repository, server, SweepOptions(p99, images), report)
+        result = run(
+            opened,
+            p99=p99,
+            repository=repository,
+            images=images,
+            tritonserver=tritonserver,
+            report=report,
+        )
     if not quiet and json != Path("-"):
         show_sweep(opened.manifest.model.title, result)
     with only_warned_of(result.kept is None):
-        emit(json, lambda: result)
+        emit(json, result)
         if plot is not None:
             plot_sweep(result, plot)
     if result.kept is None:

@@ -14,7 +14,6 @@ from rexdeploy.cli.shared import (
     Quiet,
     RequireSignature,
     command_line,
-    find_bundle,
     only_warned_of,
 )
 from rexdeploy.errors import RexdeployError, UsageError
@@ -22,7 +21,6 @@ from rexdeploy.machine import bounded
 from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
-    from rexdeploy.bundle.precision import Precision
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.parity.localize import Localization
     from rexdeploy.steps.verify import Verification
@@ -93,58 +91,43 @@ def verify(
         check_plot(plot)
         if not localize:
             raise UsageError("--plot draws what --localize finds: give both")
+    from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.steps.verify import VerifyOptions
     from rexdeploy.steps.verify import verify as run
 
-    opened = find_bundle(bundle, require_signature)
-    options = VerifyOptions(
-        images=images,
-        samples=samples,
-        candidate=candidate,
-        backends=tuple(backend or ()),
-        require=tuple(require or ()),
-        localize=localize,
-        precision=_precision(precision, candidate),
-    )
+    opened = Bundle.find(bundle)
     with bounded(), progress(quiet) as report:
-        result = run(opened, options, report)
+        result = run(
+            opened,
+            images=images,
+            samples=samples,
+            candidate=candidate,
+            backend=backend or (),
+            require=require or (),
+            localize=localize,
+            precision=precision,
+            require_signature=require_signature,
+            report=report,
+        )
     if not quiet and json != Path("-"):
         show_verification(opened, result, every_block=localize)
     if candidate is None and require_signature is None:  # storing drops the signature
         _store(opened, result)
     with only_warned_of(bool(result.failures)):
-        emit(json, lambda: result)
+        emit(json, result)
         if plot is not None:
             plot_localizations(result.localizations, plot)
     if result.failures:
         raise VerificationFailed("; ".join(result.failures))
 
 
-def _precision(text: str | None, candidate: Path | None) -> Precision | None:
-    from rexdeploy.bundle.precision import TYPE_NAMES
-
-    if text is None:
-        return None
-    for name in TYPE_NAMES:
-        if name == text:
-            if candidate is None:
-                raise UsageError(
-                    f"got --precision {text} without --candidate: a bundle's files are judged by "
-                    "their own types"
-                )
-            return name
-    raise UsageError(f"precision: got '{text}', expected one of {', '.join(TYPE_NAMES)}")
-
-
 def _store(bundle: Bundle, result: Verification) -> None:
     """Keeps the result in the bundle, where it can be written: on a serving machine it may not."""
     from rexdeploy.bundle.store import SIGNATURE
-    from rexdeploy.steps.verify import store
 
     signed = (bundle.path / SIGNATURE).exists()
     try:
-        store(bundle, result, command_line())
+        result.store(bundle, command_line())
         if signed:
             say(
                 f"warning: {SIGNATURE} is dropped, since verify.json is new: sign again; with "

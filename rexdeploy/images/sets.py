@@ -95,7 +95,9 @@ _Kind = Callable[[np.random.Generator, Preprocess], UInt8]
 _WORDS = "lorem ipsum dolor sit amet 0123456789 ReXNet WMNQ#%&@ "
 
 
-def pool(folder: Path | None, count: int, spec: Preprocess, rows: int = 0) -> tuple[UInt8, str]:
+def pool(
+    folder: Path | str | None, count: int, spec: Preprocess, rows: int = 0
+) -> tuple[UInt8, str]:
     """Images to compare networks over, uint8 RGB `[N, height, width, 3]`, and a description.
 
     At most `count` of a folder's, spread over all its subfolders, or as many synthetic ones. If a
@@ -105,6 +107,7 @@ def pool(folder: Path | None, count: int, spec: Preprocess, rows: int = 0) -> tu
     if folder is None:
         total = max(count, rows)
         return varied_pixels(total, spec, seed=SEED), f"{total} synthetic images"
+    folder = Path(folder)
     found = find(folder)
     paths = found[:: max(1, math.ceil(len(found) / count))]
     pixels = load_batch(paths, spec)

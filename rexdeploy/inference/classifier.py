@@ -25,6 +25,7 @@ from rexdeploy.backends import (
 from rexdeploy.bundle.labels import read_labels
 from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.metadata import check_preprocess
+from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.images import decode
@@ -67,6 +68,9 @@ class Classifier:
         self._model: Backend | None = backend
         self._batch = artifact.batch or BatchRange(1, _CHUNK, _CHUNK)
         self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Classifier {self.title} on {self.backend}>"
 
     @property
     def chunk(self) -> int:
@@ -187,7 +191,7 @@ def load(
     threads: int | None = None,
     require_signature: Path | str | None = None,
 ) -> Classifier:
-    """Loads a bundle (or the one in a folder) for classification.
+    """Loads a bundle (itself, its folder, or its name in artifacts/) for classification.
 
     `backend` is "auto" or one backend's name. "auto" takes the first that works: TensorRT engines
     (float16 first), ONNX Runtime with CUDA, ONNX Runtime, PyTorch. `threads` is how many a CPU
@@ -195,12 +199,7 @@ def load(
     `require_signature` is the public key that must have signed the bundle ('rexdeploy sign').
     Raises UsageError or BackendUnavailable with every reason.
     """
-    if not isinstance(bundle, Bundle):
-        bundle = Bundle.open(Path(bundle))
-    if require_signature is not None:
-        from rexdeploy.bundle.signing import check
-
-        bundle = check(bundle.path, Path(require_signature))
+    bundle = find(bundle, require_signature)
     labels = read_labels(bundle)
     choices = _choices(bundle, backend)
     if not choices:

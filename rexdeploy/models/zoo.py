@@ -16,6 +16,7 @@ from rexdeploy.errors import BackendUnavailable, UsageError, first_line
 from rexdeploy.files import sha256_of
 from rexdeploy.models.layers import layers
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet
+from rexdeploy.progress import Result
 
 PRETRAINED = {
     1.0: "timm/rexnet_100.nav_in1k",
@@ -89,6 +90,41 @@ class Cost:
     macs: int  # multiply-accumulates of convolutions
 
 
+@dataclass(frozen=True, repr=False)
+class Model(Result):
+    """A published network, and what our own computes."""
+
+    published: Published
+    computed: Cost
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both published costs are within one unit of their last digit of the computed.
+
+        The tables round some figures (7.557 to 7.6), cut others (34.7 to 34) and raise one (6.748
+        to 6.8), so half a unit would refuse figures that are the network's.
+        """
+        row = self.published
+        pairs = (
+            (row.gmacs, self.computed.macs / 1e9),
+            (row.params_m, self.computed.parameters / 1e6),
+        )
+        return all(
+            abs(printed - exact) < 10.0**-digits
+            for (printed, exact), digits in zip(pairs, row.decimals, strict=True)
+        )
+
+    def __repr__(self) -> str:
+        row, verdict = self.published, "agrees" if self.agrees else "DIFFERS"
+        costs = f"{row.gmacs:g} GMACs, {row.params_m:g} M parameters"
+        return f"<Model {row.family} {row.width:.1f}: top-1 {row.top1 or '-'}, {costs}: {verdict}>"
+
+
+def published_models() -> list[Model]:
+    """The published networks beside what our own cost."""
+    return [Model(row, cost(row.family, row.width)) for row in published()]
+
+
 def published() -> list[Published]:
     """The published ReXNets, V1 before lite, by width; 2.2 stands in by its two misplaced figures.
 
@@ -107,19 +143,6 @@ def cost(family: Family, width: float, size: int = 224) -> Cost:
         model = RexNet(CONFIGS[family](width, 1000)).eval()
         macs = sum(layer.macs for layer in layers(model, size))
     return Cost(sum(parameter.numel() for parameter in model.parameters()), macs)
-
-
-def agrees(row: Published, computed: Cost) -> bool:
-    """Whether both published costs are within one unit of their last digit of the computed ones.
-
-    The tables round some figures (7.557 to 7.6), cut others (34.7 to 34) and raise one (6.748 to
-    6.8), so half a unit would refuse figures that are the network's.
-    """
-    pairs = ((row.gmacs, computed.macs / 1e9), (row.params_m, computed.parameters / 1e6))
-    return all(
-        abs(printed - exact) < 10.0**-digits
-        for (printed, exact), digits in zip(pairs, row.decimals, strict=True)
-    )
 
 
 def fetch_pretrained(family: Family, width: float) -> tuple[Path, str]:

@@ -95,6 +95,16 @@ class Comparison:
         return Limits(self.error, self.rms, self.correlation)
 
     @property
+    def share(self) -> float:
+        """How much of its limit the worst of its numbers takes; over 1 it fails."""
+        limits = self.limits
+        return max(
+            self.error / limits.error,
+            self.rms / limits.rms,
+            (1 - self.correlation) / (1 - limits.correlation),
+        )
+
+    @property
     def failures(self) -> tuple[str, ...]:
         """Why the candidate does not pass; empty if it does."""
         if self.nonfinite:

@@ -7,6 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from rexdeploy.backends import engines
 from rexdeploy.bundle.manifest import (
@@ -19,20 +22,33 @@ from rexdeploy.bundle.manifest import (
 )
 from rexdeploy.bundle.metadata import check_preprocess
 from rexdeploy.bundle.store import Bundle, is_bundle, sha256
-from rexdeploy.errors import RexdeployError, UsageError
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.progress import Result
 from rexdeploy.serving.config import (
+    DEFAULT_IMAGE,
+    DEFAULT_STORAGE,
     LABELS,
     Settings,
     Signature,
     TritonBackend,
     ensemble_config,
+    inference_service,
     network_config,
     preprocess_config,
     settings_in,
     signature_in,
 )
-from rexdeploy.serving.processes import Binary, choose_backend
-from rexdeploy.serving.repository import Deployed, Model, changing, config_of, deployed, publish
+from rexdeploy.serving.processes import Binary, choose_backend, find_server
+from rexdeploy.serving.repository import (
+    DEFAULT_REPOSITORY,
+    Deployed,
+    Model,
+    changing,
+    config_of,
+    deployed,
+    publish,
+)
+from rexdeploy.text import printable
 
 BACKENDS: tuple[TritonBackend, ...] = ("tensorrt", "onnxruntime", "python")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*")
@@ -46,8 +62,8 @@ from rexdeploy.triton_backend import {} as TritonPythonModel
 """
 
 
-@dataclass(frozen=True)
-class Deployment:
+@dataclass(frozen=True, repr=False)
+class Deployment(Result):
     """A bundle as it stands in a model repository."""
 
     repository: Path
@@ -59,6 +75,59 @@ class Deployment:
     reason: str  # why that backend
     batch: BatchRange
     output: str  # the output's name, the same for both
+
+    def __repr__(self) -> str:
+        how = "added" if self.added else "unchanged"
+        what = f"version {self.version}, {self.backend} backend: {how}"
+        return f"<Deployment {self.repository / self.name}: {what}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "repository": printable(str(self.repository)),
+            "network": self.name,
+            "ensemble": self.image_name,
+            "version": self.version,
+            "added": self.added,
+            "backend": self.backend,
+            "batch": msgspec.to_builtins(self.batch),
+        }
+
+    def inference_service(
+        self, storage_uri: str = DEFAULT_STORAGE, image: str = DEFAULT_IMAGE
+    ) -> str:
+        """The YAML of a KServe InferenceService for it; raises UsageError.
+
+        `storage_uri` is where the cluster will find the repository, and `image` its container image
+        of Triton, with rexdeploy in it.
+        """
+        return inference_service(self.name, self.backend, storage_uri, image)
+
+
+def triton(
+    bundle: Bundle | Path | str | None = None,
+    *,
+    repository: Path | str = DEFAULT_REPOSITORY,
+    backend: str = "auto",
+    name: str | None = None,
+    kserve: bool = False,
+) -> Deployment:
+    """Adds a bundle to a model repository of NVIDIA's Triton Inference Server.
+
+    `bundle` is one, its folder, its name in artifacts/, or None: the latest one there. `backend` is
+    "tensorrt", "onnxruntime", "python" or "auto", which looks at this machine's server unless
+    `kserve` says that a cluster's will serve it. `name` is the model's, else the bundle's. All of
+    it is there at once or nothing is.
+
+    Raises UsageError where the bundle lacks what was asked for or the name is another model's,
+    RexdeployError where the repository cannot be written.
+    """
+    bundle, repository = Bundle.find(bundle), Path(repository)
+    try:
+        server = None if kserve else find_server()
+    except BackendUnavailable:
+        server = None
+    chosen, why = backend_here(backend, repository, name or bundle.manifest.name, server)
+    return deploy(bundle, repository, chosen, name, why=why)
 
 
 def deploy(
@@ -279,73 +348,3 @@ def _check(repository: Path, models: list[Model], signature: Signature) -> None:
                 f"model share one configuration; {same}choose another --repository, or --name of "
                 f"'rexdeploy triton', or remove {name}, {name}_preprocess and {name}_image there"
             )
-
-
-_TEMPLATE = """\
-# Serves the model repository at storageUri: the folder that 'rexdeploy triton' wrote, copied there.
-apiVersion: serving.kserve.io/v1beta1
-kind: InferenceService
-metadata:
-  name: "{service}"
-spec:
-  predictor:
-    minReplicas: 1
-    model:
-      modelFormat:
-        name: triton
-      runtime: kserve-tritonserver
-      protocolVersion: v2
-      storageUri: "{storage_uri}"
-      # Triton's image with what its Python runs (the preprocessing{network}):
-      # pip install rexdeploy{packages}
-      image: "{image}"
-      resources:
-        requests:
-          cpu: "2"
-          memory: 4Gi
-        limits:
-          memory: 4Gi{gpu}
-      volumeMounts:
-        - name: shared-memory
-          mountPath: /dev/shm
-    volumes:
-      # Tensors go to and from Triton's Python through it, and a container's own is 64 MiB.
-      - name: shared-memory
-        emptyDir:
-          medium: Memory
-          sizeLimit: 1Gi
-"""
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:+-]*")  # no quote, no escape, no white space
-_MAX_NAME = 63 - len("-predictor")  # KServe makes a Kubernetes Service NAME-predictor
-_SCHEMES = ("s3://", "gs://", "pvc://", "https://", "http://", "hdfs://", "hf://", "oci://")
-
-
-def check_place(storage_uri: str, image: str) -> None:
-    """Raises UsageError for a repository's place or a container image that cannot be meant."""
-    if not storage_uri.startswith(_SCHEMES) or not _PLAIN.fullmatch(storage_uri):
-        raise UsageError(
-            f"storage-uri: got '{storage_uri}', expected a place that KServe reads, such as "
-            "s3://BUCKET/FOLDER or pvc://CLAIM/FOLDER"
-        )
-    if not _PLAIN.fullmatch(image):
-        raise UsageError(f"image: got '{image}', expected a container image's name")
-
-
-def inference_service(name: str, backend: str, storage_uri: str, image: str) -> str:
-    """The YAML of an InferenceService for the model `name` and its backend in the repository.
-
-    `storage_uri` is where the cluster finds the repository, `image` the server's container image:
-    both as `check_place` takes them.
-    """
-    # A Kubernetes name: lower case, letters, digits and -, beginning with a letter.
-    service = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    service = (service if service[:1].isalpha() else f"model-{service}")[:_MAX_NAME].rstrip("-")
-    python = backend == "python"
-    return _TEMPLATE.format(
-        service=service,
-        storage_uri=storage_uri,
-        image=image,
-        network=" and the network" if python else "",
-        packages=" onnxruntime" if python else "",
-        gpu='\n          nvidia.com/gpu: "1"' if backend == "tensorrt" else "",
-    )

@@ -1,15 +1,53 @@
-"""What the front refuses: bodies beyond its memory, and JSON that ends Triton."""
+"""What clients may do, and what the front refuses: too large bodies, JSON that ends Triton."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 from msgspec import Raw, json
 
+from rexdeploy.errors import UsageError
+
 STARTING = "the server is being started"
+REQUEST_BYTES = 2**24  # a photograph of 16 MiB
+# What lets a client read and write other programs' memory, load models, or change what is logged.
+CLOSED_APIS = ("shared-memory", "model-repository", "trace", "logging")
+_MOST_MIB = 1024
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What clients may do."""
+
+    request_bytes: int = REQUEST_BYTES  # the most that one request may have
+    opened: tuple[str, ...] = ()  # of CLOSED_APIS
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.opened if name not in CLOSED_APIS]
+        if unknown:
+            raise UsageError(f"open: got '{unknown[0]}', expected one of {', '.join(CLOSED_APIS)}")
+
+    @property
+    def closed(self) -> list[str]:
+        """The APIs that nobody can use."""
+        return [name for name in CLOSED_APIS if name not in self.opened]
+
+
+def request_bytes(wanted_mib: int | None, full_batches: Sequence[int]) -> int:
+    """The most that a request may have: what is wanted, or what photographs and tensors need.
+
+    `full_batches` are the bytes of the largest batch of each model. Raises UsageError where what is
+    wanted is no size.
+    """
+    if wanted_mib is None:
+        return max(REQUEST_BYTES, *(size + 2**16 for size in full_batches), 0)
+    if not 1 <= wanted_mib <= _MOST_MIB:
+        raise UsageError(f"max-request: got {wanted_mib}, expected 1 to {_MOST_MIB}, in mebibytes")
+    return wanted_mib * 2**20
 
 
 class Budget:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from rexdeploy import machine
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
@@ -97,6 +98,34 @@ def _runs(group: int) -> bool:
     return False
 
 
+class Stop:
+    """How often the end was asked for: once, to answer what is in flight; twice, to end at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def ask(self) -> None:
+        """Asks for it."""
+        self.count += 1
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Within it, Ctrl-C and SIGTERM ask for the end and do not end this process."""
+    stop = Stop()
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        stop.ask()
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class TritonLog(threading.Thread):
     """Reads a server's log as it is written; keeps its first and last error.
 
@@ -160,11 +189,12 @@ class Binary:
     backends: frozenset[str] = frozenset()
 
 
-def find_server(wanted: Path | None = None) -> Binary:
+def find_server(wanted: Path | str | None = None) -> Binary:
     """The tritonserver at `wanted`, the one on PATH, or nvidia-pytriton's.
 
     Raises UsageError if there is none at `wanted`, BackendUnavailable where there is none at all.
     """
+    wanted = Path(wanted) if wanted is not None else None
     if wanted is not None and not (wanted.is_file() and os.access(wanted, os.X_OK)):
         raise UsageError(f"--tritonserver: {wanted} is not a program; expected tritonserver's path")
     on_path = shutil.which("tritonserver")

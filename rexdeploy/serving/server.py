@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
@@ -14,83 +13,61 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
+from rexdeploy.bundle.signing import find
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.serving.front import SOCKETS, Address, Front
-from rexdeploy.serving.processes import Binary, TritonLog, Workplace, end, start, workplace
+from rexdeploy.progress import Report, silent
+from rexdeploy.serving.deploy import backend_here, deploy, servable
+from rexdeploy.serving.front import SOCKETS, Address, Front, check_ports
+from rexdeploy.serving.limits import Guard, request_bytes
+from rexdeploy.serving.processes import (
+    Binary,
+    Stop,
+    TritonLog,
+    Workplace,
+    choose_backend,
+    end,
+    find_server,
+    start,
+    workplace,
+)
+from rexdeploy.serving.repository import DEFAULT_REPOSITORY, Deployed
 from rexdeploy.serving.watch import Watch, ask
 
 POLL_SECONDS = 2  # how long a new version waits before it is loaded
-REQUEST_BYTES = 2**24  # a photograph of 16 MiB
-# What lets a client read and write other programs' memory, load models, or change what is logged.
-CLOSED_APIS = ("shared-memory", "model-repository", "trace", "logging")
 DRAIN_SECONDS = 25.0  # less than the 30 that Kubernetes waits between SIGTERM and SIGKILL
 _START_SECONDS = 600  # an engine for a large GPU may take minutes to load and warm up
-_MOST_MIB = 1024
 _STOP_SECONDS = 5  # nothing is in flight by then
 _LOOK_SECONDS = 0.1
 # A server that has to be started again so often within that time is left to who started us.
 _STARTS, _STARTS_SECONDS = 5, 600.0
 
 
-@dataclass(frozen=True)
-class Guard:
-    """What clients may do."""
+@dataclass(frozen=True, repr=False)
+class Service:
+    """A repository to serve, and where."""
 
-    request_bytes: int = REQUEST_BYTES  # the most that one request may have
-    opened: tuple[str, ...] = ()  # of CLOSED_APIS
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.opened if name not in CLOSED_APIS]
-        if unknown:
-            raise UsageError(f"open: got '{unknown[0]}', expected one of {', '.join(CLOSED_APIS)}")
+    title: str  # of `model`
+    model: Deployed  # of the bundle that was given, or the first one
+    others: tuple[Deployed, ...]
+    repository: Path
+    binary: Binary
+    address: Address
+    guard: Guard
 
     @property
-    def closed(self) -> list[str]:
-        """The APIs that nobody can use."""
-        return [name for name in CLOSED_APIS if name not in self.opened]
+    def url(self) -> str:
+        """Where image files are sent to, over HTTP."""
+        return f"{self.address.http}/v2/models/{self.model.image_name}"
 
+    @property
+    def names(self) -> list[str]:
+        """The models that it has when it is ready."""
+        return [name for one in (self.model, *self.others) for name in (one.name, one.image_name)]
 
-def request_bytes(wanted_mib: int | None, full_batches: Sequence[int]) -> int:
-    """The most that a request may have: what is wanted, or what photographs and tensors need.
-
-    `full_batches` are the bytes of the largest batch of each model. Raises UsageError where what is
-    wanted is no size.
-    """
-    if wanted_mib is None:
-        return max(REQUEST_BYTES, *(size + 2**16 for size in full_batches), 0)
-    if not 1 <= wanted_mib <= _MOST_MIB:
-        raise UsageError(f"max-request: got {wanted_mib}, expected 1 to {_MOST_MIB}, in mebibytes")
-    return wanted_mib * 2**20
-
-
-class Stop:
-    """How often the end was asked for: once, to answer what is in flight; twice, to end at once."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def ask(self) -> None:
-        """Asks for it."""
-        self.count += 1
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Within it, Ctrl-C and SIGTERM ask for the end and do not end this process."""
-    stop = Stop()
-
-    def asked(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        stop.ask()
-
-    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def __repr__(self) -> str:
+        return f"<Service {self.url}: {self.title}>"
 
 
 class Server:
@@ -105,7 +82,7 @@ class Server:
         show: Callable[[str], None] | None,
     ) -> None:
         self._run, self._place, self._front, self._stop = run, place, front, stop
-        self._show = show or _silent
+        self._show = show or silent
         self._starts: deque[float] = deque(maxlen=_STARTS)
         self._models: Sequence[str] = ()
         self._number = 0
@@ -254,8 +231,6 @@ def running(
         if binary.python_backend:
             options.append(f"--backend-directory={backends}")
 
-        limit = guard.request_bytes
-
         def run(sockets: Path) -> tuple[subprocess.Popen[str], TritonLog]:
             listening = [
                 f"--{name}-address=unix:{sockets / socket_name.partition(':')[0]}"
@@ -265,7 +240,7 @@ def running(
                 process = start(
                     [str(binary.path), *options, *listening],
                     _environment(binary),
-                    2 * limit,
+                    2 * guard.request_bytes,
                 )
             except OSError as error:
                 raise RexdeployError(
@@ -273,7 +248,7 @@ def running(
                 ) from None
             return process, TritonLog(process, show, whole_log)
 
-        front = Front(address.host, address.port, limit)
+        front = Front(address.host, address.port, guard.request_bytes)
         try:
             front.start()
         except OSError as error:
@@ -286,6 +261,99 @@ def running(
         stack.callback(server.end)
         stack.callback(front.close)  # first: Triton waits for connections
         yield server
+
+
+def prepare(
+    bundle: Bundle | Path | str | None,
+    repository: Path,
+    backend: str,
+    tritonserver: Path | str | None,
+    address: Address,
+    max_request: int | None,
+    apis: Sequence[str],
+    require_signature: Path | str | None,
+) -> Service:
+    """What `serve` serves; adds the bundle to the repository, once everything else is checked."""
+    server = find_server(tritonserver)
+    check_ports(address)
+    Guard(opened=tuple(apis))  # before anything is written
+    request_bytes(max_request, [])
+    models = servable(repository, server)
+    if bundle is None and not models and repository.is_dir() and any(repository.iterdir()):
+        raise UsageError(f"{repository} holds no model of rexdeploy's; name a bundle to add to it")
+    if bundle is None and models:
+        if backend != "auto" or require_signature is not None:
+            option = "--backend" if backend != "auto" else "--require-signature"
+            raise UsageError(f"{option} is for a bundle that is added: name one")
+        served = models[0]
+        title = f"{served.name}, version {served.version}, in {repository}"
+    else:
+        opened = find(bundle, require_signature)
+        chosen, why = backend_here(backend, repository, opened.manifest.name, server)
+        if chosen != "auto":
+            choose_backend(server, chosen)  # raises for one that the server lacks
+        result = deploy(opened, repository, chosen, why=why)
+        models = servable(repository, server)
+        served = next(model for model in models if model.name == result.name)
+        title = (
+            f"{opened.manifest.model.title}, version {result.version}, {result.backend} backend "
+            f"({result.reason})"
+        )
+    return Service(
+        title=title,
+        model=served,
+        others=tuple(model for model in models if model != served),
+        repository=repository,
+        binary=server,
+        address=address,
+        guard=Guard(
+            request_bytes(max_request, [model.tensor_bytes for model in models]), tuple(apis)
+        ),
+    )
+
+
+@contextlib.contextmanager
+def serve(
+    bundle: Bundle | Path | str | None = None,
+    *,
+    repository: Path | str = DEFAULT_REPOSITORY,
+    backend: str = "auto",
+    tritonserver: Path | str | None = None,
+    host: str = Address.host,
+    port: int = Address.port,
+    max_request: int | None = None,
+    open: Sequence[str] = (),  # noqa: A002 - the command's name for it
+    require_signature: Path | str | None = None,
+    report: Report = silent,
+) -> Iterator[Service]:
+    """Serves a model repository with a real Triton Inference Server while the block runs.
+
+    `bundle` is added first, as `triton` does: one, its folder or its name in artifacts/; None: only
+    to an empty repository, the latest. `backend` is the bundle's there. `tritonserver` is the
+    program, else the one on PATH or nvidia-pytriton's. HTTP is at `port`, gRPC and metrics at the
+    next two. `max_request` is in MiB, `open` names APIs that every client may use (CLOSED_APIS),
+    and `require_signature` is the public key that must have signed the bundle. To be called in the
+    main thread; a server that fails is not started again, as the command does.
+
+    Raises UsageError, BackendUnavailable where there is no server, and RexdeployError, with the
+    server's own reason, where it does not become ready.
+    """
+    service = prepare(
+        bundle,
+        Path(repository),
+        backend,
+        tritonserver,
+        Address(host, port),
+        max_request,
+        open,
+        require_signature,
+    )
+    with running(
+        service.binary, service.repository, service.address, guard=service.guard
+    ) as server:
+        report("starting tritonserver")
+        server.wait_until_ready(service.names)
+        yield service
 
 
 def _arguments(repository: Path, place: Workplace, guard: Guard) -> list[str]:
@@ -329,7 +397,3 @@ def _environment(binary: Binary) -> dict[str, str]:
         folders = [os.environ.get("LD_LIBRARY_PATH", ""), str(binary.libraries)]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
     return environment
-
-
-def _silent(line: str) -> None:
-    del line

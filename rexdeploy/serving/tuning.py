@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 from PIL import Image
 
@@ -21,11 +23,12 @@ from rexdeploy.bundle.manifest import BatchRange, Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import decode, sets
-from rexdeploy.progress import Report, silent
+from rexdeploy.progress import Report, Result, silent
 from rexdeploy.serving.config import DEFAULTS, Settings, image_request
 from rexdeploy.serving.deploy import Deployment, backend_here, deploy
 from rexdeploy.serving.front import Address, free_port
-from rexdeploy.serving.processes import Binary
+from rexdeploy.serving.processes import Binary, find_server
+from rexdeploy.serving.repository import DEFAULT_REPOSITORY
 from rexdeploy.serving.server import running
 
 MIN_MS, MAX_MS = 0.1, 60_000.0
@@ -66,8 +69,8 @@ class Row:
         return max(within, key=lambda load: load.per_second, default=None)
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Result):
     """What was measured, and which way is kept: None where none is within the bound."""
 
     bound_ms: float  # of the 99th percentile
@@ -77,49 +80,59 @@ class Sweep:
     kept: Settings | None
     deployment: Deployment | None = None  # with what is kept
 
+    def __repr__(self) -> str:
+        verdict = describe(self.kept, self.batch) if self.kept else "NONE is within it"
+        return f"<Sweep of {len(self.rows)} ways within {self.bound_ms:g} ms: {verdict}>"
 
-@dataclass(frozen=True)
-class SweepOptions:
-    """The bound, and what is sent."""
-
-    p99_ms: float
-    images: Path | None = None  # None: seeded synthetic photographs
-    candidates: Sequence[Settings] = ()  # none: those of `candidates`
+    def to_dict(self) -> dict[str, Any]:
+        plain: dict[str, Any] = msgspec.to_builtins(replace(self, deployment=None))
+        return plain | {"deployment": self.deployment.to_dict() if self.deployment else None}
 
 
 def tune_serving(
-    bundle: Bundle,
-    repository: Path,
-    server: Binary,
-    options: SweepOptions,
+    bundle: Bundle | Path | str | None = None,
+    *,
+    p99: float,
+    repository: Path | str = DEFAULT_REPOSITORY,
+    images: Path | str | None = None,
+    tritonserver: Path | str | None = None,
+    ways: Sequence[Settings] = (),
     report: Report = silent,
 ) -> Sweep:
-    """Measures the bundle on the server, and adds it to the repository with the best settings.
+    """Measures the bundle on servers, and adds it to the repository with the best settings.
+
+    `bundle` is one, its folder, its name in artifacts/, or None: the latest one there. The most
+    images a second count whose 99th percentile is within `p99` milliseconds. `images` is a folder
+    of files to send, else synthetic photographs are. `tritonserver` is the program, as of `serve`,
+    and `ways` are other settings to try than `candidates`.
 
     The servers that are measured have repositories and ports of their own, one after the other: the
-    repository is touched once, at the end, and not at all where nothing is within the bound. Raises
-    UsageError for what cannot be measured, RexdeployError where no server could be.
+    repository is touched once, at the end, and not at all where nothing is within the bound:
+    then `kept` is None. Raises UsageError for what cannot be measured, BackendUnavailable where
+    there is no server, and RexdeployError where none could be measured.
     """
-    if not MIN_MS <= options.p99_ms <= MAX_MS:
-        raise UsageError(
-            f"p99: got {options.p99_ms:g}, expected {MIN_MS:g} to {MAX_MS:g} milliseconds"
-        )
-    files, described = _files(options.images, bundle.manifest.model.preprocess)
+    bundle, repository = Bundle.find(bundle), Path(repository)
+    server = find_server(tritonserver)
+    if not MIN_MS <= p99 <= MAX_MS:
+        raise UsageError(f"p99: got {p99:g}, expected {MIN_MS:g} to {MAX_MS:g} milliseconds")
+    files, described = _files(
+        None if images is None else Path(images), bundle.manifest.model.preprocess
+    )
     chosen, why = backend_here("auto", repository, bundle.manifest.name, server)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="rexdeploy-tune-") as folder:
         scratch = Path(folder) / "models"
         first = deploy(bundle, scratch, chosen)
-        tried = options.candidates or candidates(first.batch, options.p99_ms, _cores())
+        tried = ways or candidates(first.batch, p99, _cores())
         for number, settings in enumerate(tried, start=1):
             what = f"{number} of {len(tried)}: {describe(settings, first.batch)}"
             report(f"{what}: starting tritonserver")
             deployment = deploy(bundle, scratch, first.backend, settings=settings)
-            rows.append(_row(deployment, settings, server, files, options.p99_ms, report, what))
+            rows.append(_row(deployment, settings, server, files, p99, report, what))
     if not any(row.loads for row in rows):
         raise RexdeployError(f"no way of serving could be measured: {rows[0].fault}")
-    kept = choose(rows, options.p99_ms)
-    sweep = Sweep(options.p99_ms, described, first.batch, tuple(rows), kept)
+    kept = choose(rows, p99)
+    sweep = Sweep(p99, described, first.batch, tuple(rows), kept)
     if kept is None:
         return sweep
     return replace(sweep, deployment=deploy(bundle, repository, chosen, settings=kept, why=why))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import msgspec
 from onnx import ModelProto
 
 from rexdeploy import machine
@@ -19,66 +23,84 @@ from rexdeploy.graphs.products import products
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import interface_nodes
 from rexdeploy.parity.proof import PROOF_REVISION, prove
-from rexdeploy.progress import Report, silent
+from rexdeploy.progress import Report, Result, silent
+from rexdeploy.text import printable
 
 MAX_WORKSPACE_MIB = 1 << 20
 _PRECISION_TITLES = {"Half": "FP16", "BFloat16": "BF16", "Float": "float32"}
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """How to build an engine."""
-
-    fp16: bool = False
-    bf16: bool = False
-    batch: BatchRange | None = None  # None: 1:8:64, or what a fixed-batch graph has
-    flavor: str = "auto"
-    targets: tuple[str, ...] = ()
-    workspace_mib: int | None = None
-    force: bool = False
-    command: str = "rexdeploy build-trt"
-
-
-@dataclass(frozen=True)
-class BuildResult:
+@dataclass(frozen=True, repr=False)
+class BuildResult(Result):
     """An engine in its bundle."""
 
     bundle: Bundle
     engine: Artifact
     reused: bool  # answered from the bundle, nothing was built
 
+    def __repr__(self) -> str:
+        proof = self.engine.proof
+        how = "unchanged" if self.reused else "built"
+        summary = f"; {proof.summary}" if proof else ""
+        return f"<BuildResult {self.bundle.path / self.engine.file}: {how}{summary}>"
 
-def build(source: Source | Bundle, options: BuildOptions, report: Report = silent) -> BuildResult:
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "bundle": printable(str(self.bundle.path)),
+            "engine": msgspec.to_builtins(self.engine),
+            "reused": self.reused,
+        }
+
+
+def build_trt(
+    bundle: Source | Bundle | Path | str | None = None,
+    *,
+    fp16: bool = False,
+    bf16: bool = False,
+    batch: BatchRange | str | None = None,
+    flavor: str = "auto",
+    target: Sequence[str] = (),
+    workspace: int | None = None,
+    force: bool = False,
+    command: str = "rexdeploy build-trt",
+    report: Report = silent,
+) -> BuildResult:
     """Builds an engine into a bundle, or finds the one that these settings would give.
 
+    `bundle` is one, its folder, its name in artifacts/, None (the latest one there), or what
+    `import_onnx` gives. `batch` are the sizes to accept, such as "1:8:64", which it is unless the
+    graph's is fixed. `flavor` is "tensorrt", "rtx" or "auto", `target` the compute capabilities of
+    an RTX engine, such as "sm89", and `workspace` bounds its scratch memory, in MiB. `force` builds
+    even if nothing has changed. `command` is what the manifest says that made it.
+
     It first makes the graph that TensorRT gets: of our own aligned graphs the form with plain
-    shortcuts (`shortcuts.py`), with `fp16` or `bf16` the typed one. Raises VerificationFailed, and
-    writes nothing, if the built engine does not compute in the precision that was asked for.
+    shortcuts (`shortcuts.py`), with `fp16` or `bf16` the typed one. Raises UsageError,
+    BackendUnavailable where TensorRT or its GPU is missing, and VerificationFailed if the built
+    engine does not compute in the precision that was asked for; then it has written nothing.
     """
-    if options.fp16 and options.bf16:
+    if fp16 and bf16:
         raise UsageError("got --fp16 and --bf16, expected one of them")
-    if isinstance(source, Bundle):
-        source = Source(source)
-    bundle = source.bundle
-    flavor = _choose_flavor(options)
+    source = bundle if isinstance(bundle, Source) else Source(Bundle.find(bundle))
+    bundle, asked = source.bundle, _parsed(batch)
+    flavor = _choose_flavor(flavor, target, workspace)
     trt = tensorrt_api.load(flavor)
     root_graph = bundle.manifest.find("onnx")
     if root_graph is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
-    wanted: Precision | None = "fp16" if options.fp16 else "bf16" if options.bf16 else None
-    form = engine_form(source, root_graph, wanted, options.command, report, options.force)
+    wanted: Precision | None = "fp16" if fp16 else "bf16" if bf16 else None
+    form = engine_form(source, root_graph, wanted, command, report, force)
     graph_artifact, data = form.artifact, form.data
     files = {**source.new_files, **form.files}
     graph = parse(data, graph_artifact.file)
     settings = EngineSettings(
         flavor,
-        _batch(options.batch, graph_artifact.batch),
-        tuple(sorted(set(options.targets), key=tensorrt_api.target_names().index)),
-        options.workspace_mib,
+        _batch(asked, graph_artifact.batch),
+        tuple(sorted(set(target), key=tensorrt_api.target_names().index)),
+        workspace,
     )
     built_with = _built_with(settings, trt.__version__)
     engine = _same_engine(source, graph_artifact, settings, built_with)
-    if engine is not None and not options.force:
+    if engine is not None and not force:
         if form.made:  # the engine was whole, its graph was not
             bundle = bundle.update(*form.made, files=files)
         return BuildResult(bundle, engine, reused=True)
@@ -94,16 +116,16 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     proof = prove(built.layers, products(graph), kind, free)
     _check_precision(proof)
 
-    target = built_with["targets"].replace(" and newer", "plus").replace(" ", "-")
+    targets = built_with["targets"].replace(" and newer", "plus").replace(" ", "-")
     engine = Artifact(
         "engine",
-        f"{precision}.{flavor}-{target}.engine",
+        f"{precision}.{flavor}-{targets}.engine",
         sha256(built.plan),
         parent_sha256=graph_artifact.sha256,
         precision=graph_artifact.precision,
         batch=settings.batch,
         built_with=built_with,
-        command=options.command,
+        command=command,
         proof=proof,
     )
     report(f"writing {bundle.path / engine.file}")
@@ -114,26 +136,25 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     return BuildResult(bundle.update(*form.made, engine, files=files), engine, reused=False)
 
 
-def _choose_flavor(options: BuildOptions) -> Flavor:
-    workspace = options.workspace_mib
+def _choose_flavor(asked: str, targets: Sequence[str], workspace: int | None) -> Flavor:
     if workspace is not None and not 1 <= workspace <= MAX_WORKSPACE_MIB:
         raise UsageError(f"workspace: got {workspace}, expected 1 to {MAX_WORKSPACE_MIB} MiB")
-    if options.targets and options.flavor == "tensorrt":
+    if targets and asked == "tensorrt":
         raise UsageError(
             "--target is for --flavor rtx: full TensorRT builds for the GPU it runs on"
         )
-    unknown = [name for name in options.targets if name not in tensorrt_api.target_names()]
+    unknown = [name for name in targets if name not in tensorrt_api.target_names()]
     if unknown:
         raise UsageError(
             f"target: got '{unknown[0]}', expected {', '.join(tensorrt_api.target_names())}"
         )
     for flavor in FLAVORS:
-        if options.flavor == flavor:
+        if asked == flavor:
             return flavor
-    if options.flavor != "auto":
-        raise UsageError(f"flavor: got '{options.flavor}', expected auto, {', '.join(FLAVORS)}")
+    if asked != "auto":
+        raise UsageError(f"flavor: got '{asked}', expected auto, {', '.join(FLAVORS)}")
     # Full TensorRT builds only on the GPU it will run on; RTX builds anywhere.
-    if not options.targets and machine.detect() is not None and _can_load("tensorrt"):
+    if not targets and machine.detect() is not None and _can_load("tensorrt"):
         return "tensorrt"
     if _can_load("rtx"):
         return "rtx"
@@ -149,6 +170,10 @@ def _can_load(flavor: Flavor) -> bool:
     except BackendUnavailable:
         return False
     return True
+
+
+def _parsed(batch: BatchRange | str | None) -> BatchRange | None:
+    return BatchRange.parse(batch) if isinstance(batch, str) else batch
 
 
 def _batch(asked: BatchRange | None, fixed: BatchRange | None) -> BatchRange:

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from rexdeploy import machine
 from rexdeploy.backends import tensorrt_api
 from rexdeploy.errors import BackendUnavailable
+from rexdeploy.progress import Result
 
 Status = Literal["ok", "missing", "conflict"]
 _PURPOSES = {
@@ -39,8 +40,8 @@ _EXTRAS = {
 """Extras by the one to install: `export` comes with `cpu` and with `gpu`."""
 
 
-@dataclass(frozen=True)
-class Finding:
+@dataclass(frozen=True, repr=False)
+class Finding(Result):
     """One thing that was looked at."""
 
     item: str
@@ -48,9 +49,12 @@ class Finding:
     detail: str
     fix: str  # a command, or empty
 
+    def __repr__(self) -> str:
+        return f"<Finding {self.item}: {self.status}, {self.detail}>"
 
-def examine() -> list[Finding]:
-    """Everything that rexdeploy can use, in the order of a deployment."""
+
+def doctor() -> list[Finding]:
+    """Everything that rexdeploy can use on this machine, in the order of a deployment."""
     findings = [
         Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}", ""),
         *_packages(),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
+import msgspec
 import onnx
 import safetensors.torch
 import torch
@@ -15,7 +16,7 @@ from onnx import ModelProto
 
 from rexdeploy.arrays import Array
 from rexdeploy.backends import open_backend
-from rexdeploy.bundle.labels import parse_labels
+from rexdeploy.bundle.labels import IMAGENET_CLASSES, labels_for
 from rexdeploy.bundle.manifest import (
     FORMAT,
     MANIFEST,
@@ -31,19 +32,21 @@ from rexdeploy.bundle.manifest import (
 )
 from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
 from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sha256_of
-from rexdeploy.graphs.from_torch import MIN_OPSET, add_metadata, check_graph, export_graph, simplify
+from rexdeploy.files import sha256_of
+from rexdeploy.graphs.from_torch import MIN_OPSET, add_metadata, check_graph, export_graph
+from rexdeploy.graphs.from_torch import simplify as simplified
 from rexdeploy.graphs.wrapper import PIXELS, PROBABILITIES, wrap
 from rexdeploy.images import decode
 from rexdeploy.images.sets import varied, varied_pixels
-from rexdeploy.models.align import AUTO_MULTIPLE, align
+from rexdeploy.models.align import AUTO_MULTIPLE
+from rexdeploy.models.align import align as aligned
 from rexdeploy.models.checkpoints import Checkpoint, load_checkpoint
-from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, recalibrate_batch_norms
+from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, check_width, recalibrate_batch_norms
 from rexdeploy.models.zoo import fetch_pretrained
 from rexdeploy.parity.batches import run_batches
 from rexdeploy.parity.compare import Compared, Comparison, Signal, comparable, compare
 from rexdeploy.parity.limits import float32_limits, float32_noise
-from rexdeploy.progress import Report, silent
+from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import plain, printable
 
 ALIGNMENTS = ("auto", "off", "8", "16")
@@ -55,32 +58,10 @@ _CHECK_IMAGES = 8
 _CHECK_SEED = 2  # other images than `verify` judges by
 _CALIBRATION_IMAGES = 16
 _MIN_IMAGE_SIZE, _MAX_IMAGE_SIZE = 32, 1024
-_IMAGENET_CLASSES = 1000
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to export; None and False leave the choice to the checkpoint, or to the defaults."""
-
-    width: float | None = None
-    lite: bool = False
-    weights: str | None = None  # a file, "pretrained", or None for an untrained network
-    num_classes: int | None = None
-    image_size: int = 224
-    batch: int | None = None  # None: dynamic
-    opset: int = MIN_OPSET
-    simplify: bool = True
-    align: str = "auto"  # "off", or the multiple that channels are padded to
-    input: str = "float32"  # or "uint8"
-    output: str = "logits"  # or "probabilities"
-    labels: Path | None = None
-    name: str | None = None
-    out: Path = DEFAULT_ROOT
-    command: str = "rexdeploy export"
-
-
-@dataclass(frozen=True)
-class ExportResult:
+@dataclass(frozen=True, repr=False)
+class ExportResult(Result):
     """A new bundle, and how far its ONNX graph is from the network."""
 
     bundle: Bundle
@@ -88,40 +69,100 @@ class ExportResult:
     nodes: int
     comparisons: tuple[Comparison, ...]  # torch to exported, and exported to simplified
 
+    def __repr__(self) -> str:
+        worst = max(comparison.error for comparison in self.comparisons)
+        model = self.bundle.manifest.model.title
+        return (
+            f"<ExportResult {self.bundle.path}: {model}, {self.nodes} nodes; error {worst:.1e} of "
+            "the signal: ok>"
+        )
 
-def export(options: ExportOptions, report: Report = silent) -> ExportResult:
-    """Writes a bundle; raises UsageError, BackendUnavailable or VerificationFailed and writes none.
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "bundle": printable(str(self.bundle.path)),
+            "manifest": msgspec.to_builtins(self.bundle.manifest),
+            "comparisons": msgspec.to_builtins(self.comparisons),
+        }
 
-    `report` is told each step as it begins.
+
+def export(
+    *,
+    width: float | None = None,
+    lite: bool = False,
+    weights: Path | str | None = None,
+    num_classes: int | None = None,
+    image_size: int = 224,
+    batch: int | str = "dynamic",
+    opset: int = MIN_OPSET,
+    simplify: bool = True,
+    align: str = "auto",
+    input: str = "float32",  # noqa: A002 - the command's name for it
+    output: str = "logits",
+    labels: Path | str | None = None,
+    name: str | None = None,
+    out: Path | str = DEFAULT_ROOT,
+    command: str = "rexdeploy export",
+    report: Report = silent,
+) -> ExportResult:
+    """Writes a bundle with the network's weights and a checked ONNX graph.
+
+    `weights` is a checkpoint's file, "pretrained", or None for an untrained network; `width`,
+    `lite` and `num_classes` must agree with it. `batch` is "dynamic" or one size. `align` pads
+    channels: "auto", "off", "8" or "16". `input` is "float32" or "uint8", `output` "logits" or
+    "probabilities", `labels` a file with a class name a line. The bundle is the folder `name` in
+    `out`, and `command` is what its manifest says that made it.
+
+    Raises UsageError for what cannot be used, BackendUnavailable where a library is missing, and
+    VerificationFailed where the graph's logits are not the network's; then it has written nothing.
     """
-    _check_options(options)
-    check_writable(options.out)
+    fixed = _fixed_batch(batch)
+    if width is not None:
+        check_width(width)
+    _check_sizes(image_size, num_classes, opset)
+    _check_words(align, input, output, name)
+    out = Path(out)
+    check_writable(out)
     report("loading the network")
-    model, spec = _reference(options)
-    name = options.name or f"{spec.family}_{spec.width or 0:.5g}"
-    if "." not in name and options.name is None:
-        name += ".0"
-    path = options.out / name
+    model, family, width, origin = (
+        _untrained(lite, width, num_classes, image_size)
+        if weights is None
+        else _trained(lite, width, num_classes, weights)
+    )
+    spec = ModelSpec(
+        family=family,
+        width=width,
+        num_classes=model.config.num_classes,
+        input_name=PIXELS if input == "uint8" else INPUT,
+        output_name=PROBABILITIES if output == "probabilities" else OUTPUT,
+        preprocess=Preprocess(height=image_size, width=image_size),
+        weights=origin,
+        input=cast(InputForm, input),  # _check_words has looked
+        output=cast(OutputForm, output),
+    )
+    if name is None:
+        name = f"{family}_{width:.5g}"
+        name += "" if "." in name else ".0"
+    path = out / name
     _check_replaceable(path, spec)
-    labels = _labels(options, spec.num_classes)
+    names = labels_for(labels, spec.num_classes)
 
     report(f"exporting {spec.title} to ONNX")
-    multiple = _multiple(options.align)
-    shaped = align(model, multiple) if multiple else model
+    multiple = _multiple(align)
+    shaped = aligned(model, multiple) if multiple else model
     core_spec = replace(spec.core, input_name=INPUT, output_name=OUTPUT)
-    exported = export_graph(shaped, core_spec, options.batch, options.opset)
-    check_graph(exported, core_spec, options.batch, options.opset)
+    exported = export_graph(shaped, core_spec, fixed, opset)
+    check_graph(exported, core_spec, fixed, opset)
     graphs = {"exported": exported}
-    if options.simplify:
+    if simplify:
         report("simplifying")
-        graphs["simplified"] = simplify(exported)
-        check_graph(graphs["simplified"], core_spec, options.batch, options.opset)
-    core = graphs["simplified" if options.simplify else "exported"]
+        graphs["simplified"] = simplified(exported)
+        check_graph(graphs["simplified"], core_spec, fixed, opset)
+    core = graphs["simplified" if simplify else "exported"]
     if spec != spec.core:
         graphs[FINAL] = wrap(core, spec)
-        check_graph(graphs[FINAL], spec, options.batch, options.opset)
+        check_graph(graphs[FINAL], spec, fixed, opset)
     report("comparing logits")
-    comparisons = _compare(model, graphs, spec, options.batch)
+    comparisons = _compare(model, graphs, spec, fixed)
     for comparison in comparisons:
         if comparison.failures:
             raise VerificationFailed(
@@ -130,125 +171,122 @@ def export(options: ExportOptions, report: Report = silent) -> ExportResult:
             )
 
     final = graphs.get(FINAL, core)
-    weights = safetensors.torch.save(dict(model.state_dict()))
-    if not spec.weights.trained:
-        spec = replace(spec, weights=replace(spec.weights, sha256=sha256(weights)))
+    saved = safetensors.torch.save(dict(model.state_dict()))
+    if not origin.trained:
+        spec = replace(spec, weights=replace(origin, sha256=sha256(saved)))
     files = {
-        "weights.safetensors": weights,
+        "weights.safetensors": saved,
         "fp32.onnx": add_metadata(final, spec, align=str(multiple or "off")).SerializeToString(
             deterministic=True
         ),
     }
-    if labels is not None:
-        files["labels.txt"] = ("\n".join(labels) + "\n").encode()
+    if names is not None:
+        files["labels.txt"] = ("\n".join(names) + "\n").encode()
     report(f"writing {path}")
-    bundle = _write(path, name, spec, files, multiple, options)
+    batches = BatchRange(fixed, fixed, fixed) if fixed else None
+    settings = {"opset": str(opset), "align": str(multiple or "off")}
+    bundle = _write(path, spec, files, batches, settings, command)
     return ExportResult(bundle, len(exported.graph.node), len(final.graph.node), tuple(comparisons))
 
 
-def _check_options(options: ExportOptions) -> None:
-    if options.align not in ALIGNMENTS:
-        raise UsageError(f"align: got '{options.align}', expected {', '.join(ALIGNMENTS)}")
-    if not _MIN_IMAGE_SIZE <= options.image_size <= _MAX_IMAGE_SIZE:
+def _fixed_batch(batch: int | str) -> int | None:
+    """The one batch size of the graph; None: any."""
+    if batch == "dynamic":
+        return None
+    if isinstance(batch, str):
+        if not batch.isdecimal() or len(batch) > 9:
+            raise UsageError(f"batch: got '{batch}', expected 'dynamic' or a number")
+        batch = int(batch)
+    if not 1 <= batch <= 1024:
+        raise UsageError(f"batch: got {batch}, expected 'dynamic' or 1 to 1024")
+    return batch
+
+
+def _check_sizes(image_size: int, num_classes: int | None, opset: int) -> None:
+    if not _MIN_IMAGE_SIZE <= image_size <= _MAX_IMAGE_SIZE:
         raise UsageError(
-            f"image size: got {options.image_size}, expected {_MIN_IMAGE_SIZE} to "
-            f"{_MAX_IMAGE_SIZE} pixels"
+            f"image size: got {image_size}, expected {_MIN_IMAGE_SIZE} to {_MAX_IMAGE_SIZE} pixels"
         )
-    if options.num_classes is not None and not 1 <= options.num_classes <= MAX_CLASSES:
-        raise UsageError(
-            f"number of classes: got {options.num_classes}, expected 1 to {MAX_CLASSES}"
-        )
-    if options.batch is not None and not 1 <= options.batch <= 1024:
-        raise UsageError(f"batch: got {options.batch}, expected 'dynamic' or 1 to 1024")
-    for name, got, forms in (
-        ("input", options.input, get_args(InputForm)),
-        ("output", options.output, get_args(OutputForm)),
-    ):
-        if got not in forms:
-            raise UsageError(f"{name}: got '{got}', expected {' or '.join(forms)}")
+    if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
+        raise UsageError(f"number of classes: got {num_classes}, expected 1 to {MAX_CLASSES}")
     newest = onnx.defs.onnx_opset_version()
-    if not MIN_OPSET <= options.opset <= newest:
+    if not MIN_OPSET <= opset <= newest:
         raise UsageError(
-            f"opset: got {options.opset}, expected {MIN_OPSET} to {newest} "
+            f"opset: got {opset}, expected {MIN_OPSET} to {newest} "
             f"(torch {torch.__version__}'s exporter writes {MIN_OPSET} when asked for less)"
         )
-    if options.name is not None and (
-        options.name in ("", ".", "..")
-        or "/" in options.name
-        or options.name.startswith(".")
-        or plain(options.name) != options.name
+
+
+def _check_words(align: str, takes: str, gives: str, name: str | None) -> None:
+    if align not in ALIGNMENTS:
+        raise UsageError(f"align: got '{align}', expected {', '.join(ALIGNMENTS)}")
+    for what, got, forms in (
+        ("input", takes, get_args(InputForm)),
+        ("output", gives, get_args(OutputForm)),
     ):
-        raise UsageError(f"name: got '{options.name}', expected a plain folder name")
+        if got not in forms:
+            raise UsageError(f"{what}: got '{got}', expected {' or '.join(forms)}")
+    if name is not None and (
+        name in ("", ".", "..") or "/" in name or name.startswith(".") or plain(name) != name
+    ):
+        raise UsageError(f"name: got '{name}', expected a plain folder name")
 
 
-def _reference(options: ExportOptions) -> tuple[RexNet, ModelSpec]:
-    """The network in evaluation mode, and its spec."""
-    preprocess = Preprocess(height=options.image_size, width=options.image_size)
-    if options.weights is None:
-        family: Family = "rexnet_lite" if options.lite else "rexnet"
-        width = 1.0 if options.width is None else options.width
-        num_classes = options.num_classes or _IMAGENET_CLASSES
-        model = _untrained(family, width, num_classes, preprocess)
-        origin = WeightsOrigin(f"untrained (seed {SEED})", "", trained=False)
-    else:
-        checkpoint, origin = _trained(options, options.weights)
-        family, width = checkpoint.family, checkpoint.width
-        num_classes = checkpoint.num_classes
-        model = checkpoint.build()
-    return model, ModelSpec(
-        family=family,
-        width=width,
-        num_classes=num_classes,
-        input_name=PIXELS if options.input == "uint8" else INPUT,
-        output_name=PROBABILITIES if options.output == "probabilities" else OUTPUT,
-        preprocess=preprocess,
-        weights=origin,
-        input=cast(InputForm, options.input),  # _check_options has looked
-        output=cast(OutputForm, options.output),
-    )
-
-
-def _untrained(family: Family, width: float, num_classes: int, preprocess: Preprocess) -> RexNet:
-    config = CONFIGS[family](width, num_classes)
+def _untrained(
+    lite: bool, width: float | None, num_classes: int | None, image_size: int
+) -> tuple[RexNet, Family, float, WeightsOrigin]:
+    family: Family = "rexnet_lite" if lite else "rexnet"
+    width = 1.0 if width is None else width
+    config = CONFIGS[family](width, num_classes or IMAGENET_CLASSES)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = RexNet(config)
+    preprocess = Preprocess(height=image_size, width=image_size)
     calibration = varied(_CALIBRATION_IMAGES, preprocess, seed=SEED)
     recalibrate_batch_norms(model, torch.from_numpy(calibration))
-    return model
+    return model, family, width, WeightsOrigin(f"untrained (seed {SEED})", "", trained=False)
 
 
-def _trained(options: ExportOptions, weights: str) -> tuple[Checkpoint, WeightsOrigin]:
+def _trained(
+    lite: bool, width: float | None, num_classes: int | None, weights: Path | str
+) -> tuple[RexNet, Family, float, WeightsOrigin]:
     if weights == "pretrained":
-        family: Family = "rexnet_lite" if options.lite else "rexnet"
-        path, source = fetch_pretrained(family, 1.0 if options.width is None else options.width)
+        family: Family = "rexnet_lite" if lite else "rexnet"
+        path, source = fetch_pretrained(family, 1.0 if width is None else width)
     else:
         path, source = Path(weights), printable(Path(weights).name)
     checkpoint = load_checkpoint(path)
-    _check_agrees(options, checkpoint, path)
-    if options.width is not None:  # several widths of lite have one shape: keep the one asked for
-        checkpoint = replace(checkpoint, width=options.width)
-    return checkpoint, WeightsOrigin(source, sha256_of(path), trained=True)
+    _check_agrees(lite, width, num_classes, checkpoint, path)
+    if width is not None:  # several widths of lite have one shape: keep the one asked for
+        checkpoint = replace(checkpoint, width=width)
+    origin = WeightsOrigin(source, sha256_of(path), trained=True)
+    return checkpoint.build(), checkpoint.family, checkpoint.width, origin
 
 
-def _check_agrees(options: ExportOptions, checkpoint: Checkpoint, path: Path) -> None:
+def _check_agrees(
+    lite: bool,
+    width: float | None,
+    num_classes: int | None,
+    checkpoint: Checkpoint,
+    path: Path,
+) -> None:
     """Raises UsageError where an option contradicts what the checkpoint's weights say."""
-    if options.lite and checkpoint.family != "rexnet_lite":
+    if lite and checkpoint.family != "rexnet_lite":
         raise UsageError(
             f"--lite contradicts {path}, which holds a {checkpoint.family} "
             f"{checkpoint.width:g}; leave --lite out"
         )
     config = CONFIGS[checkpoint.family]
-    if options.width is not None and config(options.width, checkpoint.num_classes) != config(
+    if width is not None and config(width, checkpoint.num_classes) != config(
         checkpoint.width, checkpoint.num_classes
     ):
         raise UsageError(
-            f"--width {options.width:g} contradicts {path}, which holds a {checkpoint.family} "
+            f"--width {width:g} contradicts {path}, which holds a {checkpoint.family} "
             f"{checkpoint.width:g}; leave --width out"
         )
-    if options.num_classes not in (None, checkpoint.num_classes):
+    if num_classes not in (None, checkpoint.num_classes):
         raise UsageError(
-            f"--num-classes {options.num_classes} contradicts {path}, which has "
+            f"--num-classes {num_classes} contradicts {path}, which has "
             f"{checkpoint.num_classes} classes; leave --num-classes out"
         )
 
@@ -263,25 +301,6 @@ def _check_replaceable(path: Path, spec: ModelSpec) -> None:
             f"{path} holds trained weights ({current.model.weights.source}) and would be replaced "
             "by an untrained network; give --weights, or another --name"
         )
-
-
-def _labels(options: ExportOptions, num_classes: int) -> list[str] | None:
-    """One label a class: from the file given, or ImageNet-1k's for a network of 1000 classes."""
-    if options.labels is None:
-        if num_classes != _IMAGENET_CLASSES:
-            return None
-        return resources.files("rexdeploy").joinpath("data/imagenet1k.txt").read_text().splitlines()
-    try:
-        data = read_plain(options.labels, MAX_TEXT_BYTES)
-    except OSError as error:
-        raise UsageError(f"labels {options.labels} cannot be read ({error.strerror})") from None
-    labels = parse_labels(data, f"labels {options.labels}")
-    if len(labels) != num_classes:
-        raise UsageError(
-            f"labels {options.labels}: got {len(labels)} lines, expected one for each of the "
-            f"{num_classes} classes"
-        )
-    return labels
 
 
 def _compare(
@@ -330,11 +349,11 @@ def _multiple(align: str) -> int:
 
 def _write(
     path: Path,
-    name: str,
     spec: ModelSpec,
     files: dict[str, bytes],
-    multiple: int,
-    options: ExportOptions,
+    batch: BatchRange | None,
+    settings: dict[str, str],
+    command: str,
 ) -> Bundle:
     versions = {
         package: metadata.version(package)
@@ -342,9 +361,8 @@ def _write(
         if _installed(package)
     }
     weights_hash = sha256(files["weights.safetensors"])
-    batch = BatchRange(options.batch, options.batch, options.batch) if options.batch else None
     added = [
-        Artifact("weights", "weights.safetensors", weights_hash, command=options.command),
+        Artifact("weights", "weights.safetensors", weights_hash, command=command),
         Artifact(
             "onnx",
             "fp32.onnx",
@@ -352,14 +370,12 @@ def _write(
             parent_sha256=weights_hash,
             precision="fp32",
             batch=batch,
-            built_with=versions | {"opset": str(options.opset), "align": str(multiple or "off")},
-            command=options.command,
+            built_with=versions | settings,
+            command=command,
         ),
     ]
     if "labels.txt" in files:
-        added.append(
-            Artifact("labels", "labels.txt", sha256(files["labels.txt"]), command=options.command)
-        )
+        added.append(Artifact("labels", "labels.txt", sha256(files["labels.txt"]), command=command))
 
     def merge(current: Manifest | None) -> Manifest:
         # Exported again unchanged, what was built from it is still right, and is kept.
@@ -369,7 +385,7 @@ def _write(
             for item in (current.artifacts if current else ())
             if item.parent_sha256 and item.file not in names
         ]
-        return Manifest(FORMAT, name, spec, ()).with_artifacts(*added, *derived)
+        return Manifest(FORMAT, path.name, spec, ()).with_artifacts(*added, *derived)
 
     return commit(path, merge, files)
 

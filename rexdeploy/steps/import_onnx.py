@@ -20,13 +20,13 @@ from rexdeploy.bundle.manifest import (
     Preprocess,
     WeightsOrigin,
 )
-from rexdeploy.bundle.store import Bundle, check_writable, sha256
+from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle, check_writable, sha256
 from rexdeploy.errors import UsageError, first_line
 from rexdeploy.graphs.bounds import check_memory
 from rexdeploy.graphs.engine_graph import Source
 from rexdeploy.graphs.products import precision_of
 from rexdeploy.graphs.read import graph_inputs, parse, read_with_external_data, type_name
-from rexdeploy.steps.build import BuildOptions, _batch
+from rexdeploy.steps.build import _batch, _parsed
 from rexdeploy.text import printable
 
 _OUTPUT_TYPES = frozenset(
@@ -34,13 +34,23 @@ _OUTPUT_TYPES = frozenset(
 )
 
 
-def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
-    """Somebody's own ONNX classifier, to be built into a bundle of its own; writes nothing.
+def import_onnx(
+    path: Path | str,
+    *,
+    out: Path | str = DEFAULT_ROOT,
+    batch: BatchRange | str | None = None,
+    force: bool = False,
+    command: str = "rexdeploy build-trt",
+) -> Source:
+    """Somebody's own ONNX classifier, for `build_trt`; writes nothing.
 
-    The graph becomes the bundle's reference. Its preprocessing is taken to be ImageNet's at the
-    graph's image size. Raises UsageError unless the graph has one float32 image input
+    `build_trt` makes a bundle of it in the folder `out`, whose reference is the graph. Its
+    preprocessing is taken to be ImageNet's at the graph's image size. `batch` are the sizes that an
+    engine is to accept, `force` replaces another such bundle of its name, and `command` is what the
+    manifest says that made it. Raises UsageError unless the graph has one float32 image input
     `[N, 3, H, W]` and one output of logits `[N, classes]`, or where another model has its name.
     """
+    path, root = Path(path), Path(out)
     check_writable(root)
     if path.stem.startswith("."):
         raise UsageError(f"ONNX graph {path}: give the file a name, which its bundle will have")
@@ -56,7 +66,7 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
             f"ONNX graph {path}: its types and shapes contradict each other ({first_line(error)})"
         ) from None
     shapes = _check_classifier(model, path)
-    rows = shapes[0][0] or _batch(options.batch, None).opt
+    rows = shapes[0][0] or _batch(_parsed(batch), None).opt
     check_memory(model, rows, shapes[0][1:], f"ONNX graph {path}")
     artifact = Artifact(
         "onnx",
@@ -64,7 +74,7 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
         sha256(data),
         precision=precision_of(model),
         batch=BatchRange(shapes[0][0], shapes[0][0], shapes[0][0]) if shapes[0][0] else None,
-        command=options.command,
+        command=command,
     )
     if artifact.precision == "bf16":
         raise UsageError(
@@ -76,7 +86,7 @@ def import_onnx(path: Path, root: Path, options: BuildOptions) -> Source:
         existing = Bundle.open(folder)
         if existing.manifest.find("onnx", sha256=artifact.sha256):
             return Source(existing)
-        if existing.manifest.model.family != "onnx" or not options.force:
+        if existing.manifest.model.family != "onnx" or not force:
             raise UsageError(
                 f"{folder} holds another model ({existing.manifest.model.title}); rename the ONNX "
                 "file, choose another folder with --out, or (for ONNX bundles) replace it with "

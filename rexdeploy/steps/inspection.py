@@ -15,7 +15,8 @@ from rexdeploy.bundle.store import Bundle, is_bundle, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.files import read_plain, sha256_of
 from rexdeploy.parity.proof import prove
-from rexdeploy.progress import Report, silent
+from rexdeploy.progress import Report, Result, silent
+from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -55,8 +56,8 @@ class Runner:
     conflict: bool = False  # it never will as things are: build again, or change the version
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Result):
     """What is known of a file without running it."""
 
     file: str
@@ -70,13 +71,18 @@ class Inspection:
     proof_of: str  # whose proof it is, or why there is none: then it begins with "skipped"
     runners: tuple[Runner, ...]
 
+    def __repr__(self) -> str:
+        verdict = self.proof.summary if self.proof else self.proof_of
+        return one_line(f"<Inspection of {self.file}: {self.kind}; {verdict}>", 240)
 
-def inspect(path: Path, report: Report = silent) -> Inspection:
+
+def inspect(file: Path | str, *, report: Report = silent) -> Inspection:
     """Reads an ONNX graph or an engine; needs no GPU, and for an engine no TensorRT.
 
     Raises UsageError for any other file, and for one of a bundle that is not what its manifest
-    describes.
+    describes; VerificationFailed for an engine whose proof is of another rexdeploy's rules.
     """
+    path = Path(file)
     data = _read(path)
     place = _place(path, data)
     if tensorrt_api.is_plan(data):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,13 +29,14 @@ from rexdeploy.graphs.read import node_name, parse
 from rexdeploy.graphs.wrapper import change_core, unwrap
 from rexdeploy.images import decode, sets
 from rexdeploy.parity.batches import run_batches
-from rexdeploy.parity.compare import Comparison, Limits, Signal, compare
+from rexdeploy.parity.compare import Limits, Signal, compare
 from rexdeploy.parity.limits import LIMITS, ceiling
 from rexdeploy.parity.localize import OWN_LIMITS, localize
 from rexdeploy.parity.proof import PROOF_REVISION, prove
 from rexdeploy.parity.ranges import Ranges, measure_ranges
 from rexdeploy.parity.walk import GraphWalk
-from rexdeploy.progress import Report, silent
+from rexdeploy.progress import Report, Result, silent
+from rexdeploy.text import printable
 
 STATE = "tune.json"
 MIXED = "fp16.onnx"  # in place of the plain one, so that all that takes a float16 graph takes it
@@ -42,17 +44,6 @@ MAX_BLOCKS = 6  # of a ReXNet's 19: with more in float32 there is little left to
 MIN_SAMPLES, MAX_SAMPLES = 2, 256
 TRIAL_BACKENDS = ("onnxruntime", *ENGINE_BACKENDS)
 _BATCH = 4
-
-
-@dataclass(frozen=True)
-class TuneOptions:
-    """Over which images the float16 graph must hold, and how much may stay float32."""
-
-    images: Path | None = None  # None: seeded synthetic images
-    samples: int = 16  # the first sixteen synthetic images are of every kind
-    max_blocks: int = MAX_BLOCKS
-    backend: str = "onnxruntime"  # that runs the trials; with an engine's, each is built first
-    command: str = "rexdeploy tune-precision"
 
 
 @dataclass(frozen=True)
@@ -70,8 +61,8 @@ class Trial:
         return float("inf") if self.share is None else self.share
 
 
-@dataclass(frozen=True)
-class Tuning:
+@dataclass(frozen=True, repr=False)
+class Tuning(Result):
     """What a search came to."""
 
     bundle: Bundle
@@ -94,6 +85,16 @@ class Tuning:
         """Whether the best graph is within the limit."""
         return self.best.rank <= 1
 
+    def __repr__(self) -> str:
+        kept = ", ".join(self.best.float32) or "nothing"
+        verdict = f"{kept} in float32" if self.healed else "NOT healed"
+        return f"<Tuning of {self.bundle.path}: {verdict}, {self.trials} trials>"
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("images", "healed", "limits", "plain", "best", "written", "ranges")
+        values = {name: msgspec.to_builtins(getattr(self, name)) for name in names}
+        return {"bundle": printable(str(self.bundle.path)), **values}
+
 
 @dataclass(frozen=True)
 class _State:
@@ -103,8 +104,21 @@ class _State:
     trials: tuple[Trial, ...] = ()
 
 
-def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tuning:
+def tune_precision(
+    bundle: Bundle | Path | str | None = None,
+    *,
+    images: Path | str | None = None,
+    samples: int = 16,  # the first sixteen synthetic images are of every kind
+    max_blocks: int = MAX_BLOCKS,
+    backend: str = "onnxruntime",
+    command: str = "rexdeploy tune-precision",
+    report: Report = silent,
+) -> Tuning:
     """Searches, and writes the mixed graph into the bundle in place of its float16 one.
+
+    `bundle` is one, its folder, its name in artifacts/, or None: the latest one there. At most
+    `samples` `images` of a folder are run, or synthetic ones, by the `backend`; an engine's has
+    each trial built first. `command` is what the manifest says that made the graph.
 
     Blocks are ranked by what float16 does to each alone, taken into the set until the whole graph
     is within the limit, and put back one by one where it stays so; then, of these blocks, only the
@@ -112,26 +126,26 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
     is a run of the whole graph, kept in the bundle: an interrupted search goes on where it was.
 
     Raises UsageError where the bundle has no float32 graph of ReXNet's blocks, or where nothing can
-    be judged. Without a cure nothing is written: the result's `healed` is False.
+    be judged, and BackendUnavailable where the backend cannot run. Without a cure nothing is
+    written: the result's `healed` is False.
     """
-    if not MIN_SAMPLES <= options.samples <= MAX_SAMPLES:
-        raise UsageError(f"samples: got {options.samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
-    if options.max_blocks < 1:
-        raise UsageError(f"max blocks: got {options.max_blocks}, expected at least 1")
-    if options.backend not in TRIAL_BACKENDS:
-        raise UsageError(
-            f"backend: got '{options.backend}', expected one of {', '.join(TRIAL_BACKENDS)}"
-        )
-    if options.backend in ENGINE_BACKENDS and machine.detect() is None:
-        raise BackendUnavailable(f"no NVIDIA GPU driver on this machine, for {options.backend}")
+    if not MIN_SAMPLES <= samples <= MAX_SAMPLES:
+        raise UsageError(f"samples: got {samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
+    if max_blocks < 1:
+        raise UsageError(f"max blocks: got {max_blocks}, expected at least 1")
+    if backend not in TRIAL_BACKENDS:
+        raise UsageError(f"backend: got '{backend}', expected one of {', '.join(TRIAL_BACKENDS)}")
+    if backend in ENGINE_BACKENDS and machine.detect() is None:
+        raise BackendUnavailable(f"no NVIDIA GPU driver on this machine, for {backend}")
+    bundle = Bundle.find(bundle)
     root = bundle.manifest.find("onnx")
     if root is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
     preprocess = bundle.manifest.model.preprocess
-    pixels, described = sets.pool(options.images, options.samples, preprocess)
+    pixels, described = sets.pool(images, samples, preprocess)
     pool = decode.normalise(pixels, preprocess)
     check_writable(bundle.path)
-    form = engine_form(Source(bundle), root, None, options.command, report)
+    form = engine_form(Source(bundle), root, None, command, report)
     if form.made:
         bundle = bundle.update(*form.made, files=form.files)
     root, whole = form.artifact, parse(form.data, form.artifact.file)
@@ -140,17 +154,17 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
         raise UsageError(f"{root.file} is not a float32 graph, so it leaves nothing to choose")
     report("measuring the blocks' ranges")
     ranges = measure_ranges(model, pool)
-    search = _Search(bundle, root, model, pool, options, report)
+    search = _Search(bundle, root, model, pool, backend, max_blocks, report)
     plain = search.judge(())
     best = plain
     if not search.passes(plain):
         report("measuring each block in float16 alone")
-        best = _minimal(search, _by_sensitivity(model, pool), options.max_blocks)
+        best = _minimal(search, _by_sensitivity(model, pool), max_blocks)
         if search.passes(best):
             best = _fewer_nodes(search, best, _nodes_at_fault(model, ranges))
     written = None
     if best.float32 and search.passes(best):
-        written = search.write(best, whole, options)
+        written = search.write(best, whole, command)
     return Tuning(
         search.bundle,
         described,
@@ -161,16 +175,6 @@ def tune(bundle: Bundle, options: TuneOptions, report: Report = silent) -> Tunin
         search.resumed,
         ranges,
         written,
-    )
-
-
-def _share(comparison: Comparison) -> float:
-    """How much of its limit the worst of a comparison's numbers takes; over 1 it fails."""
-    numbers, limits = comparison.numbers, comparison.limits
-    return max(
-        numbers.error / limits.error,
-        numbers.rms / limits.rms,
-        (1 - numbers.correlation) / (1 - limits.correlation),
     )
 
 
@@ -255,11 +259,12 @@ class _Search:
         root: Artifact,
         model: ModelProto,
         pool: Float32,
-        options: TuneOptions,
+        trials_on: str,
+        max_blocks: int,
         report: Report,
     ) -> None:
         self.bundle, self.made = bundle, 0
-        self._backend, self._most = options.backend, _most_trials(options.max_blocks)
+        self._backend, self._most = trials_on, _most_trials(max_blocks)
         self._root, self._model, self._pool, self._report = root, model, pool, report
         self._spec: ModelSpec = bundle.manifest.model.core
         self._blocks = _nodes_by_block(model)
@@ -275,7 +280,7 @@ class _Search:
         self._signal = Signal.of(self._reference)
         self.limits = LIMITS["fp16"].at_most(ceiling(self._signal.constant))
         key = hashlib.sha256(
-            f"{root.sha256} {self.limits} {onnx.__version__} {options.backend} "
+            f"{root.sha256} {self.limits} {onnx.__version__} {trials_on} "
             f"{FP16_REVISION} {PROOF_REVISION} {tensorrt_build.BUILD_REVISION}".encode()
             + pool.tobytes()
         ).hexdigest()
@@ -357,19 +362,15 @@ class _Search:
         )
         if comparison.nonfinite:
             return trial
-        return replace(trial, error=comparison.error, share=_share(comparison))
+        return replace(trial, error=comparison.error, share=comparison.share)
 
-    def write(self, trial: Trial, whole: ModelProto, options: TuneOptions) -> str:
+    def write(self, trial: Trial, whole: ModelProto, command: str) -> str:
         """Puts the mixed graph into the bundle; engines of the graph that it replaces go."""
         mixed = change_core(whole, lambda _: self._mixed(trial))
         data = mixed.SerializeToString(deterministic=True)
-        notes = {
-            REVISION: FP16_REVISION,
-            TUNED: ", ".join(trial.float32),
-            "error": f"{trial.error:.2g}",
-        }
-        if trial.nodes:
-            notes["float32_nodes"] = ", ".join(trial.nodes)
+        kept = ", ".join(trial.float32)
+        notes = {REVISION: FP16_REVISION, TUNED: kept, "error": f"{trial.error:.2g}"}
+        notes |= {"float32_nodes": ", ".join(trial.nodes)} if trial.nodes else {}
         artifact = Artifact(
             "onnx",
             MIXED,
@@ -378,7 +379,7 @@ class _Search:
             precision=None,  # of its products, some are float32
             batch=self._root.batch,
             built_with={"onnx": onnx.__version__} | notes,
-            command=options.command,
+            command=command,
         )
         self.bundle = self.bundle.update(artifact, files={artifact.file: data})
         return artifact.file

@@ -13,7 +13,8 @@ from rexdeploy.backends import ENGINE_BACKENDS, ONNX_BACKENDS, open_backend
 from rexdeploy.bundle.labels import read_labels
 from rexdeploy.bundle.manifest import VERIFICATION, Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.bundle.metadata import check_preprocess
-from rexdeploy.bundle.precision import Precision, PrecisionProof
+from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
+from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.graphs.bounds import check_memory
@@ -32,10 +33,12 @@ from rexdeploy.parity.candidates import (
 from rexdeploy.parity.compare import Compared, Comparison, Limits, Signal, comparable
 from rexdeploy.parity.judge import Judge
 from rexdeploy.parity.limits import float32_noise, walk_room
-from rexdeploy.parity.localize import OWN_LIMITS, Localization, localize, off_blocks, with_culprits
+from rexdeploy.parity.localize import OWN_LIMITS, Localization, off_blocks, with_culprits
+from rexdeploy.parity.localize import localize as localized
 from rexdeploy.parity.ranges import Headroom
 from rexdeploy.parity.walk import GraphWalk, TorchWalk, Walk
-from rexdeploy.progress import Report, silent
+from rexdeploy.progress import Report, Result, silent
+from rexdeploy.text import one_line
 
 REFERENCE = "torch"
 MIN_SAMPLES, MAX_SAMPLES = 2, 4096
@@ -48,21 +51,8 @@ _REFERENCE_BATCH = 16
 _NOISE_IMAGES = 16  # synthetic ones are of every kind by then
 
 
-@dataclass(frozen=True)
-class VerifyOptions:
-    """What to compare, over which images."""
-
-    images: Path | None = None  # None: seeded synthetic images
-    samples: int = 16
-    candidate: Path | None = None  # judge this file instead of the bundle's own
-    backends: tuple[str, ...] = ()  # empty: every one that a file's kind allows
-    require: tuple[str, ...] = ()  # backends whose absence is a failure
-    localize: bool = False  # walk the blocks of 16-bit graphs, too
-    precision: Precision | None = None  # of a candidate that does not tell it
-
-
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Result):
     """All comparisons of one run, in the order of the chain."""
 
     model: str
@@ -85,40 +75,79 @@ class Verification:
     def passed(self) -> bool:
         return not self.failures
 
+    def __repr__(self) -> str:
+        verdict = "passed" if self.passed else f"FAILED, {self.failures[0]}"
+        counts = f"{len(self.edges)} edges, {len(self.skipped)} skipped"
+        return one_line(f"<Verification of {self.model}: {verdict}; {counts}>", 240)
 
-def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> Verification:
-    """Compares every file of the bundle with its parent and with the reference.
+    def store(self, bundle: Bundle, command: str = "rexdeploy verify") -> None:
+        """Writes the result to the verify.json of the bundle whose own files were judged.
 
-    Raises UsageError where nothing can be judged: unusable files, or a reference whose logits do
-    not vary over the images.
+        Raises RexdeployError where the bundle cannot be written, or was changed meanwhile.
+        """
+        data = to_json(self)
+        graph = bundle.manifest.find("onnx")
+        artifact = Artifact(
+            "report",
+            VERIFICATION,
+            sha256(data),
+            parent_sha256=graph.sha256 if graph else None,
+            command=command,
+        )
+        bundle.update(artifact, files={artifact.file: data})
+
+
+def verify(
+    bundle: Bundle | Path | str | None = None,
+    *,
+    images: Path | str | None = None,
+    samples: int = 16,
+    candidate: Path | str | None = None,
+    backend: Sequence[str] = (),
+    require: Sequence[str] = (),
+    localize: bool = False,
+    precision: str | None = None,
+    require_signature: Path | str | None = None,
+    report: Report = silent,
+) -> Verification:
+    """Compares every file of the bundle with its parent and with the reference; writes nothing.
+
+    `bundle` is one, its folder, its name in artifacts/, or None: the latest one there. At most
+    `samples` `images` of a folder are compared, or synthetic ones. `candidate` is an ONNX graph or
+    an engine to judge instead of the bundle's own files, as `precision` where it does not tell it.
+    `backend` leaves out all other backends, and the absence of a `require`d one is a failure.
+    `localize` walks the blocks of 16-bit graphs, too. `require_signature` is the public key that
+    must have signed the bundle.
+
+    What does not pass is in the result's `failures`. Raises UsageError where nothing can be judged:
+    unusable options or files, or a reference whose logits do not vary over the images;
+    BackendUnavailable where the reference cannot run.
     """
-    _check_options(options)
+    asked = None if precision is None else _precision(precision, candidate)
+    if not MIN_SAMPLES <= samples <= MAX_SAMPLES:
+        raise UsageError(f"samples: got {samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
+    known = (*ONNX_BACKENDS, *ENGINE_BACKENDS)
+    for name in (*backend, *require):
+        if name not in known:
+            raise UsageError(f"backend: got '{name}', expected one of {', '.join(known)}")
+    bundle = find(bundle, require_signature)
     spec = bundle.manifest.model
     _check_preprocess(bundle)
     read_labels(bundle)  # for what is wrong with them
     reference_name = _reference_artifact(bundle).file if spec.family == "onnx" else REFERENCE
-    candidates = own_candidates(bundle, reference_name, options.backends, options.require)
+    candidates = own_candidates(bundle, reference_name, backend, require)
     files = candidates
-    if options.candidate:
+    if candidate is not None:
         candidates = [
-            foreign_candidate(
-                options.candidate,
-                spec,
-                reference_name,
-                options.backends,
-                options.require,
-                options.precision,
-            )
+            foreign_candidate(Path(candidate), spec, reference_name, backend, require, asked)
         ]
         files = [*candidates, *(item for item in files if item.kind == "onnx")]
     else:
         candidates = [item for item in candidates if item.file != reference_name]
     otherwise = range_of(candidates)
     rows = max((sizes(item, otherwise)[-1] for item in candidates if item.backends), default=0)
-    _check_sizes(files, otherwise, max(options.samples, rows), spec)
-    pool, described = sets.pool(
-        options.images, options.samples, spec.preprocess, min(rows, MAX_DISTINCT)
-    )
+    _check_sizes(files, otherwise, max(samples, rows), spec)
+    pool, described = sets.pool(images, samples, spec.preprocess, min(rows, MAX_DISTINCT))
     report("running the reference")
     images_of_core = decode.normalise(pool, spec.preprocess)
     logits = _reference(bundle, images_of_core)
@@ -135,21 +164,22 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         noise,
         files,
         otherwise,
-        options.samples,
+        samples,
     )
-    for candidate in candidates:
-        for backend in candidate.backends:
-            report(f"running {candidate.file} ({backend})")
-            judge.run(candidate, backend)
-        if not candidate.backends:
-            judge.skipped.append(_left_out(candidate, options))
+    for item in candidates:
+        for name in item.backends:
+            report(f"running {item.file} ({name})")
+            judge.run(item, name)
+        if not item.backends:
+            reason = f"left out: --backend {', '.join(backend)} does not run it"
+            judge.skipped.append(Skipped(item.parent, item.file, "", reason, by_choice=True))
     limit = OWN_LIMITS["fp32"] * (1 if noise is None else walk_room(noise))
     walked, not_walked = _walk(
-        bundle, files, candidates, images_of_core, reference_name, options.localize, limit, report
+        bundle, files, candidates, images_of_core, reference_name, localize, limit, report
     )
     return Verification(
         model=spec.title,
-        files={candidate.file: sha256(candidate.model) for candidate in candidates},
+        files={item.file: sha256(item.model) for item in candidates},
         compared=compared,
         images=described,
         batches=tuple(sorted(judge.batches)),
@@ -162,30 +192,13 @@ def verify(bundle: Bundle, options: VerifyOptions, report: Report = silent) -> V
         failures=(
             *with_culprits(judge.failures(), walked),
             *off_blocks(judge.edges, walked),
-            *_not_run(judge, options.require),
+            *_not_run(judge, require),
             *_unproven(candidates),
         ),
         headroom=tuple(judge.headroom),
         localizations=walked,
         not_localized=not_walked,
     )
-
-
-def store(bundle: Bundle, verification: Verification, command: str = "rexdeploy verify") -> None:
-    """Writes a verification of the bundle's own files to its verify.json.
-
-    Raises RexdeployError where the bundle cannot be written, or was changed meanwhile.
-    """
-    data = to_json(verification)
-    graph = bundle.manifest.find("onnx")
-    artifact = Artifact(
-        "report",
-        VERIFICATION,
-        sha256(data),
-        parent_sha256=graph.sha256 if graph else None,
-        command=command,
-    )
-    bundle.update(artifact, files={artifact.file: data})
 
 
 def _walk(
@@ -231,7 +244,7 @@ def _walk(
                 walks[parent] = GraphWalk(graph.graph) if graph else walks[reference_name]
             walks[candidate.file] = walk = GraphWalk(candidate.graph)
             found.append(
-                localize(
+                localized(
                     walks[parent],
                     walk,
                     pool,
@@ -251,13 +264,16 @@ def _reference_walk(bundle: Bundle, name: str) -> Walk:
     return GraphWalk(parse(bundle.read(_reference_artifact(bundle)), name))
 
 
-def _check_options(options: VerifyOptions) -> None:
-    if not MIN_SAMPLES <= options.samples <= MAX_SAMPLES:
-        raise UsageError(f"samples: got {options.samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
-    known = (*ONNX_BACKENDS, *ENGINE_BACKENDS)
-    for name in (*options.backends, *options.require):
-        if name not in known:
-            raise UsageError(f"backend: got '{name}', expected one of {', '.join(known)}")
+def _precision(text: str, candidate: Path | str | None) -> Precision:
+    for name in TYPE_NAMES:
+        if name == text:
+            if candidate is None:
+                raise UsageError(
+                    f"got --precision {text} without --candidate: a bundle's files are judged by "
+                    "their own types"
+                )
+            return name
+    raise UsageError(f"precision: got '{text}', expected one of {', '.join(TYPE_NAMES)}")
 
 
 def _check_sizes(
@@ -342,11 +358,6 @@ def _check_preprocess(bundle: Bundle) -> None:
     graph = bundle.manifest.find("onnx")
     if graph is not None:
         check_preprocess(bundle, graph, bundle.read(graph))
-
-
-def _left_out(candidate: Candidate, options: VerifyOptions) -> Skipped:
-    reason = f"left out: --backend {', '.join(options.backends)} does not run it"
-    return Skipped(candidate.parent, candidate.file, "", reason, by_choice=True)
 
 
 def _not_run(judge: Judge, required: Sequence[str]) -> list[str]:
