@@ -224,7 +224,7 @@ def test_the_default_repository_is_one(tmp_path: Path) -> None:
     """What `triton` writes to is what `serve` serves."""
     import typer.main
 
-    from rexdeploy.cli.main import app
+    from rexdeploy.cli.app import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for command in ("triton", "serve", "tune-serving"):
