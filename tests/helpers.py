@@ -126,8 +126,8 @@ def run_python(
 
 _MEASURED = """
 import contextlib, io, json, resource, sys
-import rexdeploy.cli as cli
 import onnxruntime
+from rexdeploy import cli
 import rexdeploy.steps.build, rexdeploy.steps.export
 import rexdeploy.steps.inspection, rexdeploy.steps.verify
 resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # the machine's, where a bound fails
