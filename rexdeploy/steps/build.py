@@ -52,7 +52,7 @@ def build(source: Source | Bundle, options: BuildOptions, report: Report = silen
     """Builds an engine into a bundle, or finds the one that these settings would give.
 
     It first makes the graph that TensorRT gets: of our own aligned graphs the form with plain
-    shortcuts (`shortcuts.py`), with `fp16` or `bf16` the typed one. Raises VerificationFailed, and
+    shortcuts (`to_plain_adds`), with `fp16` or `bf16` the typed one. Raises VerificationFailed, and
     writes nothing, if the built engine does not compute in the precision that was asked for.
     """
     if options.fp16 and options.bf16:
