@@ -14,6 +14,7 @@ from rexdeploy.bench.competitors import BenchOptions, Competitor, Latency, Openi
 from rexdeploy.bench.networks import Subject, published_table
 from rexdeploy.bench.probes import Probe, computes_in
 from rexdeploy.bench.rounds import Rounds, Task, time_rounds
+from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.machine import machine
 from rexdeploy.progress import Report, silent
@@ -201,9 +202,9 @@ def _with_limits(row: Latency, layers: list[Layer] | None, rates: Rates | None) 
     """The row beside the fastest that this machine could be, by the published arithmetic."""
     if rates is None or layers is None:
         return row
-    from rexdeploy.bench.roofline import VALUE_BYTES, matrix_ms, roofline_ms
+    from rexdeploy.bench.roofline import matrix_ms, roofline_ms
 
-    value_bytes = VALUE_BYTES[computes_in(row.threads, row.precision)]
+    value_bytes = PRECISIONS[computes_in(row.threads, row.precision)].size_bytes
     return replace(
         row,
         matrix_ms=matrix_ms(layers, row.batch, rates),
