@@ -93,7 +93,7 @@ class ModelSpec:
 
     @property
     def core(self) -> ModelSpec:
-        """The same model between its interface: float32 images to logits (`interface.py`)."""
+        """The same model between its interface: float32 images to logits (`graphs/wrapper.py`)."""
         return replace(self, input="float32", output="logits")
 
     @property
