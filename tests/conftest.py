@@ -19,7 +19,7 @@ from sklearn.datasets import load_sample_images
 from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.models.rexnet import ReXNetV1, ReXNetV1_lite
-from rexdeploy.steps.build import BuildOptions, build
+from rexdeploy.steps.build_trt import BuildOptions, build
 from rexdeploy.steps.export import ExportOptions, export
 from tests.helpers import reacting
 

@@ -18,9 +18,9 @@ from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.inference.classifier import load
-from rexdeploy.steps.build import BuildOptions, build, float32_nodes
+from rexdeploy.steps.build_trt import BuildOptions, build, float32_nodes
 from rexdeploy.steps.import_onnx import import_onnx
-from rexdeploy.steps.inspection import inspect
+from rexdeploy.steps.inspect import inspect
 from rexdeploy.steps.verify import VerifyOptions, verify
 from tests.helpers import edit_weights, folder_state, nodes_of, reacting
 

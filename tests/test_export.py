@@ -120,7 +120,7 @@ def test_a_fixed_batch_labels_and_plain_graph_on_request(tmp_path: Path) -> None
 
 def test_the_same_export_again_keeps_what_was_built_from_it(tiny: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from rexdeploy.steps.build import BuildOptions, build
+    from rexdeploy.steps.build_trt import BuildOptions, build
 
     options = replace(TINY, out=tmp_path)
     built = build(export(options).bundle, BuildOptions(fp16=True, flavor="rtx")).bundle

@@ -23,8 +23,8 @@ from rexdeploy.graphs.wrapper import forms, unwrap
 from rexdeploy.images.sets import varied
 from rexdeploy.parity.localize import OWN_LIMITS, localize
 from rexdeploy.parity.walk import GraphWalk
-from rexdeploy.steps.build import BuildOptions, build
-from rexdeploy.steps.tune import STATE, TuneOptions, tune
+from rexdeploy.steps.build_trt import BuildOptions, build
+from rexdeploy.steps.tune_precision import STATE, TuneOptions, tune
 from rexdeploy.steps.verify import VerifyOptions, verify
 from tests import test_verify as planted
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli

@@ -31,7 +31,7 @@ from rexdeploy.images import sets
 from rexdeploy.images.decode import normalise
 from rexdeploy.images.sets import synthetic
 from rexdeploy.models.rexnet import ReXNetV1_lite
-from rexdeploy.steps.build import BuildOptions, build
+from rexdeploy.steps.build_trt import BuildOptions, build
 from rexdeploy.steps.export import ExportOptions, export
 from rexdeploy.steps.verify import Verification, VerifyOptions, store, verify
 from tests.helpers import (

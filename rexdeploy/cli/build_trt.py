@@ -14,7 +14,7 @@ from rexdeploy.machine import bounded
 from rexdeploy.text import printable
 
 if TYPE_CHECKING:
-    from rexdeploy.steps.build import BuildResult
+    from rexdeploy.steps.build_trt import BuildResult
 
 
 def build_trt(
@@ -70,8 +70,8 @@ def build_trt(
     check_json(json)
     from rexdeploy.bundle.manifest import BatchRange
     from rexdeploy.bundle.store import Bundle
-    from rexdeploy.steps.build import BuildOptions
-    from rexdeploy.steps.build import build as run
+    from rexdeploy.steps.build_trt import BuildOptions
+    from rexdeploy.steps.build_trt import build as run
     from rexdeploy.steps.import_onnx import import_onnx
 
     if onnx is not None and bundle is not None:

@@ -14,7 +14,7 @@ from rexdeploy.text import printable
 
 if TYPE_CHECKING:
     from rexdeploy.parity.ranges import Ranges
-    from rexdeploy.steps.tune import Trial, Tuning
+    from rexdeploy.steps.tune_precision import Trial, Tuning
 
 
 def tune_precision(
@@ -47,7 +47,7 @@ def tune_precision(
     check_json(json)
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.steps.tune import TuneOptions, tune
+    from rexdeploy.steps.tune_precision import TuneOptions, tune
 
     options = TuneOptions(images, samples, max_blocks, backend, command_line())
     opened = Bundle.find(bundle)
