@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 
 from rexdeploy.arrays import Float32
 from rexdeploy.bundle.manifest import Artifact
@@ -164,58 +164,67 @@ def to_plain_adds(model: ModelProto) -> ModelProto:
     plain = ModelProto()
     plain.CopyFrom(model)
     nodes = plain.graph.node
-    weights = {tensor.name: tensor for tensor in plain.graph.initializer}
-    convs = {
-        node.input[1].removesuffix(".weight"): node
-        for node in nodes
-        if node.op_type == "Conv" and node.input[1] in weights
-    }
-    readers = Counter(name for node in nodes for name in node.input)
-    blocks = [name.removesuffix(".project") for name in convs if name.endswith(".project")]
-    is_ours = all(
-        len(node.input) == 3 and all(readers[name] == 1 for name in node.input[1:])
-        for node in convs.values()
-    )
-    if not is_ours or not any(f"{block}.rest" in convs for block in blocks):
+    named = {n.input[1].removesuffix(".weight"): n for n in nodes if n.op_type == "Conv"}
+    blocks = [name.removesuffix(".project") for name in named if name.endswith(".project")]
+    if not any(f"{block}.rest" in named for block in blocks):
         return plain
-
-    def values(conv: NodeProto) -> list[Float32]:
-        return [numpy_helper.to_array(weights[name]) for name in conv.input[1:]]
-
-    def pad(conv: NodeProto, weight: Float32, bias: Float32) -> None:
-        for name, value in zip(conv.input[1:], (weight, bias), strict=True):
-            weights[name].CopyFrom(numpy_helper.from_array(value, name))
-
+    parameters = _Parameters(plain.graph)
     width = 0  # of the next block's output, where its shortcut brings this one's
     for block in reversed(blocks):
-        project, rest = convs[f"{block}.project"], convs.get(f"{block}.rest")
-        weight, bias = values(project)
+        project, rest = named[f"{block}.project"], named.get(f"{block}.rest")
+        weight, bias = parameters.get(project)
         trunk = project.output[0]
         adds = [node for node in nodes if node.op_type == "Add" and trunk in node.input]
         # Its own shortcut is all that reads it; that of the next block is not.
-        add = adds[0] if adds and readers[trunk] == 1 else None
+        add = adds[0] if adds and parameters.readers[trunk] == 1 else None
         if add is not None:
             trunk = add.output[0]
-        if rest is not None:
-            weight, bias = map(np.concatenate, zip((weight, bias), values(rest), strict=True))
+        if rest is not None and add is not None:  # only a shortcut leaves a rest
+            parts = zip((weight, bias), parameters.get(rest), strict=True)
+            weight, bias = map(np.concatenate, parts)
             (concat,) = (node for node in nodes if rest.output[0] in node.input)
-            if add is not None:  # as it always is: only a shortcut leaves a rest
-                trunk = add.output[0] = concat.output[0]
+            trunk = add.output[0] = concat.output[0]
             nodes.remove(concat)
             nodes.remove(rest)
-            for name in rest.input[1:]:
-                plain.graph.initializer.remove(weights[name])
         width = max(width, len(weight))
-        pad(project, _wider(weight, 0, width), _wider(bias, 0, width))
-        for conv in convs.values():
-            if conv.input[0] == trunk:
-                columns, its_bias = values(conv)
-                pad(conv, _wider(columns, 1, width), its_bias)
+        parameters.put(project, _wider(weight, 0, width), _wider(bias, 0, width))
+        for conv in nodes:
+            if conv.op_type == "Conv" and conv.input[0] == trunk:
+                columns, own_bias = parameters.get(conv)
+                parameters.put(conv, _wider(columns, 1, width), own_bias)
         width = width if add is not None else 0
-    del plain.graph.value_info[:]
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in plain.graph.initializer if tensor.name in used]
+    del plain.graph.initializer[:], plain.graph.value_info[:]
+    plain.graph.initializer.extend(kept)
     plain = onnx.shape_inference.infer_shapes(plain)
     onnx.checker.check_model(plain, full_check=True)
     return plain
+
+
+class _Parameters:
+    """The weights and biases of a graph's convolutions."""
+
+    def __init__(self, graph: GraphProto) -> None:
+        self.tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        self.readers = Counter(name for node in graph.node for name in node.input)
+        self._graph = graph
+
+    def get(self, conv: NodeProto) -> tuple[Float32, Float32]:
+        """A weight and a bias; of zeros, where the simplifier has dropped such a one."""
+        weight: Float32 = self.tensors[conv.input[1]]
+        if len(conv.input) > 2:
+            return weight, self.tensors[conv.input[2]]
+        return weight, np.zeros(len(weight), np.float32)
+
+    def put(self, conv: NodeProto, weight: Float32, bias: Float32) -> None:
+        """Gives a convolution others than it has; nobody else who reads the old ones sees them."""
+        own = f"{conv.output[0]}_wide"
+        del conv.input[1:]
+        for name, value in ((f"{own}_weight", weight), (f"{own}_bias", bias)):
+            conv.input.append(name)
+            self.tensors[name] = value
+            self._graph.initializer.append(numpy_helper.from_array(value, name))
 
 
 def _wider(value: Float32, axis: int, width: int) -> Float32:
