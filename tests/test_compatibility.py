@@ -57,6 +57,7 @@ def test_an_engine_is_built_from_a_graph_of_format_1(artifacts: Path) -> None:
         chain.append(by_hash[chain[-1].parent_sha256])
     assert [artifact.file for artifact in chain[1:]] == [
         "fp16.onnx",
+        "fp32.tensorrt.onnx",
         "fp32.onnx",
         "weights.safetensors",
     ]
