@@ -404,4 +404,5 @@ def test_commands_that_a_page_names_are_commands(page: str) -> None:
     for line in named:
         name, *arguments = line.split()
         if not set(arguments) & {"..."}:
-            commands[name].make_context(name, arguments)  # raises a usage error
+            context = commands[name].make_context(name, arguments)  # raises a usage error
+            assert context.info_name == name

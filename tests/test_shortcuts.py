@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -22,7 +20,6 @@ from rexdeploy.models.rexnet import v1_config
 from rexdeploy.parity.compare import Signal
 from tests.helpers import nodes_of
 
-Change = Callable[[ModelProto], None]
 FORMATS = ["v1_original", "lite_original"]
 
 

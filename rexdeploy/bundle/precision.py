@@ -26,7 +26,7 @@ PRECISIONS: dict[Precision, NumberType] = {
     "bf16": NumberType("bfloat16", "BFloat16", "BF16", 16, 2, 3.3895314e38),
 }
 TYPE_NAMES: dict[Precision, str] = {name: kind.rtx for name, kind in PRECISIONS.items()}
-FLOATING = ("Half", "BFloat16", "Float")
+FLOATING = tuple(kind.rtx for kind in sorted(PRECISIONS.values(), key=lambda kind: kind.largest))
 TYPES = ("Int8", *FLOATING)
 """The types that arithmetic is counted in, by TensorRT-RTX's names, the widest last."""
 MIN_SHARE = 0.5

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rexdeploy.bench.ratios import paired_ratio
 from rexdeploy.cli.console import check_json, emit, fail, print_table, progress, say
 from rexdeploy.cli.shared import EXIT_INTERRUPTED, Json, Quiet, interrupted, only_warned_of
 from rexdeploy.errors import UsageError
@@ -146,6 +145,8 @@ def show_benchmark(result: Benchmark) -> None:
     No share of the roofline: at batch 1 the weights and activations stay in the caches, and most
     networks would look nearer to the machine's limit than they are.
     """
+    from rexdeploy.bench.ratios import paired_ratio  # imports statistics
+
     _show_machine(result)
     firsts = {(row.network, row.batch, row.threads): row for row in reversed(result.latencies)}
 

@@ -218,7 +218,9 @@ class _Parameters:
         return weight, np.zeros(len(weight), np.float32)
 
     def put(self, conv: NodeProto, weight: Float32, bias: Float32) -> None:
-        """Gives a convolution others than it has; nobody else who reads the old ones sees them."""
+        """Gives a convolution wider ones than it has; who else reads the old ones keeps them."""
+        if weight.shape == self.tensors[conv.input[1]].shape:
+            return
         own = f"{conv.output[0]}_wide"
         del conv.input[1:]
         for name, value in ((f"{own}_weight", weight), (f"{own}_bias", bias)):
