@@ -7,7 +7,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rexdeploy.bench.harness import benchmark
     from rexdeploy.bundle.signing import sign
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import (
@@ -22,13 +21,14 @@ if TYPE_CHECKING:
     from rexdeploy.serving.deploy import triton
     from rexdeploy.serving.server import serve
     from rexdeploy.serving.tuning import tune_serving
-    from rexdeploy.steps.build import build_trt
+    from rexdeploy.steps.build_trt import build_trt
     from rexdeploy.steps.doctor import doctor
     from rexdeploy.steps.export import export
     from rexdeploy.steps.import_onnx import import_onnx
-    from rexdeploy.steps.inspection import inspect
-    from rexdeploy.steps.tune import tune_precision
+    from rexdeploy.steps.inspect import inspect
+    from rexdeploy.steps.tune_precision import tune_precision
     from rexdeploy.steps.verify import Verification, verify
+    from rexdeploy.timing.harness import bench
 
 __all__ = [
     "BackendUnavailable",
@@ -40,7 +40,7 @@ __all__ = [
     "Verification",
     "VerificationFailed",
     "__version__",
-    "benchmark",
+    "bench",
     "build_trt",
     "doctor",
     "export",
@@ -66,9 +66,9 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
-# `bench` and `models` are packages: those two commands have names of their own here.
+# `models` is a package: that command has a name of its own here.
 _PLACES = {
-    "benchmark": "bench.harness",
+    "bench": "timing.harness",
     "Bundle": "bundle.store",
     "sign": "bundle.signing",
     **dict.fromkeys(
@@ -80,12 +80,12 @@ _PLACES = {
     "triton": "serving.deploy",
     "serve": "serving.server",
     "tune_serving": "serving.tuning",
-    "build_trt": "steps.build",
+    "build_trt": "steps.build_trt",
     "doctor": "steps.doctor",
     "export": "steps.export",
     "import_onnx": "steps.import_onnx",
-    "inspect": "steps.inspection",
-    "tune_precision": "steps.tune",
+    "inspect": "steps.inspect",
+    "tune_precision": "steps.tune_precision",
     **dict.fromkeys(("Verification", "verify"), "steps.verify"),
 }
 

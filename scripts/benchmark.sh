@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Writes artifacts/benchmarks/cpu-*.json and their pictures: each network in every form on every CPU
 # backend at batch 1 and (cpu-*-batch16.json) 16, torch.compile, and the published comparison tables;
-# then the figures in README. Some twenty minutes on two cores, which nothing else should use
-# meanwhile. ROUNDS=N sets the rounds at batch 1 (default 30), ROUNDS16=N those at batch 16, where a
+# then the figures in README and docs/. Some twenty minutes on two cores, which nothing else should
+# use meanwhile. ROUNDS=N sets the rounds at batch 1 (default 30), ROUNDS16=N those at batch 16, where a
 # round takes sixteen times as long (default 10); 6 is the least that gives an interval.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Writes artifacts/benchmarks/gpu-*.json on a machine with an NVIDIA GPU: what TensorRT-RTX says of
 # each engine, whether all files agree, then FP16 latencies of aligned and plain networks at batch 1
-# and 64. Expects an environment with the extras gpu and rtx or tensorrt (README), as $VENV or on
+# and 64. Expects an environment with the extras gpu and rtx or tensorrt (docs/install.md), as $VENV or on
 # the path. It stops at the first file that is wrong (exit code 3), before anything is timed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -32,8 +32,8 @@ from rexdeploy import arrays
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.manifest import BatchRange, ModelSpec, Preprocess, WeightsOrigin
 from rexdeploy.graphs.cast import to_bf16, to_fp16
+from rexdeploy.graphs.engine_graph import to_plain_adds
 from rexdeploy.graphs.from_torch import MIN_OPSET, export_graph, simplify
-from rexdeploy.graphs.shortcuts import to_plain_adds
 from rexdeploy.images import decode, sets
 from rexdeploy.machine import machine
 from rexdeploy.models.align import AUTO_MULTIPLE, align

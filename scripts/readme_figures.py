@@ -1,10 +1,10 @@
-"""Writes the measured figures into README.md and artifacts/benchmarks/README.md.
+"""Writes the measured figures into README.md, docs/ and artifacts/benchmarks/README.md.
 
     python scripts/readme_figures.py [--check]
 
 Each figure stands between `<!-- figures: NAME -->` and `<!-- end -->` and is computed from the raw
 samples of artifacts/benchmarks/*.json. --check changes nothing and exits with 1 if a file would
-change. A ratio is the median over the rounds with its 95 % interval (rexdeploy/bench/ratios.py).
+change. A ratio is the median over the rounds with its 95 % interval (rexdeploy/timing/ratios.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rexdeploy.bench.ratios import Ratio, paired_ratio
 from rexdeploy.models.zoo import paper_rows
+from rexdeploy.timing.ratios import Ratio, paired_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "artifacts" / "benchmarks"
-TEXTS = (ROOT / "README.md", FOLDER / "README.md")
+TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), FOLDER / "README.md")
 NETWORKS = ("rexnet_1.0", "rexnet_1.5", "rexnet_lite_1.0")
 V1 = NETWORKS[:2]
 SETTINGS = ((1, 1), (1, 2), (16, 1), (16, 2))  # batch size and threads
@@ -94,7 +94,7 @@ def filled(text: str, blocks: dict[str, str]) -> str:
 
 
 def main() -> int:
-    """Rewrites both files, or says which are not up to date."""
+    """Rewrites the texts, or says which are not up to date."""
     blocks, stale = figures(), []
     for path in TEXTS:
         before = path.read_text()
@@ -133,7 +133,7 @@ def _about(measured: Sequence[Measured]) -> str:
     return _paragraph(
         f"Median milliseconds, float32, interleaved rounds ({counts}) on {machine}, a shared "
         "virtual machine (`scripts/benchmark.sh`; the [files and a "
-        "log](artifacts/benchmarks/README.md) of what paid and what did not):"
+        "log](../artifacts/benchmarks/README.md) of what paid and what did not):"
     )
 
 

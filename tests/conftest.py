@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.models.rexnet import ReXNetV1, ReXNetV1_lite
-from rexdeploy.steps.build import build_trt
+from rexdeploy.steps.build_trt import build_trt
 from rexdeploy.steps.export import export
 from tests.helpers import reacting
 

@@ -126,10 +126,10 @@ def run_python(
 
 _MEASURED = """
 import contextlib, io, json, resource, sys
-import rexdeploy.cli as cli
 import onnxruntime
-import rexdeploy.steps.build, rexdeploy.steps.export
-import rexdeploy.steps.inspection, rexdeploy.steps.verify
+from rexdeploy import cli
+import rexdeploy.steps.build_trt, rexdeploy.steps.export
+import rexdeploy.steps.inspect, rexdeploy.steps.verify
 resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # the machine's, where a bound fails
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 answers = []

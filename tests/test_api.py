@@ -70,7 +70,7 @@ def test_unusable_arguments_are_one_line(small_v1_original: Bundle, photos: Path
         lambda: rexdeploy.export(batch="many"),
         lambda: rexdeploy.build_trt(small_v1_original, fp16=True, bf16=True),
         lambda: rexdeploy.predict(photos, small_v1_original, force=True),
-        lambda: rexdeploy.benchmark(table="journal"),
+        lambda: rexdeploy.bench(table="journal"),
         lambda: rexdeploy.tune_precision(small_v1_original, max_blocks=0),
     ):
         with pytest.raises(rexdeploy.UsageError) as refused:

@@ -13,15 +13,15 @@ import pytest
 
 from rexdeploy import machine
 from rexdeploy.backends import Backend, open_backend
-from rexdeploy.bench.competitors import BenchOptions, Latency
-from rexdeploy.bench.harness import bench_published_table, time_subjects
-from rexdeploy.bench.networks import BundleSubject, compared
-from rexdeploy.bench.ratios import paired_ratio
-from rexdeploy.bench.rounds import WARMUP_ROUNDS, Task, time_rounds
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.models.zoo import cost
 from rexdeploy.progress import silent
+from rexdeploy.timing.competitors import BenchOptions, Latency
+from rexdeploy.timing.harness import bench_published_table, time_subjects
+from rexdeploy.timing.networks import BundleSubject, compared
+from rexdeploy.timing.ratios import paired_ratio
+from rexdeploy.timing.rounds import WARMUP_ROUNDS, Task, time_rounds
 from tests.helpers import assert_refused, run_cli
 
 QUICK = BenchOptions(rounds=2)
@@ -136,7 +136,7 @@ def test_onnxruntimes_threads_spin_within_a_timed_run_only(
         opened.append(_settings(backend, within, ever))
         return backend
 
-    monkeypatch.setattr("rexdeploy.bench.competitors.open_backend", recorded)
+    monkeypatch.setattr("rexdeploy.timing.competitors.open_backend", recorded)
     time_subjects([BundleSubject(small_v1)], BenchOptions(threads=(1, 2), rounds=1))
     assert opened == [{within: "1", ever: ""}] * 2
     # A server's network shares its cores with those that decode images.
@@ -245,7 +245,7 @@ def test_a_table_keeps_the_cpus_rows_where_no_gpu_is(
     if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(
-        "rexdeploy.bench.harness.published_table", lambda: [BundleSubject(v1_original)]
+        "rexdeploy.timing.harness.published_table", lambda: [BundleSubject(v1_original)]
     )
     options = replace(QUICK, backends=("pytorch-cuda", "onnxruntime"))
     result = bench_published_table(options)

@@ -13,16 +13,16 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from rexdeploy.bench.networks import BundleSubject
 from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.inference.classifier import load
-from rexdeploy.steps.build import build_trt, float32_nodes
+from rexdeploy.steps.build_trt import build_trt, float32_nodes
 from rexdeploy.steps.import_onnx import import_onnx
-from rexdeploy.steps.inspection import inspect
+from rexdeploy.steps.inspect import inspect
 from rexdeploy.steps.verify import verify
+from rexdeploy.timing.networks import BundleSubject
 from tests.helpers import edit_weights, folder_state, nodes_of, reacting
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -46,31 +46,33 @@ def _model(bundle: Bundle, precision: str) -> ModelProto:
     return onnx.load_from_string(bundle.read(_artifact(bundle, "onnx", precision)))
 
 
-def test_the_chain_of_hashes_leads_from_the_engine_to_the_weights(v1_original: Bundle) -> None:
-    engine = _artifact(v1_original, "engine", "fp16")
-    by_hash = {artifact.sha256: artifact for artifact in v1_original.manifest.artifacts}
+def test_the_chain_of_hashes_leads_from_the_engine_to_the_weights(
+    small_v1_original: Bundle,
+) -> None:
+    engine = _artifact(small_v1_original, "engine", "fp16")
+    by_hash = {artifact.sha256: artifact for artifact in small_v1_original.manifest.artifacts}
     chain = [engine]
     while (parent := chain[-1].parent_sha256) is not None:
         chain.append(by_hash[parent])
     assert [artifact.file for artifact in chain[1:]] == [
         "fp16.onnx", "fp32.tensorrt.onnx", "fp32.onnx", "weights.safetensors",
     ]  # fmt: skip
-    for artifact in v1_original.manifest.artifacts:
-        assert sha256(v1_original.read(artifact)) == artifact.sha256
+    for artifact in small_v1_original.manifest.artifacts:
+        assert sha256(small_v1_original.read(artifact)) == artifact.sha256
     assert engine.file == "fp16.rtx-sm89.engine"
     assert engine.proof is not None
     assert (engine.proof.wanted, engine.proof.layers["Float"]) == ("Half", 1)  # reads the image
     assert engine.batch == BatchRange(1, 2, 8)
 
 
-def test_an_unchanged_build_is_answered_from_the_bundle(v1_bundle: Bundle) -> None:
-    before = folder_state(v1_bundle.path)
-    again = build_trt(v1_bundle, **OPTIONS)
+def test_an_unchanged_build_is_answered_from_the_bundle(small_v1: Bundle) -> None:
+    before = folder_state(small_v1.path)
+    again = build_trt(small_v1, **OPTIONS)
     assert again.reused
-    assert folder_state(v1_bundle.path) == before
-    forced = build_trt(v1_bundle, **OPTIONS | {"force": True})
+    assert folder_state(small_v1.path) == before
+    forced = build_trt(small_v1, **OPTIONS | {"force": True})
     assert not forced.reused
-    assert forced.bundle.manifest.updated_at > v1_bundle.manifest.updated_at
+    assert forced.bundle.manifest.updated_at > small_v1.manifest.updated_at
 
 
 @pytest.mark.parametrize(
@@ -85,34 +87,34 @@ def test_an_unchanged_build_is_answered_from_the_bundle(v1_bundle: Bundle) -> No
     ids=["precision", "profile", "target", "any target", "workspace"],
 )
 def test_every_part_of_the_key_makes_another_engine(
-    v1_bundle: Bundle, other: dict[str, Any]
+    small_v1: Bundle, other: dict[str, Any]
 ) -> None:
-    assert not build_trt(v1_bundle, **other).reused
+    assert not build_trt(small_v1, **other).reused
 
 
-def test_other_weights_are_never_answered_with_the_old_engine(v1_bundle: Bundle) -> None:
+def test_other_weights_are_never_answered_with_the_old_engine(small_v1: Bundle) -> None:
     """The cache without a weights' hash: onnxruntime issue 6455."""
-    model = _model(v1_bundle, "fp32")
+    model = _model(small_v1, "fp32")
     name = nodes_of(model, "Conv")[5].input[1]
     data = edit_weights(model, [name], lambda values: values * 1.5).SerializeToString()
-    graph = replace(_artifact(v1_bundle, "onnx", "fp32"), sha256=sha256(data))
-    changed = v1_bundle.update(graph, files={graph.file: data})
+    graph = replace(_artifact(small_v1, "onnx", "fp32"), sha256=sha256(data))
+    changed = small_v1.update(graph, files={graph.file: data})
     assert changed.manifest.find("engine") is None
     assert not list(changed.path.glob("*.engine"))
     result = build_trt(changed, **OPTIONS)
     assert not result.reused
-    assert result.engine.sha256 != _artifact(v1_bundle, "engine", "fp16").sha256
+    assert result.engine.sha256 != _artifact(small_v1, "engine", "fp16").sha256
 
 
-def test_an_fp16_build_that_is_really_fp32_fails_and_writes_nothing(v1_bundle: Bundle) -> None:
+def test_an_fp16_build_that_is_really_fp32_fails_and_writes_nothing(small_v1: Bundle) -> None:
     """The float16 graph of the bundle is swapped for the float32 one, hash and all."""
-    half, full = _artifact(v1_bundle, "onnx", "fp16"), v1_bundle.manifest.find_file(PLAIN)
+    half, full = _artifact(small_v1, "onnx", "fp16"), small_v1.manifest.find_file(PLAIN)
     assert full is not None
-    model = onnx.load_from_string(v1_bundle.read(full))
+    model = onnx.load_from_string(small_v1.read(full))
     model.doc_string = "another file than its parent"
     data = model.SerializeToString()
     fake = replace(half, sha256=sha256(data), parent_sha256=full.sha256)
-    bundle = v1_bundle.update(fake, files={half.file: data})
+    bundle = small_v1.update(fake, files={half.file: data})
     before = folder_state(bundle.path)
     with pytest.raises(VerificationFailed, match=r"not FP16: 0 of \d+ layers in Half \(0%\)") as no:
         build_trt(bundle, **OPTIONS)
@@ -120,8 +122,8 @@ def test_an_fp16_build_that_is_really_fp32_fails_and_writes_nothing(v1_bundle: B
     assert folder_state(bundle.path) == before
 
 
-def test_a_float32_build_has_no_half_layer(v1_bundle: Bundle) -> None:
-    engine = build_trt(v1_bundle, **OPTIONS | {"fp16": False}).engine
+def test_a_float32_build_has_no_half_layer(small_v1: Bundle) -> None:
+    engine = build_trt(small_v1, **OPTIONS | {"fp16": False}).engine
     assert engine.proof is not None
     assert (engine.precision, set(engine.proof.layers)) == ("fp32", {"Float"})
     assert engine.file == "fp32.rtx-sm89.engine"
@@ -134,10 +136,10 @@ def _relabelled(bundle: Bundle, **built_with: str) -> Bundle:
     return bundle.update(edited, files={})
 
 
-def test_engines_are_built_from_the_form_with_plain_shortcuts(v1_bundle: Bundle) -> None:
+def test_engines_are_built_from_the_form_with_plain_shortcuts(small_v1: Bundle) -> None:
     """At most 120 layers of V1 1.0 in either precision, and the exported graph is still first."""
-    root, half = (_artifact(v1_bundle, "onnx", name) for name in ("fp32", "fp16"))
-    result = build_trt(v1_bundle, **OPTIONS | {"fp16": False})
+    root, half = (_artifact(small_v1, "onnx", name) for name in ("fp32", "fp16"))
+    result = build_trt(small_v1, **OPTIONS | {"fp16": False})
     bundle = result.bundle
     files = {item.sha256: item for item in bundle.manifest.artifacts}
     plain = files[result.engine.parent_sha256 or ""]
@@ -155,8 +157,8 @@ def test_engines_are_built_from_the_form_with_plain_shortcuts(v1_bundle: Bundle)
     assert build_trt(bundle, **OPTIONS).reused
 
 
-def test_verification_judges_both_engines_graphs(v1_bundle: Bundle) -> None:
-    bundle = build_trt(v1_bundle, **OPTIONS | {"fp16": False}).bundle
+def test_verification_judges_both_engines_graphs(small_v1: Bundle) -> None:
+    bundle = build_trt(small_v1, **OPTIONS | {"fp16": False}).bundle
     sound = verify(bundle, samples=4)
     assert sound.passed, sound.failures
     errors = {(edge.reference, edge.candidate.split()[0]): edge.error for edge in sound.edges}
@@ -176,8 +178,8 @@ def test_verification_judges_both_engines_graphs(v1_bundle: Bundle) -> None:
     assert failure.startswith("broken edge fp32.onnx -> fp32.tensorrt.onnx (onnxruntime): error ")
 
 
-def test_a_graph_that_was_not_aligned_is_built_as_it_is(v1_bundle: Bundle) -> None:
-    bundle = _relabelled(v1_bundle, align="off")
+def test_a_graph_that_was_not_aligned_is_built_as_it_is(small_v1: Bundle) -> None:
+    bundle = _relabelled(small_v1, align="off")
     root = _artifact(bundle, "onnx", "fp32")
     result = build_trt(bundle, **OPTIONS | {"fp16": False})
     assert result.engine.parent_sha256 == root.sha256
@@ -192,10 +194,10 @@ def test_a_graph_that_was_not_aligned_is_built_as_it_is(v1_bundle: Bundle) -> No
 
 
 @pytest.fixture(scope="module")
-def bf16_original(v1_original: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bf16_original(small_v1_original: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The V1 bundle with a bfloat16 graph and engine, too."""
     folder = tmp_path_factory.mktemp("bf16") / "v1"
-    shutil.copytree(v1_original.path, folder)
+    shutil.copytree(small_v1_original.path, folder)
     return build_trt(Bundle.open(folder), **OPTIONS | {"fp16": False, "bf16": True}).bundle
 
 
@@ -231,36 +233,36 @@ def test_swapped_channels_in_the_bfloat16_graph_break_its_edge(
     assert "swapped.onnx (onnxruntime, bfloat16 emulated): error" in result.failures[0]
 
 
-def test_both_precisions_or_a_graph_in_another_are_refused(v1_bundle: Bundle) -> None:
+def test_both_precisions_or_a_graph_in_another_are_refused(small_v1: Bundle) -> None:
     with pytest.raises(UsageError, match="got --fp16 and --bf16, expected one of them"):
-        build_trt(v1_bundle, **OPTIONS | {"bf16": True})
-    half = _artifact(v1_bundle, "onnx", "fp16")
-    weights = v1_bundle.manifest.find("weights")
+        build_trt(small_v1, **OPTIONS | {"bf16": True})
+    half = _artifact(small_v1, "onnx", "fp16")
+    weights = small_v1.manifest.find("weights")
     assert weights is not None
     lone = replace(half, file="fp32.onnx", parent_sha256=weights.sha256)
-    bundle = v1_bundle.update(lone, files={lone.file: v1_bundle.read(half)})
+    bundle = small_v1.update(lone, files={lone.file: small_v1.read(half)})
     with pytest.raises(UsageError, match="fp32.onnx is a graph in fp16; --bf16 needs one in"):
         build_trt(bundle, **OPTIONS | {"fp16": False, "bf16": True})
 
 
-def test_a_damaged_graph_is_refused(v1_bundle: Bundle) -> None:
-    path = v1_bundle.path / "fp32.onnx"
+def test_a_damaged_graph_is_refused(small_v1: Bundle) -> None:
+    path = small_v1.path / "fp32.onnx"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(UsageError, match="fp32.onnx is not the file the manifest describes"):
-        build_trt(v1_bundle, **OPTIONS | {"fp16": False})
+        build_trt(small_v1, **OPTIONS | {"fp16": False})
 
 
-def test_a_damaged_engine_is_not_an_answer(v1_bundle: Bundle) -> None:
-    engine = _artifact(v1_bundle, "engine", "fp16")
-    (v1_bundle.path / engine.file).write_bytes(b"vtrt" + b"\0" * 100)
-    assert not build_trt(v1_bundle, **OPTIONS).reused
-    assert build_trt(Bundle.open(v1_bundle.path), **OPTIONS).reused
-    half = v1_bundle.path / "fp16.onnx"
+def test_a_damaged_engine_is_not_an_answer(small_v1: Bundle) -> None:
+    engine = _artifact(small_v1, "engine", "fp16")
+    (small_v1.path / engine.file).write_bytes(b"vtrt" + b"\0" * 100)
+    assert not build_trt(small_v1, **OPTIONS).reused
+    assert build_trt(Bundle.open(small_v1.path), **OPTIONS).reused
+    half = small_v1.path / "fp16.onnx"
     half.write_bytes(half.read_bytes()[:-1])  # made again from the float32 graph
-    assert build_trt(Bundle.open(v1_bundle.path), **OPTIONS).reused is True
-    assert verify(Bundle.open(v1_bundle.path), samples=2).passed
+    assert build_trt(Bundle.open(small_v1.path), **OPTIONS).reused is True
+    assert verify(Bundle.open(small_v1.path), samples=2).passed
 
 
 @pytest.mark.parametrize(
@@ -273,10 +275,10 @@ def test_a_damaged_engine_is_not_an_answer(v1_bundle: Bundle) -> None:
     ],
 )
 def test_unusable_options_are_refused(
-    v1_original: Bundle, options: dict[str, Any], message: str
+    small_v1_original: Bundle, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        build_trt(v1_original, **options)
+        build_trt(small_v1_original, **options)
 
 
 class _Own(torch.nn.Module):
@@ -337,14 +339,14 @@ def test_somebodys_own_graph_gets_a_bundle_an_engine_and_a_verification(
 
 
 def test_an_imported_graph_does_not_take_the_place_of_another_model(
-    own_graph: Path, v1_bundle: Bundle
+    own_graph: Path, small_v1: Bundle
 ) -> None:
-    taken = own_graph.with_name("v1.onnx")
+    taken = own_graph.with_name("small_v1.onnx")
     taken.write_bytes(own_graph.read_bytes())
-    before = folder_state(v1_bundle.path)
+    before = folder_state(small_v1.path)
     with pytest.raises(UsageError, match=r"holds another model \(rexnet 1\)"):
-        import_onnx(taken, out=v1_bundle.path.parent, **OPTIONS)
-    assert folder_state(v1_bundle.path) == before
+        import_onnx(taken, out=small_v1.path.parent, **OPTIONS)
+    assert folder_state(small_v1.path) == before
 
 
 def test_a_failing_import_leaves_an_existing_bundle_as_it_was(
@@ -421,9 +423,9 @@ def _noted(bundle: Bundle, kind: str, **notes: str) -> Bundle:
 
 
 @pytest.mark.parametrize("made_by", ["0", None])
-def test_a_graph_of_another_revision_is_made_again(v1_bundle: Bundle, made_by: str | None) -> None:
-    half = _artifact(v1_bundle, "onnx", "fp16")
-    model = _model(v1_bundle, "fp16")
+def test_a_graph_of_another_revision_is_made_again(small_v1: Bundle, made_by: str | None) -> None:
+    half = _artifact(small_v1, "onnx", "fp16")
+    model = _model(small_v1, "fp16")
     del model.metadata_props[:]
     model.doc_string = "of an older converter"
     data = model.SerializeToString()
@@ -434,21 +436,21 @@ def test_a_graph_of_another_revision_is_made_again(v1_bundle: Bundle, made_by: s
         built_with=notes | ({"revision": made_by} if made_by else {}),
     )
     said: list[str] = []
-    result = build_trt(v1_bundle.update(old, files={old.file: data}), **OPTIONS, report=said.append)
+    result = build_trt(small_v1.update(old, files={old.file: data}), **OPTIONS, report=said.append)
     again = _artifact(result.bundle, "onnx", "fp16")
     assert (again.sha256, again.built_with["revision"]) == (half.sha256, "1")
     assert any("making fp16.onnx again, since " in line for line in said), said
     assert build_trt(result.bundle, **OPTIONS).reused
 
 
-def test_force_makes_the_graphs_again_and_says_what_tuning_is_lost(v1_bundle: Bundle) -> None:
-    half = _artifact(v1_bundle, "onnx", "fp16")
-    model = _model(v1_bundle, "fp16")
+def test_force_makes_the_graphs_again_and_says_what_tuning_is_lost(small_v1: Bundle) -> None:
+    half = _artifact(small_v1, "onnx", "fp16")
+    model = _model(small_v1, "fp16")
     model.doc_string = "mixed"
     data = model.SerializeToString()
     notes = half.built_with | {"float32": "block 10"}
     tuned = replace(half, sha256=sha256(data), built_with=notes, precision=None)
-    bundle = v1_bundle.update(tuned, files={half.file: data})
+    bundle = small_v1.update(tuned, files={half.file: data})
     said: list[str] = []
     assert (
         build_trt(bundle, **OPTIONS, report=said.append).engine.parent_sha256 == tuned.sha256
@@ -463,17 +465,17 @@ def test_force_makes_the_graphs_again_and_says_what_tuning_is_lost(v1_bundle: Bu
 
 @pytest.mark.parametrize("notes", [{"revision": "1"}, {"proof": "1"}])
 def test_an_engine_of_another_revision_is_no_answer(
-    v1_bundle: Bundle, notes: dict[str, str]
+    small_v1: Bundle, notes: dict[str, str]
 ) -> None:
-    assert build_trt(v1_bundle, **OPTIONS).reused
-    assert not build_trt(_noted(v1_bundle, "engine", **notes), **OPTIONS).reused
+    assert build_trt(small_v1, **OPTIONS).reused
+    assert not build_trt(_noted(small_v1, "engine", **notes), **OPTIONS).reused
 
 
-def test_an_engine_whose_proof_is_of_another_type_is_nowhere_taken(v1_bundle: Bundle) -> None:
+def test_an_engine_whose_proof_is_of_another_type_is_nowhere_taken(small_v1: Bundle) -> None:
     """A manifest that claims fp16, of an engine that was proven to be float32."""
-    engine = _artifact(v1_bundle, "engine", "fp16")
+    engine = _artifact(small_v1, "engine", "fp16")
     forged = replace(engine, proof=PrecisionProof("Float", {"Float": 100}))
-    bundle = v1_bundle.update(forged, files={})
+    bundle = small_v1.update(forged, files={})
     fault = "claims fp16, and its proof is of Float"
     with pytest.raises(VerificationFailed, match=fault):
         inspect(bundle.path / engine.file)

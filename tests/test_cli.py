@@ -101,8 +101,8 @@ def test_mistakes_get_one_line_and_exit_2(
     assert not (tmp_path / "artifacts").exists() or not list((tmp_path / "artifacts").iterdir())
 
 
-def test_a_hostile_manifest_is_refused(v1_bundle: Bundle, tmp_path: Path) -> None:
-    manifest = v1_bundle.path / "manifest.json"
+def test_a_hostile_manifest_is_refused(small_v1: Bundle, tmp_path: Path) -> None:
+    manifest = small_v1.path / "manifest.json"
     good = manifest.read_text()
     (tmp_path / "secret.onnx").write_bytes(b"outside")
     for hostile, part in (
@@ -113,13 +113,13 @@ def test_a_hostile_manifest_is_refused(v1_bundle: Bundle, tmp_path: Path) -> Non
         ("", "not a readable manifest"),
     ):
         manifest.write_text(hostile)
-        before = folder_state(v1_bundle.path)
+        before = folder_state(small_v1.path)
         for command in (["build-trt"], ["verify"], ["predict", "a.jpg", "--bundle"]):
-            assert_refused(run_cli(*command, "artifacts/v1", cwd=tmp_path), part)
-        assert folder_state(v1_bundle.path) == before
+            assert_refused(run_cli(*command, "artifacts/small_v1", cwd=tmp_path), part)
+        assert folder_state(small_v1.path) == before
 
 
-def test_json_goes_to_a_file_or_alone_to_stdout(v1_bundle: Bundle, tmp_path: Path) -> None:
+def test_json_goes_to_a_file_or_alone_to_stdout(small_v1: Bundle, tmp_path: Path) -> None:
     build = ["build-trt", "--fp16", "--batch", "1:2:8", "--flavor", "rtx", "--target", "sm89"]
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     result = run_cli(*build, "--json", "-", cwd=tmp_path)
@@ -133,12 +133,12 @@ def test_json_goes_to_a_file_or_alone_to_stdout(v1_bundle: Bundle, tmp_path: Pat
     assert_refused(result, "cannot write no/such/folder.json")
 
 
-def test_quiet_says_nothing_when_all_is_well(v1_bundle: Bundle, tmp_path: Path) -> None:
+def test_quiet_says_nothing_when_all_is_well(small_v1: Bundle, tmp_path: Path) -> None:
     result = run_cli("verify", "--samples", "2", "--quiet", cwd=tmp_path)
     assert (result.code, result.out, result.err) == (0, "", "")
 
 
-def test_verify_prints_the_table_and_what_was_skipped(v1_bundle: Bundle, tmp_path: Path) -> None:
+def test_verify_prints_the_table_and_what_was_skipped(small_v1: Bundle, tmp_path: Path) -> None:
     result = run_cli("verify", "--samples", "2", cwd=tmp_path)
     assert result.code == 0
     assert "torch -> fp32.onnx (onnxruntime)" in result.out
@@ -159,11 +159,12 @@ def test_models_prints_eleven_networks_that_agree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["loading", "exporting", "comparing"])
 def test_a_killed_export_leaves_nothing_that_stops_the_next(
-    step: str, v1_bundle: Bundle, tmp_path: Path, v1_checkpoint: Path
+    step: str, small_v1: Bundle, tmp_path: Path, v1_checkpoint: Path
 ) -> None:
     """SIGKILL in the middle of the work; the commit itself is cut at every step in test_bundle."""
-    before = folder_state(v1_bundle.path)
-    command = ["export", "--name", "v1", "--weights", str(v1_checkpoint)]
+    before = folder_state(small_v1.path)
+    command = ["export", "--name", "small_v1", "--weights", str(v1_checkpoint)]
+    command += ["--image-size", "64"]
     process = subprocess.Popen(
         [sys.executable, "-m", "rexdeploy", *command],
         cwd=tmp_path,
@@ -177,7 +178,7 @@ def test_a_killed_export_leaves_nothing_that_stops_the_next(
             break
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert folder_state(v1_bundle.path) == before
+    assert folder_state(small_v1.path) == before
     assert run_cli("verify", "--samples", "2", cwd=tmp_path).code == 0
 
 
@@ -220,7 +221,7 @@ def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path)
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_a_missing_package_names_its_extra(
-    package: str, command: list[str], extra: str, lite_bundle: Bundle, photos: Path
+    package: str, command: list[str], extra: str, small_lite: Bundle, photos: Path
 ) -> None:
     if command[0] == "predict":
         command = [*command, str(photos / "china.png")]
@@ -235,7 +236,7 @@ def test_a_missing_package_names_its_extra(
         "from rexdeploy.cli import main\n"
         "main()\n"
     )
-    answer = run_python(code, lite_bundle.path.parents[1], *command)
+    answer = run_python(code, small_lite.path.parents[1], *command)
     errors = [line for line in answer.stderr.splitlines() if not line.endswith(" ...")]
     assert answer.returncode == 2, answer.stderr
     assert f"pip install 'rexdeploy[{extra}]'" in errors[-1]
@@ -264,7 +265,7 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert answer.returncode == 0
 
 
-def test_ctrl_c_during_a_benchmark_prints_what_it_has(v1_bundle: Bundle, tmp_path: Path) -> None:
+def test_ctrl_c_during_a_benchmark_prints_what_it_has(small_v1: Bundle, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "rexdeploy", "bench", "--rounds", "100000"],
         cwd=tmp_path,

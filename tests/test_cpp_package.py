@@ -131,11 +131,9 @@ def _answers(
         yield label, float(probability)
 
 
-def _check(got: Iterator[tuple[str, float]], expected: list[tuple[str, float]]) -> None:
-    rows = list(got)
-    assert [label for label, _ in rows] == [label for label, _ in expected]
-    for (_, probability), (_, wanted) in zip(rows, expected, strict=True):
-        assert probability == pytest.approx(wanted, rel=1e-5)  # six digits are printed
+def _near(expected: list[tuple[str, float]]) -> list[tuple[str, object]]:
+    """What a program prints: six digits."""
+    return [(label, pytest.approx(probability, rel=1e-5)) for label, probability in expected]
 
 
 @pytest.mark.parametrize("kind", ["static", "sanitized", "shared"])
@@ -154,7 +152,7 @@ def test_readmes_program_is_built_by_cmake_and_right(
     _do("cmake", "-S", tmp_path, "-B", build, "-DCMAKE_CXX_STANDARD=14", env=prefix.env)
     _do("cmake", "--build", build, env=prefix.env)
     assert "-Werror" not in _flags(build)
-    _check(_answers(build / "flowers", place, release), expected)
+    assert list(_answers(build / "flowers", place, release)) == _near(expected)
     needed = _do("readelf", "-d", build / "flowers")
     assert ("librexdeploy.so.0.1" in needed) == (kind == "shared")
 
@@ -173,7 +171,8 @@ def test_readmes_program_is_built_by_pkg_config(
     (tmp_path / "flowers.cpp").write_text(_block("cpp"))
     prefix = installed[kind]
     _do("bash", "-ec", _commands("c++ -std"), env=prefix.env, cwd=tmp_path)
-    _check(_answers(tmp_path / "flowers", place, release, prefix.libraries), expected)
+    answers = list(_answers(tmp_path / "flowers", place, release, prefix.libraries))
+    assert answers == _near(expected)
 
 
 def test_static_libraries_disappear_in_a_shared_one_of_ones_own(

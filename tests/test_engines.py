@@ -21,14 +21,14 @@ from rexdeploy.backends import open_backend, tensorrt_api
 from rexdeploy.backends.cuda import Gpu
 from rexdeploy.backends.trt import TensorRTBackend
 from rexdeploy.backends.trt_load import validity
-from rexdeploy.bench.answers import inputs
-from rexdeploy.bench.competitors import BenchOptions
-from rexdeploy.bench.harness import Benchmark, time_subjects
-from rexdeploy.bench.networks import BundleSubject
 from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.steps.verify import Verification, verify
+from rexdeploy.timing.answers import inputs
+from rexdeploy.timing.competitors import BenchOptions
+from rexdeploy.timing.harness import Benchmark, time_subjects
+from rexdeploy.timing.networks import BundleSubject
 from tests.cuda_standin import CUresult, Driver
 from tests.helpers import run_cli
 from tests.trt_standin import EngineInvalidityDiagnostics, EngineValidity, Module, plan

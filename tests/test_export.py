@@ -118,7 +118,7 @@ def test_a_fixed_batch_labels_and_plain_graph_on_request(tmp_path: Path) -> None
 
 def test_the_same_export_again_keeps_what_was_built_from_it(tiny: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from rexdeploy.steps.build import build_trt
+    from rexdeploy.steps.build_trt import build_trt
 
     options = TINY | {"out": tmp_path}
     built = build_trt(export(**options).bundle, fp16=True, flavor="rtx").bundle

@@ -432,8 +432,7 @@ def test_a_port_that_somebody_has_is_an_oserror(front: Front) -> None:
 def test_without_a_library_the_extra_is_named(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("front_http", "front_grpc"):
-        monkeypatch.delitem(sys.modules, f"rexdeploy.{name}")
+    monkeypatch.delitem(sys.modules, "rexdeploy.serving.proxies")
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(BackendUnavailable, match="pip install 'rexdeploy.serve.'"):
         Front("127.0.0.1", 8000, LIMIT)

@@ -19,7 +19,7 @@ from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.graphs.bounds import MAX_RUN_BYTES, peak_bytes
 from rexdeploy.machine import bounded
 from rexdeploy.steps.import_onnx import import_onnx
-from rexdeploy.steps.inspection import inspect
+from rexdeploy.steps.inspect import inspect
 from rexdeploy.steps.verify import verify
 from tests.helpers import assert_refused, run_cli, run_measured
 

@@ -151,7 +151,7 @@ def test_the_bytes_count_and_not_the_name(tmp_path: Path) -> None:
 
 
 def test_timms_loader_leaves_a_turned_image_as_it_lies(tmp_path: Path) -> None:
-    """What README says of timm: should it turn images one day, README is to say so."""
+    """What docs/python.md says of timm: should it turn images one day, the page is to say so."""
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "class").mkdir()

@@ -15,7 +15,7 @@ from PIL import Image
 from rexdeploy import machine
 from rexdeploy.bundle.manifest import to_json
 from rexdeploy.bundle.store import Bundle, sha256
-from rexdeploy.steps.inspection import inspect
+from rexdeploy.steps.inspect import inspect
 from tests.helpers import assert_refused, folder_state, run_cli
 
 ENGINE = "fp16.rtx-sm89.engine"

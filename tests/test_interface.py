@@ -13,9 +13,6 @@ from onnx import ModelProto, TensorProto
 
 from rexdeploy.arrays import UInt8, softmax
 from rexdeploy.backends import open_backend
-from rexdeploy.bench.competitors import BenchOptions
-from rexdeploy.bench.harness import time_subjects
-from rexdeploy.bench.networks import BundleSubject
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.read import element_types
@@ -24,6 +21,9 @@ from rexdeploy.images import decode, sets
 from rexdeploy.inference.classifier import load
 from rexdeploy.parity.compare import comparable
 from rexdeploy.steps.verify import verify
+from rexdeploy.timing.competitors import BenchOptions
+from rexdeploy.timing.harness import time_subjects
+from rexdeploy.timing.networks import BundleSubject
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
 
 FAST: dict[str, Any] = {"samples": 4}

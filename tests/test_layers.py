@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import rexdeploy
+from tests.helpers import ROOT
 
 PACKAGE = Path(rexdeploy.__path__[0])
 # A part imports parts of lower levels only: a package, or a module beside the packages.
@@ -19,12 +21,12 @@ LEVELS = [
     {"graphs", "images", "models"},
     {"backends"},
     {"inference", "parity"},
-    {"bench", "serving", "steps"},
+    {"serving", "steps", "timing"},
     {"cli"},
     {"__init__", "__main__", "triton_backend"},  # where Python and Triton come in
 ]
 MAX_PACKAGES, MAX_FILES, MAX_LINES = 11, 10, 400
-ON_TORCH = {"models", "graphs.from_torch", "bench.other_networks", "steps.export"}
+ON_TORCH = {"models", "graphs.from_torch", "timing.other_networks", "steps.export"}
 ON_ONNX = {"graphs", "parity", "steps"}
 # Importing one of these at the top of a file is for these parts; the others import it when needed.
 HEAVY = {
@@ -86,6 +88,21 @@ def test_no_circles_and_no_part_too_large() -> None:
         assert len(files) <= MAX_FILES or package.name == "cli", package
     for path in MODULES.values():
         assert len(path.read_text().splitlines()) <= MAX_LINES, path
+
+
+def test_the_page_on_architecture_names_every_file_and_level() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = {path.relative_to(PACKAGE).as_posix() for path in MODULES.values()}
+    named = re.findall(r"^\| `([\w/]+\.py)` \| \S", page, re.MULTILINE)
+    assert len(set(named)) == len(named)  # each has one line
+    assert {name for name in files if not name.endswith("/__init__.py")} <= set(named)
+    for name in re.findall(r"`([\w/]+\.(?:py|cpp|toml))`", page):
+        assert name in files or (ROOT / name).is_file(), name
+    levels = re.findall(r"^\| (\d) \| (.*) \|$", page, re.MULTILINE)
+    assert [set(re.findall(r"`(\w+)`", parts)) for _, parts in levels] == LEVELS
+    assert [int(number) for number, _ in levels] == list(range(len(LEVELS)))
+    assert f"{MAX_PACKAGES} packages, at most {MAX_FILES} files" in page
+    assert f"no file over {MAX_LINES} lines" in page
 
 
 def test_all_names_the_public_interface() -> None:

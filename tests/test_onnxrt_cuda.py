@@ -23,15 +23,15 @@ from rexdeploy import machine
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.onnxrt import load_session
 from rexdeploy.backends.pytorch import use_cuda
-from rexdeploy.bench.answers import inputs
-from rexdeploy.bench.competitors import BenchOptions
-from rexdeploy.bench.harness import time_subjects
-from rexdeploy.bench.networks import BundleSubject, ModelFile
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_bf16
 from rexdeploy.graphs.read import parse
 from rexdeploy.steps.verify import verify
+from rexdeploy.timing.answers import inputs
+from rexdeploy.timing.competitors import BenchOptions
+from rexdeploy.timing.harness import time_subjects
+from rexdeploy.timing.networks import BundleSubject, ModelFile
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 BENCH = BenchOptions(("onnxruntime-cuda", "onnxruntime"), batches=(1, 2), rounds=1)

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from rexdeploy.backends import open_backend
-from rexdeploy.bench.networks import BundleSubject, PeerSubject, compared
-from rexdeploy.bench.other_networks import own_peer, timm_peer
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.products import precision_of
 from rexdeploy.images import sets
 from rexdeploy.models.rexnet import RexNet
 from rexdeploy.parity.compare import Signal
+from rexdeploy.timing.networks import BundleSubject, PeerSubject, compared
+from rexdeploy.timing.other_networks import own_peer, timm_peer
 from tests.helpers import nodes_of
 
 

@@ -16,7 +16,7 @@ from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.files import open_plain, read_plain, sha256_of
-from rexdeploy.steps.build import _check_precision
+from rexdeploy.steps.build_trt import _check_precision
 from tests.helpers import assert_refused, run_cli, run_python
 
 PIPE = "it is a named pipe, expected a plain file"

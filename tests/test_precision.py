@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -12,6 +14,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from rexdeploy import arrays
+from rexdeploy.bundle.precision import PRECISIONS, Precision
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.graphs.cast import to_bf16, to_fp16
@@ -220,3 +223,14 @@ def test_names_that_the_graph_has_already_are_not_taken_again(taken: str) -> Non
     offset = np.full((1, 4, 1, 1), 7, dtype=np.float32)
     model = _model(nodes, {"w": KERNEL, taken: offset})
     np.testing.assert_allclose(_run(to_fp16(model), X), _run(model, X), atol=5e-2)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_precision_has_one_type_by_all_its_names(name: Precision) -> None:
+    kind = PRECISIONS[name]
+    assert TensorProto.DataType.Name(kind.onnx) == kind.title.replace("32", "").upper()
+    numbers = helper.tensor_dtype_to_np_dtype(kind.onnx)
+    assert (numbers.name, numbers.itemsize) == (kind.title, kind.size_bytes)
+    limits: Any = ml_dtypes.finfo
+    assert kind.largest == pytest.approx(float(limits(numbers).max), rel=1e-6)
+    assert getattr(torch, kind.title).itemsize == kind.size_bytes

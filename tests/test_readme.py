@@ -1,4 +1,4 @@
-"""README: every command in it runs, prints what README shows, and the scripts run them too."""
+"""README and docs/: every block runs and prints what the page shows; links, figures, formats."""
 
 from __future__ import annotations
 
@@ -15,29 +15,57 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import sklearn.datasets
+import typer.main
 
 from rexdeploy import machine
+from rexdeploy.cli.app import app
 from tests.helpers import ROOT, run_cli
 
 pytestmark = pytest.mark.slow
 
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
+LINKED = [
+    *PAGES,
+    "cpp/README.md",
+    *("artifacts/README.md", "artifacts/benchmarks/README.md", "artifacts/limits/README.md"),
+]
 PHOTO = Path(sklearn.datasets.__path__[0]) / "images" / "flower.jpg"
 
 
-def _sessions() -> list[tuple[str, list[str]]]:
-    """Every `$ rexdeploy ...` of README's console blocks, with the output shown below it."""
+def _blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page in one language; every fence of it is opened and closed."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+    return [text for name, text in fences if name == language]
+
+
+def _pages_with(language: str) -> list[str]:
+    return [page for page in PAGES if page != "README.md" and _blocks(page, language)]
+
+
+def _sessions(page: str) -> list[tuple[str, list[str]]]:
+    """Every `$ ...` of a page's console blocks, with the output shown below it."""
     sessions: list[tuple[str, list[str]]] = []
-    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+    for block in _blocks(page, "console"):
         for line in block.splitlines():
             if line.startswith("$ "):
                 sessions.append((line[2:], []))
             elif line.strip():
                 sessions[-1][1].append(line)
     return sessions
+
+
+def _slugs(text: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"(?ms)^```.*?^```$", "", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 ROUNDING_FACTOR = 3.0
@@ -130,25 +158,58 @@ def quickstart(readme_dir: Path) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def test_readmes_commands_print_what_it_shows(readme_dir: Path, quickstart: dict[str, str]) -> None:
-    """In README's order, in one folder; those of the quickstart script have been run by it."""
+@pytest.fixture(scope="module")
+def readmes_outputs(readme_dir: Path, quickstart: dict[str, str]) -> list[tuple[str, str]]:
+    """README's commands and what they printed, in its order, in the folder that other pages use.
+
+    Those of the quickstart script have been run by it.
+    """
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    sessions = _sessions()
-    assert len(sessions) >= 8
-    for command, shown in sessions:
-        out = quickstart.get(command)
-        if out is None:
-            result = run_cli(*command.split()[1:], cwd=readme_dir)
-            assert result.code == 0, (command, result.err)
-            out = result.out
-        if not shown or (machine.detect() is not None and "models" not in command):
-            continue
-        printed = [line for line in out.splitlines() if line.strip()]
-        if "predict" in command:  # which classes an untrained network names depends on rounding
-            printed, shown = (
-                [*lines[:2], *(line.split()[0] for line in lines[2:])] for lines in (printed, shown)
-            )
-        assert _differences(command, printed, shown) == [], command
+    return [
+        (command, quickstart.get(command) or _output(command, readme_dir))
+        for command, _ in _sessions("README.md")
+    ]
+
+
+def _output(command: str, folder: Path) -> str:
+    """What a command prints, which must end well."""
+    program, *arguments = command.split()
+    if program == "rexdeploy":
+        result = run_cli(*arguments, cwd=folder)
+        assert result.code == 0, (command, result.err)
+        return result.out
+    answer = subprocess.run(
+        [program, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, (command, answer.stderr)
+    return answer.stdout
+
+
+def _check_output(command: str, out: str, shown: Sequence[str]) -> None:
+    if not shown or (machine.detect() is not None and "models" not in command):
+        return
+    printed = [line for line in out.splitlines() if line.strip()]
+    if "predict" in command:  # which classes an untrained network names depends on rounding
+        printed, shown = (
+            [*lines[:2], *(line.split()[0] for line in lines[2:])] for lines in (printed, shown)
+        )
+    assert _differences(command, printed, shown) == [], command
+
+
+def test_readmes_commands_print_what_it_shows(readmes_outputs: list[tuple[str, str]]) -> None:
+    assert len(readmes_outputs) >= 6
+    for (command, out), (_, shown) in zip(readmes_outputs, _sessions("README.md"), strict=True):
+        _check_output(command, out, shown)
+
+
+@pytest.mark.parametrize("page", _pages_with("console"))
+@pytest.mark.usefixtures("readmes_outputs")
+def test_a_pages_commands_print_what_it_shows(page: str, readme_dir: Path) -> None:
+    """After README's, in its folder; no page needs another one's."""
+    if "openssl" in PAGES[page]:
+        pytest.importorskip("model_signing", reason="model-signing is not installed")
+    for command, shown in _sessions(page):
+        _check_output(command, _output(command, readme_dir), shown)
 
 
 @pytest.mark.parametrize(
@@ -187,20 +248,42 @@ def test_numbers_that_differ_are_noticed(
     assert (_differences(command, [shown], [printed]) == []) == same
 
 
-def test_readmes_python_runs(readme_dir: Path) -> None:
-    """After the commands above, which made the bundle it loads."""
-    if not (readme_dir / "artifacts" / "rexnet_1.5").exists():
-        pytest.skip("README's commands have not run before this")
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    printed = io.StringIO()
-    before = Path.cwd()
-    os.chdir(readme_dir)
-    try:
+@pytest.mark.usefixtures("readmes_outputs")
+def test_the_bundle_pages_example_is_what_readmes_commands_make(readme_dir: Path) -> None:
+    """But for hashes, versions, the time and what an engine of another version has of layers."""
+
+    def shape(document: dict[str, Any]) -> dict[str, Any]:
+        names = {entry["sha256"]: entry["file"] for entry in document["artifacts"]}
+        for entry in document["artifacts"]:
+            entry["parent_sha256"] = names.get(entry["parent_sha256"])
+            entry["built_with"] = {
+                key: "VERSION" if value[:1].isdigit() else value
+                for key, value in entry["built_with"].items()
+            }
+            if entry["proof"]:
+                entry["proof"].update(layers=sorted(entry["proof"]["layers"]), macs={})
+            del entry["sha256"]
+        document["model"]["weights"]["sha256"] = document["updated_at"] = ""
+        return document
+
+    (example,) = _blocks("docs/bundle.md", "json")
+    made = (readme_dir / "artifacts" / "rexnet_1.5" / "manifest.json").read_text()
+    assert shape(json.loads(made)) == shape(json.loads(example))
+
+
+@pytest.mark.parametrize("page", _pages_with("python"))
+@pytest.mark.usefixtures("readmes_outputs")
+def test_a_pages_python_runs(page: str, readme_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bundles that README's commands made; every block prints something."""
+    monkeypatch.chdir(readme_dir)
+    for code in _blocks(page, "python"):
+        printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(code, {})
-    finally:
-        os.chdir(before)
-    assert len(printed.getvalue().splitlines()) == 6
+            exec(code, {"__name__": "__main__"})
+        lines = printed.getvalue().splitlines()
+        assert lines, code
+        if "classifier.classify" in code:  # what runs it, and the five best classes
+            assert len(lines) == 6
 
 
 def test_the_quickstart_script_runs_readmes_three_commands(
@@ -239,9 +322,10 @@ def test_measured_figures_are_those_of_the_committed_files(figures: ModuleType) 
 
 def test_a_changed_figure_is_put_right(figures: ModuleType) -> None:
     blocks = figures.figures()
-    text = README.replace(blocks["headline"], "9.99 times")
-    assert text != README
-    assert figures.filled(text, blocks) == README
+    for page, name in (("README.md", "headline"), ("docs/speed.md", "openvino")):
+        text = PAGES[page].replace(blocks[name], "9.99 times")
+        assert text != PAGES[page]
+        assert figures.filled(text, blocks) == PAGES[page]
 
 
 def test_the_speed_table_says_what_the_samples_say(figures: ModuleType) -> None:
@@ -258,7 +342,8 @@ def test_the_speed_table_says_what_the_samples_say(figures: ModuleType) -> None:
         times: list[float] = row["samples_ms"]
         return times
 
-    (line,) = re.findall(r"^\| rexnet_1.0 \| 1 \| 2 \| (.*) \|$", README, re.MULTILINE)
+    speed = PAGES["docs/speed.md"]
+    (line,) = re.findall(r"^\| rexnet_1.0 \| 1 \| 2 \| (.*) \|$", speed, re.MULTILINE)
     today, aligned, ratio, *_ = line.split(" | ")
     assert today == f"{statistics.median(samples('timm')):.1f} (timm)"
     assert aligned == f"{statistics.median(samples('16')):.1f}"
@@ -283,9 +368,41 @@ def test_figures_of_two_machines_share_no_table(
         figures.figures()
 
 
-def test_links_and_files_that_readme_names_exist() -> None:
-    for name in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"\./(scripts/[\w.]+)", README):
+@pytest.mark.parametrize("page", LINKED)
+def test_links_anchors_and_scripts_of_a_page_exist(page: str) -> None:
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("https:", "http:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = folder / name if name else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in _slugs(target.read_text()), link
+    for name in re.findall(r"(?<![\w/])(scripts/\w+\.\w+)", text):
         assert (ROOT / name).is_file(), name
+    for name in re.findall(r"\./(scripts/[\w.]+)", text):
         assert os.access(ROOT / name, os.X_OK), name
+
+
+def test_a_page_that_is_not_linked_or_a_block_that_nobody_runs_is_noticed() -> None:
+    assert len(README.splitlines()) <= 200
+    for page, text in PAGES.items():
+        assert page == "README.md" or f"]({page})" in README, page
+        assert {*re.findall(r"^```(\w+)$", text, re.MULTILINE)} <= {"console", "python", "json"}
+        assert text.count("\n```") % 2 == 0, page
+        assert page == "docs/bundle.md" or not _blocks(page, "json")  # test_bundle_page.py reads it
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "rexdeploy " in text])
+def test_commands_that_a_page_names_are_commands(page: str) -> None:
+    """Also those that no test runs as they stand: their options exist, and take such values."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    text = PAGES[page]
+    named = re.findall(r"(?m)^(?:    |\$ )rexdeploy ([^\n#]*)", text)
+    named += re.findall(r"`rexdeploy ([a-z][^`]*)`", re.sub(r"(?ms)^```.*?^```$", "", text))
+    for line in named:
+        name, *arguments = line.split()
+        if not set(arguments) & {"..."}:
+            context = commands[name].make_context(name, arguments)  # raises a usage error
+            assert context.info_name == name

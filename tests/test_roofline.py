@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from rexdeploy.bench import probes
-from rexdeploy.bench.roofline import VALUE_BYTES, Rates, copy, matrix_ms, product, roofline_ms
+from rexdeploy.bundle.precision import PRECISIONS, Precision
 from rexdeploy.models.layers import Layer, layers
+from rexdeploy.timing import probes
+from rexdeploy.timing.roofline import Rates, copy, matrix_ms, product, roofline_ms
 
 RATES = Rates(flops_per_s=100e9, bytes_per_s=10e9)
 
@@ -44,7 +45,7 @@ def test_layers_are_counted_as_they_run() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_probes_do_the_work_that_their_rate_is_computed_from(precision: str) -> None:
+def test_the_probes_do_the_work_that_their_rate_is_computed_from(precision: Precision) -> None:
     flops, task = product(1, precision)
     with torch.profiler.profile(with_flops=True) as profile:
         task.run()
@@ -83,10 +84,10 @@ def test_every_precision_has_a_rate_of_its_own() -> None:
     ],
 )
 def test_limits_are_of_the_type_that_is_computed_in(
-    threads: int | None, precision: str, kind: str, size: int
+    threads: int | None, precision: str, kind: Precision, size: int
 ) -> None:
     assert probes.computes_in(threads, precision) == kind
-    assert VALUE_BYTES[kind] == size
+    assert PRECISIONS[kind].size_bytes == size
 
 
 def test_a_gpu_that_pytorch_cannot_use_has_no_roofline(monkeypatch: pytest.MonkeyPatch) -> None:

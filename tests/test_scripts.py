@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from rexdeploy.bench.harness import BACKENDS
-from rexdeploy.cli import shared
+from rexdeploy.cli.app import app
+from rexdeploy.timing.harness import BACKENDS
 from tests.helpers import ROOT
 
 # In the place of rexdeploy: writes down how it was called, makes what the script looks for, and
@@ -46,7 +46,7 @@ def _run(folder: Path, fails: str = "") -> tuple[int, list[list[str]]]:
 def test_every_command_of_the_gpu_script_is_one_of_ours(tmp_path: Path) -> None:
     code, calls = _run(tmp_path)
     assert code == 0
-    commands = typer.main.get_command(shared.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for name, *arguments in calls:
         commands[name].make_context(name, arguments)  # raises for what it does not know
     assert [name for name, *_ in calls] == [

@@ -23,19 +23,21 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt.exe"
 # A command that says something, and ends with the exit code that it is given.
 COMMAND = """
 import os, sys
-from rexdeploy import cli
+import typer
+from rexdeploy.cli.app import app, main
+from rexdeploy.cli.console import progress, say
 from rexdeploy.errors import VerificationFailed
-@cli.app.command()
+@app.command()
 def work(code: int) -> None:
-    with cli.progress(False) as report:
+    with progress(False) as report:
         report("working")
-    cli.say("a result")
+    say("a result")
     with open(os.devnull) as file:
         assert file.fileno() > 2
     if code == 3:
         raise VerificationFailed("it is not so")
-    raise cli.typer.Exit(code)
-cli.main()
+    raise typer.Exit(code)
+main()
 """
 PROGRESS, RESULT, FAILURE = "working ...\n", "a result\n", "error: it is not so\n"
 LOST = "error: output: No space left on device\n"

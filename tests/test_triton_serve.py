@@ -32,9 +32,9 @@ EVERYTHING = frozenset({"tensorrt", "onnxruntime", "python"})
 without_gpu = pytest.mark.skipif(machine.detect() is not None, reason="this machine has a GPU")
 
 
-def readmes_commands(bundle: str) -> list[list[str]]:
-    """The commands that README shows under "Serving with Triton", for another bundle."""
-    text = (ROOT / "README.md").read_text().partition("## Serving with Triton\n")[2]
+def documented_commands(bundle: str) -> list[list[str]]:
+    """The commands at the beginning of docs/serving.md, for another bundle."""
+    text = (ROOT / "docs" / "serving.md").read_text().partition("# Serving with Triton\n")[2]
     block = text.strip("\n").partition("\n\n")[0]
     lines = [line.partition("#")[0].split() for line in block.splitlines()]
     return [[bundle if word == "rexnet_1.5" else word for word in line[1:]] for line in lines]
@@ -74,8 +74,8 @@ def serving(arguments: list[str], folder: Path) -> Iterator[Any]:
 def test_what_triton_adds_a_running_server_takes_up(
     small_v1: Bundle, small_lite: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    """README's words, in its order: a first version, the server, the next one; and a new model."""
-    first, serve, second = readmes_commands("small_v1")
+    """The page's commands, in order: a first version, the server, the next one; and a new model."""
+    first, serve, second = documented_commands("small_v1")
     assert (first[0], serve, second) == ("triton", ["serve"], first)
     result = run_cli(*first, cwd=tmp_path)
     assert result.code == 0, result.err
@@ -224,7 +224,7 @@ def test_the_default_repository_is_one(tmp_path: Path) -> None:
     """What `triton` writes to is what `serve` serves."""
     import typer.main
 
-    from rexdeploy.cli.main import app
+    from rexdeploy.cli.app import app
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for command in ("triton", "serve", "tune-serving"):

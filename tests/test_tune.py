@@ -24,8 +24,8 @@ from rexdeploy.graphs.wrapper import forms, unwrap
 from rexdeploy.images.sets import varied
 from rexdeploy.parity.localize import OWN_LIMITS, localize
 from rexdeploy.parity.walk import GraphWalk
-from rexdeploy.steps.build import build_trt
-from rexdeploy.steps.tune import STATE, tune_precision
+from rexdeploy.steps.build_trt import build_trt
+from rexdeploy.steps.tune_precision import STATE, tune_precision
 from rexdeploy.steps.verify import verify
 from tests import test_verify as planted
 from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli

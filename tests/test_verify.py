@@ -32,7 +32,7 @@ from rexdeploy.images import sets
 from rexdeploy.images.decode import normalise
 from rexdeploy.images.sets import synthetic
 from rexdeploy.models.rexnet import ReXNetV1_lite
-from rexdeploy.steps.build import build_trt
+from rexdeploy.steps.build_trt import build_trt
 from rexdeploy.steps.export import export
 from rexdeploy.steps.verify import Verification, verify
 from tests.helpers import (

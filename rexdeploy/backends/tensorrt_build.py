@@ -17,7 +17,7 @@ from rexdeploy.backends.tensorrt_api import (
     target_names,
 )
 from rexdeploy.bundle.manifest import BatchRange
-from rexdeploy.bundle.precision import FLOATING, TYPES
+from rexdeploy.bundle.precision import FLOATING, PRECISIONS, TYPES
 from rexdeploy.errors import RexdeployError, UsageError
 
 BUILD_REVISION = "3"
@@ -208,6 +208,6 @@ def _weights(constants: str, rest: str) -> tuple[int, str | None]:
 
 def _type_name(text: str) -> str:
     """RTX says "Half"; full TensorRT says "Channel major FP16 format where ..."."""
-    names = {"FP16": "Half", "FP32": "Float", "BF16": "BFloat16", "INT8": "Int8"}
+    names = {kind.tensorrt: kind.rtx for kind in PRECISIONS.values()} | {"INT8": "Int8"}
     words = text.upper().split()
     return next((name for key, name in names.items() if key in words), text.strip())

@@ -93,7 +93,7 @@ class ModelSpec:
 
     @property
     def core(self) -> ModelSpec:
-        """The same model between its interface: float32 images to logits (`interface.py`)."""
+        """The same model between its interface: float32 images to logits (`graphs/wrapper.py`)."""
         return replace(self, input="float32", output="logits")
 
     @property
@@ -238,6 +238,12 @@ class Manifest:
         return replace(self, artifacts=merged)
 
 
+class _OfSomeFormat(msgspec.Struct):
+    """What manifests of every format have: others may have fields that this one does not know."""
+
+    format: int
+
+
 def to_json(value: object) -> bytes:
     """Dataclasses and plain values as indented JSON; NaN and infinity become null."""
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
@@ -247,19 +253,19 @@ def decode(data: bytes, where: str) -> Manifest:
     """Reads a manifest strictly; raises UsageError that names the first wrong field."""
     try:
         strict_json.check(data)
-        manifest = msgspec.json.decode(data, type=Manifest)
+        found = msgspec.json.decode(data, type=_OfSomeFormat).format
+        if found == FORMAT:
+            return msgspec.json.decode(data, type=Manifest)
     except (ValueError, msgspec.DecodeError) as error:
         reason = " ".join(str(error).split())  # it may quote the file's own line breaks
         raise UsageError(
             f"{where} is not a readable manifest ({reason}); "
             "remove the folder and make it anew with 'rexdeploy export'"
         ) from None
-    if manifest.format != FORMAT:
-        raise UsageError(
-            f"{where}: got manifest format {manifest.format}, this rexdeploy reads {FORMAT}; "
-            "use the rexdeploy that wrote it, or export again"
-        )
-    return manifest
+    raise UsageError(
+        f"{where}: got manifest format {found}, this rexdeploy reads {FORMAT}; "
+        "use the rexdeploy that wrote it, or export again"
+    )
 
 
 def judged(artifacts: Iterable[Artifact]) -> set[tuple[str, ...]]:

@@ -6,9 +6,27 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Precision = Literal["fp32", "fp16", "bf16"]
-TYPE_NAMES: dict[Precision, str] = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16"}
-"""Each precision's type, by TensorRT-RTX's names."""
-FLOATING = ("Half", "BFloat16", "Float")
+
+
+@dataclass(frozen=True)
+class NumberType:
+    """What a precision computes in, by everybody's name of it."""
+
+    title: str  # in sentences, and in ONNX's operator schemas
+    rtx: str  # in TensorRT-RTX's layer reports, and in our proofs
+    tensorrt: str  # in TensorRT's layer reports
+    onnx: int  # TensorProto.DataType; a number, since who reads a bundle may have no onnx
+    size_bytes: int
+    largest: float  # finite value
+
+
+PRECISIONS: dict[Precision, NumberType] = {
+    "fp32": NumberType("float32", "Float", "FP32", 1, 4, 3.4028234e38),
+    "fp16": NumberType("float16", "Half", "FP16", 10, 2, 65504.0),
+    "bf16": NumberType("bfloat16", "BFloat16", "BF16", 16, 2, 3.3895314e38),
+}
+TYPE_NAMES: dict[Precision, str] = {name: kind.rtx for name, kind in PRECISIONS.items()}
+FLOATING = tuple(kind.rtx for kind in sorted(PRECISIONS.values(), key=lambda kind: kind.largest))
 TYPES = ("Int8", *FLOATING)
 """The types that arithmetic is counted in, by TensorRT-RTX's names, the widest last."""
 MIN_SHARE = 0.5

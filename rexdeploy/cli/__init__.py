@@ -5,6 +5,6 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Runs the command line."""
-    from rexdeploy.cli.main import main as run
+    from rexdeploy.cli.app import main as run
 
     run()

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rexdeploy.bench.ratios import paired_ratio
 from rexdeploy.cli.console import check_json, emit, fail, print_table, progress, say
 from rexdeploy.cli.shared import EXIT_INTERRUPTED, Json, Quiet, interrupted, only_warned_of
 from rexdeploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from rexdeploy.bench.competitors import Latency
-    from rexdeploy.bench.harness import Benchmark
     from rexdeploy.models.zoo import PaperRow
+    from rexdeploy.timing.competitors import Latency
+    from rexdeploy.timing.harness import Benchmark
 
 
 def bench(
@@ -79,8 +78,8 @@ def bench(
     rexdeploy bench --table paper --backend pytorch --backend onnxruntime
     """
     check_json(json)
-    from rexdeploy.bench.harness import benchmark as run
     from rexdeploy.errors import VerificationFailed
+    from rexdeploy.timing.harness import bench as run
 
     if plot is not None and plot == json:
         raise UsageError(f"got {plot} for --plot and --json, expected two files")
@@ -139,6 +138,8 @@ def show_benchmark(result: Benchmark) -> None:
     No share of the roofline: at batch 1 the weights and activations stay in the caches, and most
     networks would look nearer to the machine's limit than they are.
     """
+    from rexdeploy.timing.ratios import paired_ratio  # imports statistics
+
     _show_machine(result)
     firsts = {(row.network, row.batch, row.threads): row for row in reversed(result.latencies)}
 

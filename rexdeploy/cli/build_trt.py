@@ -13,7 +13,7 @@ from rexdeploy.errors import UsageError
 from rexdeploy.machine import bounded
 
 if TYPE_CHECKING:
-    from rexdeploy.steps.build import BuildResult
+    from rexdeploy.steps.build_trt import BuildResult
 
 
 def build_trt(
@@ -68,7 +68,7 @@ def build_trt(
     """
     check_json(json)
     from rexdeploy.bundle.store import Bundle
-    from rexdeploy.steps.build import build_trt as run
+    from rexdeploy.steps.build_trt import build_trt as run
     from rexdeploy.steps.import_onnx import import_onnx
 
     if onnx is not None and bundle is not None:

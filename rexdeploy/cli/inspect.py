@@ -14,7 +14,7 @@ from rexdeploy.machine import bounded
 from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
-    from rexdeploy.steps.inspection import Inspection
+    from rexdeploy.steps.inspect import Inspection
 
 
 def inspect(
@@ -32,7 +32,7 @@ def inspect(
     """
     check_json(json)
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.steps.inspection import inspect as run
+    from rexdeploy.steps.inspect import inspect as run
 
     with bounded(), progress(quiet) as report:
         result = run(file, report=report)

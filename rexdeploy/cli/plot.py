@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rexdeploy.bench.competitors import Latency
-    from rexdeploy.bench.harness import Benchmark
     from rexdeploy.parity.localize import Localization
     from rexdeploy.serving.tuning import Sweep
+    from rexdeploy.timing.competitors import Latency
+    from rexdeploy.timing.harness import Benchmark
 
 
 FORMATS = (".png", ".svg", ".pdf")

@@ -13,7 +13,7 @@ from rexdeploy.machine import bounded
 
 if TYPE_CHECKING:
     from rexdeploy.parity.ranges import Ranges
-    from rexdeploy.steps.tune import Trial, Tuning
+    from rexdeploy.steps.tune_precision import Trial, Tuning
 
 
 def tune_precision(
@@ -45,7 +45,7 @@ def tune_precision(
     """
     check_json(json)
     from rexdeploy.errors import VerificationFailed
-    from rexdeploy.steps.tune import tune_precision as run
+    from rexdeploy.steps.tune_precision import tune_precision as run
 
     with bounded(), progress(quiet) as report:
         result = run(

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, helper
 
+from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.read import element_types, graph_inputs
 
-FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+FLOATING = tuple(kind.onnx for kind in PRECISIONS.values())
 # What may stand between a convolution and its activation's output, in any exporter's writing.
 _LINEAR = {"BatchNormalization", "Cast", "Identity"}
 _ACTIVATION = {"Sigmoid", "Mul", "Clip", "Relu", "Min", "Max", "HardSwish", "HardSigmoid", "Swish"}

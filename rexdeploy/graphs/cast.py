@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx.version_converter
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from rexdeploy.bundle.precision import PRECISIONS, Precision
 from rexdeploy.errors import UsageError, VerificationFailed, first_line
 from rexdeploy.graphs.read import element_types, node_name
 
-_FLOAT, _HALF, _BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
-FP16_MAX = float(np.finfo(np.float16).max)
-BF16_MAX = 3.3895e38  # float32's range, at 8 bits of precision
-_LOW_TYPES: dict[int, tuple[str, str]] = {
-    _HALF: ("fp16", "tensor(float16)"),
-    _BF16: ("bf16", "tensor(bfloat16)"),
-}
+_FLOAT = TensorProto.FLOAT
 BF16_OPSET = 22  # the first in which ONNX defines Conv for bfloat16
 FP16_REVISION = "1"
 """Of `to_fp16`: raise it with every change of what the conversion makes."""
@@ -37,7 +29,7 @@ def to_fp16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
     scales) stay float32 behind casts. Raises UsageError for graphs with control flow and
     VerificationFailed for weights beyond float16's range.
     """
-    return _converted(model, _HALF, keep)
+    return _converted(model, "fp16", keep)
 
 
 def to_bf16(model: ModelProto) -> ModelProto:
@@ -55,7 +47,7 @@ def to_bf16(model: ModelProto) -> ModelProto:
                 f"the graph cannot be brought from opset {opset} to {BF16_OPSET}, which bfloat16 "
                 f"needs ({reason}); export it with --opset {BF16_OPSET}"
             ) from None
-    return _converted(model, _BF16)
+    return _converted(model, "bf16")
 
 
 def beyond_fp16(model: ModelProto) -> set[str]:
@@ -63,12 +55,12 @@ def beyond_fp16(model: ModelProto) -> set[str]:
     large = {
         tensor.name
         for tensor in model.graph.initializer
-        if tensor.data_type == _FLOAT and _largest(tensor) > FP16_MAX
+        if tensor.data_type == _FLOAT and _largest(tensor) > PRECISIONS["fp16"].largest
     }
     return {node_name(node) for node in model.graph.node if large & set(node.input)}
 
 
-def _converted(model: ModelProto, low: int, keep: Collection[str] = ()) -> ModelProto:
+def _converted(model: ModelProto, low: Precision, keep: Collection[str] = ()) -> ModelProto:
     converted = ModelProto()
     converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
     _Conversion(converted, low, keep).run()
@@ -76,7 +68,7 @@ def _converted(model: ModelProto, low: int, keep: Collection[str] = ()) -> Model
         onnx.checker.check_model(converted, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise UsageError(
-            f"the graph's {_LOW_TYPES[low][0]} form is not valid ({first_line(error)}); are its "
+            f"the graph's {low} form is not valid ({first_line(error)}); are its "
             "own types and shapes right?"
         ) from None
     return converted
@@ -85,9 +77,9 @@ def _converted(model: ModelProto, low: int, keep: Collection[str] = ()) -> Model
 class _Conversion:
     """One pass over a topologically sorted graph, in place, from float32 to the type `low`."""
 
-    def __init__(self, model: ModelProto, low: int, keep: Collection[str]) -> None:
-        self.low = low
-        self.suffix, self.schema_type = _LOW_TYPES[low]
+    def __init__(self, model: ModelProto, low: Precision, keep: Collection[str]) -> None:
+        self.suffix, self.type = low, PRECISIONS[low]
+        self.low, self.schema_type = self.type.onnx, f"tensor({self.type.title})"
         self.graph = model.graph
         self.keep = keep
         self.opsets = {entry.domain: entry.version for entry in model.opset_import}
@@ -166,12 +158,24 @@ class _Conversion:
             self.cast_names[name, wanted] = new_name
             self.types[new_name] = wanted
             if name in self.weights and wanted == self.low:
-                self.weights[new_name] = (_half_weight if wanted == _HALF else _bf16_weight)(
-                    self.weights[name], new_name
-                )
+                self.weights[new_name] = self._weight(self.weights[name], new_name)
             else:
                 self.nodes.append(cast_node(name, new_name, wanted))
         return self.cast_names[name, wanted]
+
+    def _weight(self, tensor: TensorProto, name: str) -> TensorProto:
+        """The weight in the type `low`; raises VerificationFailed for a value beyond it."""
+        largest = _largest(tensor)
+        if largest > self.type.largest:
+            raise VerificationFailed(
+                f"weight '{tensor.name}' has a value of {largest:.3g}, beyond {self.type.title}'s "
+                f"{self.type.largest:.5g}; 'rexdeploy tune-precision' keeps such blocks in "
+                "float32, and --bf16 holds them"
+            )
+        values = numpy_helper.to_array(tensor)
+        return numpy_helper.from_array(
+            values.astype(helper.tensor_dtype_to_np_dtype(self.low)), name
+        )
 
     def _unused(self, name: str) -> str:
         """The name, or a longer one if a tensor of the graph has it already."""
@@ -189,29 +193,6 @@ class _Conversion:
                     if used == name:
                         names[index] = inner
         self.nodes.append(cast_node(inner, name, _FLOAT))
-
-
-def _half_weight(tensor: TensorProto, name: str) -> TensorProto:
-    values = _checked(tensor, "float16", FP16_MAX)
-    return numpy_helper.from_array(values.astype(np.float16), name)
-
-
-def _bf16_weight(tensor: TensorProto, name: str) -> TensorProto:
-    values = _checked(tensor, "bfloat16", BF16_MAX)
-    return numpy_helper.from_array(values.astype(ml_dtypes.bfloat16), name)
-
-
-def _checked(tensor: TensorProto, kind: str, limit: float) -> npt.NDArray[Any]:
-    """The tensor's values; raises VerificationFailed for any that the type cannot hold."""
-    values = numpy_helper.to_array(tensor)
-    largest = _largest(tensor)
-    if largest > limit:
-        raise VerificationFailed(
-            f"weight '{tensor.name}' has a value of {largest:.3g}, beyond {kind}'s "
-            f"{limit:g}; 'rexdeploy tune-precision' keeps such blocks in float32, and --bf16 holds "
-            "them"
-        )
-    return values
 
 
 def _largest(tensor: TensorProto) -> float:

@@ -19,11 +19,12 @@ import onnx
 import onnx.version_converter
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.errors import BackendUnavailable
 from rexdeploy.graphs.cast import cast_node
 from rexdeploy.graphs.read import element_types, node_name
 
-SIXTEEN_BITS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
+SIXTEEN_BITS = frozenset(kind.onnx for kind in PRECISIONS.values() if kind.size_bytes == 2)
 
 _PEAK = "/peak"
 

@@ -9,7 +9,7 @@ import onnx.version_converter
 from onnx import ModelProto, NodeProto, TensorProto
 from onnx.inliner import inline_local_functions
 
-from rexdeploy.bundle.precision import TYPE_NAMES, Precision
+from rexdeploy.bundle.precision import PRECISIONS, TYPE_NAMES, Precision
 from rexdeploy.errors import UsageError, first_line
 from rexdeploy.graphs.read import element_types, node_name, shapes, type_name, with_branches
 
@@ -29,12 +29,7 @@ class Product:
 
 
 ARITHMETIC_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_TYPE_NAMES: dict[int, str] = {
-    TensorProto.FLOAT: "Float",
-    TensorProto.FLOAT16: "Half",
-    TensorProto.BFLOAT16: "BFloat16",
-    TensorProto.INT8: "Int8",
-}
+_TYPE_NAMES = {kind.onnx: kind.rtx for kind in PRECISIONS.values()} | {TensorProto.INT8: "Int8"}
 
 
 def precision_of(model: ModelProto) -> Precision | None:

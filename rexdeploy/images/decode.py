@@ -64,8 +64,8 @@ def opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
 
     `source` is a file, or its content. Raises UsageError, `NAME: why`, for whatever cannot be
     decoded, also in the block; no file makes it wait, run a program, or take more than the bounds
-    of time and memory in README. Where the block waits, it is for other large images in other
-    threads: together they have no more pixels than one image may have.
+    of time and memory in docs/python.md. Where the block waits, it is for other large images in
+    other threads: together they have no more pixels than one image may have.
     """
     with _named(name):
         data = source if isinstance(source, bytes) else _read(source)

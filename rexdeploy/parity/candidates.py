@@ -20,7 +20,7 @@ from rexdeploy.backends import (
 from rexdeploy.backends.tensorrt_api import RTX_MAGIC, is_plan
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, MAX_BATCH, Artifact, BatchRange, ModelSpec
 from rexdeploy.bundle.metadata import preprocess_of
-from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
+from rexdeploy.bundle.precision import PRECISIONS, TYPE_NAMES, Precision, PrecisionProof
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import read_plain
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rexdeploy.backends.trt import TensorRTBackend
 
 MAX_GRAPH_BATCH = 64  # of ONNX graphs, which run on the CPU; engines run at all their sizes
-_NARROWEST: dict[int, Precision] = {TensorProto.BFLOAT16: "bf16", TensorProto.FLOAT16: "fp16"}
+_NARROWEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Candidate:
         if self.kind != "onnx" or self.built_in is not None:
             return self.built_in if self.built_in != "fp32" else None
         types = sixteen_bit_types(self.graph)
-        return next((name for kind, name in _NARROWEST.items() if kind in types), None)
+        return next((name for name in _NARROWEST_FIRST if PRECISIONS[name].onnx in types), None)
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,6 @@ def is_meant(asked: str, backend: str) -> bool:
 
 
 _ENGINE_SUFFIXES = {".engine", ".plan", ".trt"}
-_CLAIMED_TYPES: dict[Precision | None, frozenset[int]] = {
-    "fp32": frozenset(),
-    "fp16": frozenset({TensorProto.FLOAT16}),
-    "bf16": frozenset({TensorProto.BFLOAT16}),
-    None: frozenset({TensorProto.FLOAT16}),  # what tune-precision mixes
-}
-"""The 16-bit types that a bundle's graph may hold, by the precision that its manifest claims."""
 
 
 def own_candidates(
@@ -294,7 +287,8 @@ def _types_fault(graph: ModelProto, claimed: Precision | None) -> str | None:
     given = graph.graph.output[0].type.tensor_type.elem_type
     if given != TensorProto.FLOAT:
         return f"it gives {type_name(given)}, expected FLOAT"
-    others = sixteen_bit_types(graph) - _CLAIMED_TYPES[claimed]
+    allowed = claimed or "fp16"  # what tune-precision mixes claims none
+    others = sixteen_bit_types(graph) - {PRECISIONS[allowed].onnx}
     names = sorted(map(type_name, others))
     return f"it rounds to {', '.join(names)} inside" if names else None
 

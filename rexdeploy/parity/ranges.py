@@ -9,10 +9,11 @@ from onnx import ModelProto
 
 from rexdeploy.arrays import Float32, Images
 from rexdeploy.backends.onnxrt import GraphSession
-from rexdeploy.graphs.cast import BF16_MAX, FP16_MAX
+from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.graphs.emulate import Twin, with_peaks
 from rexdeploy.parity.walk import GraphWalk, Node
 
+FP16_MAX, BF16_MAX = PRECISIONS["fp16"].largest, PRECISIONS["bf16"].largest
 NEAR = 0.25
 """Share of float16's limit from which on other images may well pass it."""
 

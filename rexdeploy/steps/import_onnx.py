@@ -26,7 +26,7 @@ from rexdeploy.graphs.bounds import check_memory
 from rexdeploy.graphs.engine_graph import Source
 from rexdeploy.graphs.products import precision_of
 from rexdeploy.graphs.read import graph_inputs, parse, read_with_external_data, type_name
-from rexdeploy.steps.build import _batch, _parsed
+from rexdeploy.steps.build_trt import _batch, _parsed
 from rexdeploy.text import printable
 
 _OUTPUT_TYPES = frozenset(

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rexdeploy.backends import GPU_BACKENDS, TORCH_BACKENDS, Backend, DeviceBackend, open_backend
-from rexdeploy.bench.answers import Answers, answers, inputs
-from rexdeploy.bench.networks import ModelFile, Subject
-from rexdeploy.bench.probes import Place, computes_in
-from rexdeploy.bench.rounds import Task
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.timing.answers import Answers, answers, inputs
+from rexdeploy.timing.networks import ModelFile, Subject
+from rexdeploy.timing.probes import Place, computes_in
+from rexdeploy.timing.rounds import Task
 
 FLOAT32_ONLY = ("onnxruntime", "openvino")
 """Backends that keep float32 inside a float16 graph on a CPU: its time is not float16's."""

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rexdeploy.bench.rounds import Task
+from rexdeploy.bundle.precision import Precision
 from rexdeploy.errors import RexdeployError
+from rexdeploy.timing.rounds import Task
 
 if TYPE_CHECKING:
-    from rexdeploy.bench.roofline import Rates
+    from rexdeploy.timing.roofline import Rates
 
 
-Place = tuple[int | None, str]
+Place = tuple[int | None, Precision]
 """Threads of a CPU, or None for the GPU, and the precision that is computed in."""
 
 
@@ -26,7 +27,7 @@ class Probe:
     what: Literal["matrix product", "copy"]
     work: float  # operations, or bytes read and written
     threads: int | None  # None: on the GPU
-    precision: str | None  # of the product; None for a copy
+    precision: Precision | None  # of the product; None for a copy
     samples_ms: tuple[float, ...] = ()
 
     @property
@@ -35,25 +36,25 @@ class Probe:
         return 1e3 * self.work / float(np.median(self.samples_ms))
 
 
-def computes_in(threads: int | None, precision: str) -> str:
+def computes_in(threads: int | None, precision: str) -> Precision:
     """The type of a row's arithmetic, for its limits: of a mixed one on a GPU the faster type.
 
     On a CPU only PyTorch computes in float16, and nothing here in bfloat16.
     """
     if threads is None:
-        return precision if precision in ("fp32", "bf16") else "fp16"
+        return "fp32" if precision == "fp32" else "bf16" if precision == "bf16" else "fp16"
     return "fp16" if precision == "fp16" else "fp32"
 
 
 def make(places: Iterable[Place], skipped: list[str]) -> list[tuple[Probe, Task]]:
     """Probes for every place in the race; for those that cannot be probed a reason in `skipped`."""
     try:
-        from rexdeploy.bench import roofline
+        from rexdeploy.timing import roofline
     except ImportError:
         skipped.append("the roofline: counting and measuring it needs torch")
         return []
     made: list[tuple[Probe, Task]] = []
-    by_threads: dict[int | None, set[str]] = {}
+    by_threads: dict[int | None, set[Precision]] = {}
     for threads, precision in places:
         by_threads.setdefault(threads, set()).add(precision)
     for threads, precisions in sorted(by_threads.items(), key=lambda item: item[0] or 0):
@@ -74,7 +75,7 @@ def rates(probes: Sequence[Probe]) -> dict[Place, Rates]:
     """Both rates of every place where both were measured."""
     if not probes:
         return {}
-    from rexdeploy.bench.roofline import Rates
+    from rexdeploy.timing.roofline import Rates
 
     copies = {probe.threads: probe.rate for probe in probes if probe.precision is None}
     return {

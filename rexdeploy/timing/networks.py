@@ -15,7 +15,7 @@ from rexdeploy.errors import BackendUnavailable, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-    from rexdeploy.bench.other_networks import Peer
+    from rexdeploy.timing.other_networks import Peer
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ def compared(bundles: Sequence[Bundle], names: Sequence[str]) -> list[Subject]:
     ]
     if not names:
         return list(owns)
-    from rexdeploy.bench.other_networks import OWN_FORMS, own_peer, timm_peer
     from rexdeploy.models.rexnet import RexNet
+    from rexdeploy.timing.other_networks import OWN_FORMS, own_peer, timm_peer
 
     others = [PeerSubject(timm_peer(name)) for name in names if name not in OWN_FORMS]
     subjects: list[Subject] = []
@@ -158,8 +158,8 @@ def published_table() -> list[PeerSubject]:
 
     Raises BackendUnavailable where timm, which has the EfficientNets, is missing.
     """
-    from rexdeploy.bench.other_networks import rexnet_peer, timm_peer
     from rexdeploy.models.zoo import paper_rows
+    from rexdeploy.timing.other_networks import rexnet_peer, timm_peer
 
     subjects = []
     for row in paper_rows():

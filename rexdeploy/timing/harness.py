@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rexdeploy.backends import ENGINE_BACKENDS, GPU_BACKENDS, ONNX_BACKENDS, TORCH_BACKENDS
-from rexdeploy.bench import probes
-from rexdeploy.bench.competitors import BenchOptions, Competitor, Latency, Opening
-from rexdeploy.bench.networks import Subject, compared, published_table
-from rexdeploy.bench.probes import Probe, computes_in
-from rexdeploy.bench.rounds import Rounds, Task, time_rounds
+from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.machine import machine
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import one_line
+from rexdeploy.timing import probes
+from rexdeploy.timing.competitors import BenchOptions, Competitor, Latency, Opening
+from rexdeploy.timing.networks import Subject, compared, published_table
+from rexdeploy.timing.probes import Probe, computes_in
+from rexdeploy.timing.rounds import Rounds, Task, time_rounds
 
 if TYPE_CHECKING:
-    from rexdeploy.bench.roofline import Rates
     from rexdeploy.models.layers import Layer
+    from rexdeploy.timing.roofline import Rates
 
 
 __all__ = [
@@ -31,8 +32,8 @@ __all__ = [
     "BenchOptions",
     "Benchmark",
     "Latency",
+    "bench",
     "bench_published_table",
-    "benchmark",
     "machine",
     "time_subjects",
 ]
@@ -64,7 +65,7 @@ class Benchmark(Result):
         )
 
 
-def benchmark(
+def bench(
     bundles: Bundle | Path | str | Sequence[Bundle | Path | str] | None = None,
     *,
     backend: Sequence[str] = BenchOptions.backends,
@@ -254,9 +255,9 @@ def _with_limits(row: Latency, layers: list[Layer] | None, rates: Rates | None) 
     """The row beside the fastest that this machine could be, by the published arithmetic."""
     if rates is None or layers is None:
         return row
-    from rexdeploy.bench.roofline import VALUE_BYTES, matrix_ms, roofline_ms
+    from rexdeploy.timing.roofline import matrix_ms, roofline_ms
 
-    value_bytes = VALUE_BYTES[computes_in(row.threads, row.precision)]
+    value_bytes = PRECISIONS[computes_in(row.threads, row.precision)].size_bytes
     return replace(
         row,
         matrix_ms=matrix_ms(layers, row.batch, rates),

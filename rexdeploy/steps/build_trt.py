@@ -74,7 +74,7 @@ def build_trt(
     even if nothing has changed. `command` is what the manifest says that made it.
 
     It first makes the graph that TensorRT gets: of our own aligned graphs the form with plain
-    shortcuts (`shortcuts.py`), with `fp16` or `bf16` the typed one. Raises UsageError,
+    shortcuts (`to_plain_adds`), with `fp16` or `bf16` the typed one. Raises UsageError,
     BackendUnavailable where TensorRT or its GPU is missing, and VerificationFailed if the built
     engine does not compute in the precision that was asked for; then it has written nothing.
     """

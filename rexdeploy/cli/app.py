@@ -111,17 +111,20 @@ def rexdeploy(
         say(*context.get_help().split("\n"))
 
 
-# In the order of --help.
-app.command("export")(export)
-app.command("build-trt")(build_trt)
-app.command("verify")(verify)
-app.command("tune-precision")(tune_precision)
-app.command("inspect")(inspect)
-app.command("predict")(predict)
-app.command("bench")(bench)
-app.command("triton")(triton)
-app.command("serve")(serve)
-app.command("tune-serving")(tune_serving)
-app.command("sign")(sign)
-app.command("models")(models)
-app.command("doctor")(doctor)
+_COMMANDS = (  # in the order of --help
+    export,
+    build_trt,
+    verify,
+    tune_precision,
+    inspect,
+    predict,
+    bench,
+    triton,
+    serve,
+    tune_serving,
+    sign,
+    models,
+    doctor,
+)
+for _command in _COMMANDS:
+    app.command(_command.__name__.replace("_", "-"))(_command)

@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rexdeploy.bench.rounds import Task
+from rexdeploy.bundle.precision import PRECISIONS, Precision
 from rexdeploy.errors import RexdeployError, first_line
 from rexdeploy.models.layers import Layer
+from rexdeploy.timing.rounds import Task
 
 MATRIX_SIZE = 1024
 GPU_MATRIX_SIZE = 8192
 """A GPU's full rate needs a product of many of its blocks; 1024 is some tens of microseconds."""
 COPY_BYTES = 2 * 64 * 2**20  # 64 MiB read and as much written: beyond most last-level caches
 GPU_COPY_BYTES = 2 * 512 * 2**20  # beyond an H100's 50 MiB of L2, and long against a launch
-VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def roofline_ms(layers: Sequence[Layer], batch: int, rates: Rates, value_bytes: 
     return 1e3 * seconds
 
 
-def product(threads: int | None, precision: str) -> tuple[float, Task]:
+def product(threads: int | None, precision: Precision) -> tuple[float, Task]:
     """The operations of a large matrix product, and how to do it on a CPU's threads or the GPU.
 
     Raises RexdeployError where PyTorch cannot use the GPU.
@@ -58,7 +58,7 @@ def product(threads: int | None, precision: str) -> tuple[float, Task]:
     import torch
 
     size = GPU_MATRIX_SIZE if threads is None else MATRIX_SIZE
-    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    kind = getattr(torch, PRECISIONS[precision].title)
     with _on(threads) as device:
         left, right, result = (torch.randn(size, size, dtype=kind, device=device) for _ in range(3))
     return 2 * size**3, _task(threads, lambda: torch.mm(left, right, out=result))
