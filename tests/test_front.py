@@ -19,7 +19,7 @@ import pytest
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.serving.front import Front, budget, free_port
-from rexdeploy.serving.limits import checked
+from rexdeploy.serving.request_limits import checked
 from rexdeploy.triton_backend import decoded
 
 LIMIT = 1000

@@ -22,7 +22,7 @@ from aiohttp import web
 
 from rexdeploy.errors import BackendUnavailable
 from rexdeploy.serving.front import SOCKETS, Front, free_port
-from rexdeploy.serving.limits import Budget
+from rexdeploy.serving.request_limits import Budget
 
 LIMIT = 100_000
 GZIP = grpc.Compression.Gzip
@@ -322,7 +322,7 @@ def test_a_slow_body_holds_up_nobody(front: Front) -> None:
 
 
 def test_a_body_has_to_come(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rexdeploy.serving.proxies._BODY_S", 0.05)
+    monkeypatch.setattr("rexdeploy.serving.front_http_grpc._BODY_S", 0.05)
     answer = raw(front, b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n\r\n{", ends=True)
     assert answer.startswith(b"HTTP/1.1 408 ") or not answer
     with socket.create_connection(("127.0.0.1", _port(front)), LONG) as client:
@@ -348,7 +348,7 @@ def test_a_connection_takes_one_request_after_another(front: Front) -> None:
 def test_large_bodies_wait_for_each_other(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those that the budget has no room for, the server sees none; small ones pass."""
     monkeypatch.setattr("rexdeploy.serving.front.budget", lambda limit: limit)
-    monkeypatch.setattr("rexdeploy.serving.proxies._WAIT_S", 0.2)
+    monkeypatch.setattr("rexdeploy.serving.front_http_grpc._WAIT_S", 0.2)
     front = Front("127.0.0.1", free_port(), LIMIT)
     front.start()
     front.serve_from(server.folder)
@@ -432,7 +432,7 @@ def test_a_port_that_somebody_has_is_an_oserror(front: Front) -> None:
 def test_without_a_library_the_extra_is_named(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "rexdeploy.serving.proxies")
+    monkeypatch.delitem(sys.modules, "rexdeploy.serving.front_http_grpc")
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(BackendUnavailable, match="pip install 'rexdeploy.serve.'"):
         Front("127.0.0.1", 8000, LIMIT)

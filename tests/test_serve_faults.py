@@ -29,10 +29,10 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import sets
 from rexdeploy.serving.front import Address, free_port
-from rexdeploy.serving.limits import Guard
+from rexdeploy.serving.health import stubs
 from rexdeploy.serving.processes import SHARED_MEMORY, find_server, workplace
+from rexdeploy.serving.request_limits import Guard
 from rexdeploy.serving.server import running
-from rexdeploy.serving.watch import stubs
 from tests.helpers import assert_refused, run_cli
 from tests.test_serve import (
     Served,

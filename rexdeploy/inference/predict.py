@@ -13,7 +13,7 @@ from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.inference.classifier import Classifier, load
-from rexdeploy.inference.rows import Header, Results, check_out
+from rexdeploy.inference.results_file import Header, Results, check_out
 from rexdeploy.inference.stream import Row, classify_files, expand
 from rexdeploy.progress import Result
 from rexdeploy.text import printable

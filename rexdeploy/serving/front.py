@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rexdeploy.errors import BackendUnavailable, UsageError
-from rexdeploy.serving.limits import Budget, Gate
+from rexdeploy.serving.request_limits import Budget, Gate
 
 if TYPE_CHECKING:
-    from rexdeploy.serving.proxies import GrpcProxy, HttpProxy
+    from rexdeploy.serving.front_http_grpc import GrpcProxy, HttpProxy
 
 
 # Files in the server's folder; Triton adds the port's number to gRPC's.
@@ -40,7 +40,7 @@ class Front:
 
     def __init__(self, host: str, port: int, limit: int) -> None:
         try:
-            from rexdeploy.serving.proxies import GrpcProxy, HttpProxy
+            from rexdeploy.serving.front_http_grpc import GrpcProxy, HttpProxy
         except ImportError as error:
             raise BackendUnavailable(
                 f"{error.name} is not installed: pip install 'rexdeploy[serve]'"

@@ -20,7 +20,7 @@ from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.progress import Report, silent
 from rexdeploy.serving.deploy import backend_here, deploy, servable
 from rexdeploy.serving.front import SOCKETS, Address, Front, check_ports
-from rexdeploy.serving.limits import Guard, request_bytes
+from rexdeploy.serving.health import Watch, ask
 from rexdeploy.serving.processes import (
     Binary,
     Stop,
@@ -33,7 +33,7 @@ from rexdeploy.serving.processes import (
     workplace,
 )
 from rexdeploy.serving.repository import DEFAULT_REPOSITORY, Deployed
-from rexdeploy.serving.watch import Watch, ask
+from rexdeploy.serving.request_limits import Guard, request_bytes
 
 POLL_SECONDS = 2  # how long a new version waits before it is loaded
 DRAIN_SECONDS = 25.0  # less than the 30 that Kubernetes waits between SIGTERM and SIGKILL

@@ -17,7 +17,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from rexdeploy.serving.limits import STARTING, Gate, checked
+from rexdeploy.serving.request_limits import STARTING, Gate, checked
 
 # What a proxy does not pass on (RFC 9110, 7.6.1), and what is written anew here.
 _NOT_PASSED = (
