@@ -31,7 +31,7 @@ from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.images import sets
 from rexdeploy.serving.deploy import deploy
 from rexdeploy.serving.front import free_port
-from rexdeploy.serving.processes import Binary, choose_backend, find_server
+from rexdeploy.serving.processes import Binary, choose_backend, find_server, start
 from tests.helpers import assert_refused, run_cli
 from tests.test_triton import bomb, encoded, with_changed_weights, with_labels
 
@@ -448,3 +448,13 @@ def test_without_a_gpu_the_python_backend_serves() -> None:
     everything = frozenset({"tensorrt", "onnxruntime", "python"})
     backend, reason = choose_backend(Binary(Path("x"), "on PATH", backends=everything), "auto")
     assert (backend, reason) == ("python", "no NVIDIA GPU on this machine")
+
+
+def test_the_models_import_the_package_that_started_the_server(tmp_path: Path) -> None:
+    """And none of its parts by a bare name, as `files` or `text` of the user's own."""
+    program = tmp_path / "tritonserver"
+    program.write_text("#!/bin/sh\necho $PYTHONPATH >&2\n")
+    program.chmod(0o755)
+    process = start(Binary(program, "here"), [], 0)
+    first = process.communicate(timeout=20)[1].split(":")[0]
+    assert Path(first, "rexdeploy", "__init__.py").is_file()

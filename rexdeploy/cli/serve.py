@@ -71,7 +71,7 @@ def serve(
     rexdeploy serve rexnet_1.5 --port 9000
     """
     from rexdeploy.serving.front import Address
-    from rexdeploy.serving.processes import stop_signals, workplace
+    from rexdeploy.serving.processes import stop_signals
     from rexdeploy.serving.server import prepare, running
 
     address = Address(host, port)
@@ -88,9 +88,8 @@ def serve(
         )
     with (
         stop_signals() as stop,
-        workplace() as place,
         running(
-            service.binary, repository, address, show_log_line, show_log, service.guard, place, stop
+            service.binary, repository, address, show_log_line, show_log, service.guard, stop
         ) as process,
     ):
         with progress(quiet) as report:

@@ -238,7 +238,8 @@ def servable(repository: Path, server: Binary) -> list[Deployed]:
                 f"tritonserver {server.origin} has only {known}; add the bundle to another "
                 "--repository with --backend python, or give another --tritonserver"
             )
-        for part in (f"{model.name}_preprocess", model.image_name):
+        for suffix in SUFFIXES.values():
+            part = model.name + suffix
             if config_of(repository / part) is None:
                 raise UsageError(
                     f"{repository} has {model.name} but not {part}, which belongs to it; run "
