@@ -27,11 +27,11 @@ from PIL import Image
 from rexdeploy import load
 from rexdeploy.arrays import UInt8
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.errors import BackendUnavailable
 from rexdeploy.images import sets
-from rexdeploy.serving.deploy import deploy
+from rexdeploy.serving.deploy import backend_here, deploy
 from rexdeploy.serving.front import free_port
-from rexdeploy.serving.processes import Binary, choose_backend, find_server, start
+from rexdeploy.serving.processes import Binary, find_server, start
 from tests.helpers import assert_refused, run_cli
 from tests.test_triton import bomb, encoded, with_changed_weights, with_labels
 
@@ -438,16 +438,15 @@ def test_the_backend_is_one_that_the_server_has(tmp_path: Path) -> None:
         (tmp_path / "backends" / name).mkdir(parents=True)
     server = find_server(program)
     assert server.backends == {"onnxruntime", "python"}
-    assert choose_backend(server, "onnxruntime") == ("onnxruntime", "asked for")
-    with pytest.raises(UsageError, match="--backend tensorrt: .* has only onnxruntime, python"):
-        choose_backend(server, "tensorrt")
+    backends = ("tensorrt", "onnxruntime", "python")
+    assert [server.lacks(backend) for backend in backends] == [True, False, False]
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
-def test_without_a_gpu_the_python_backend_serves() -> None:
-    everything = frozenset({"tensorrt", "onnxruntime", "python"})
-    backend, reason = choose_backend(Binary(Path("x"), "on PATH", backends=everything), "auto")
-    assert (backend, reason) == ("python", "no NVIDIA GPU on this machine")
+def test_without_a_gpu_the_python_backend_serves(tmp_path: Path) -> None:
+    server = Binary(Path("x"), "on PATH", backends=frozenset({"tensorrt", "onnxruntime", "python"}))
+    wanted = backend_here("auto", tmp_path, "v1", server)
+    assert wanted == ("python", "no NVIDIA GPU on this machine")
 
 
 def test_the_models_import_the_package_that_started_the_server(tmp_path: Path) -> None:

@@ -384,3 +384,15 @@ def test_a_missing_part_of_a_model_is_written_again(v1_bundle: Bundle, tmp_path:
     )
     deploy(v1_bundle, repository, "python")
     assert tree(repository) == before
+
+
+def test_a_file_of_too_many_bytes_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch, v1_original: Bundle
+) -> None:
+    """For servers without this front."""
+    monkeypatch.setattr("rexdeploy.triton_backend._MOST_BYTES", 10)
+    spec = v1_original.manifest.model
+    with pytest.raises(UsageError, match="image 3: got 11 bytes, expected at most 10"):
+        decoded(b"x" * 11, 3, spec)
+    with pytest.raises(UsageError, match="image 3: not an image"):
+        decoded(b"x" * 10, 3, spec)

@@ -84,7 +84,7 @@ def show_deployment(title: str, result: Deployment) -> None:
         server, missing = None, str(error)
     if server is None:
         step = f"not served here: {missing}"
-    elif server.backends and result.backend not in server.backends:
+    elif server.lacks(result.backend):
         step = f"not served here: no {result.backend} backend in the tritonserver {server.origin}"
     elif result.repository == DEFAULT_REPOSITORY:
         step = "next: rexdeploy serve"

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from rexdeploy import machine
 from rexdeploy.backends import engines
 from rexdeploy.bundle.manifest import (
     DEFAULT_BATCH,
@@ -38,7 +39,7 @@ from rexdeploy.serving.config import (
     settings_in,
     signature_in,
 )
-from rexdeploy.serving.processes import Binary, choose_backend, find_server
+from rexdeploy.serving.processes import Binary, find_server
 from rexdeploy.serving.repository import (
     DEFAULT_REPOSITORY,
     Deployed,
@@ -223,7 +224,13 @@ def backend_here(
     for model in deployed(repository):
         if model.name == name:
             return model.signature.backend, "as its versions before"
-    return ("auto", "") if server is None else choose_backend(server, "auto")
+    if server is None:
+        return "auto", ""
+    if machine.detect() is None:
+        return "python", "no NVIDIA GPU on this machine"
+    if not server.backends >= {"tensorrt", "onnxruntime"}:
+        return "python", f"the tritonserver {server.origin} lacks TensorRT's or ONNX Runtime's"
+    return "auto", ""
 
 
 def servable(repository: Path, server: Binary) -> list[Deployed]:
@@ -231,7 +238,7 @@ def servable(repository: Path, server: Binary) -> list[Deployed]:
     models = deployed(repository)
     for model in models:
         backend = model.signature.backend
-        if server.backends and backend not in server.backends:
+        if server.lacks(backend):
             known = ", ".join(sorted(server.backends))
             raise UsageError(
                 f"{repository / model.name} is for Triton's {backend} backend, and the "

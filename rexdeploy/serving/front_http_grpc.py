@@ -118,13 +118,13 @@ class HttpProxy:
             raise _Refused(503, STARTING)
         held = (limit if size is None else size) if request.body_exists else 0
         try:
-            await asyncio.wait_for(self._gate.budget.take(held), _WAIT_S)
+            await asyncio.wait_for(self._gate.take(held), _WAIT_S)
         except asyncio.TimeoutError:
             raise _Refused(503, "too many large requests at once") from None
         try:
             return await self._pass_on(request, await self._body(request))
         finally:
-            self._gate.budget.give(held)
+            self._gate.give(held)
 
     async def _body(self, request: web.Request) -> bytes:
         if request.headers.get("Expect", "").lower() == "100-continue":
@@ -285,13 +285,13 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no type
 
         def hold(size: int) -> None:
             nonlocal held
-            self._gate.budget.give(held)
+            self._gate.give(held)
             held = size
 
         async def messages() -> AsyncIterator[bytes]:
             async for message in requests:
                 hold(0)
-                await self._gate.budget.take(len(message))
+                await self._gate.take(len(message))
                 hold(len(message))
                 yield message
 

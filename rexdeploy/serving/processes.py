@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from rexdeploy import machine
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.files import open_locked
 from rexdeploy.progress import Report
@@ -229,7 +228,11 @@ class Binary:
     origin: str  # how it was found
     libraries: Path | None = None  # a folder for the loader
     python_backend: tuple[Path, ...] = ()  # its files, where they lie apart; else none
-    backends: frozenset[str] = frozenset()
+    backends: frozenset[str] = frozenset()  # none: nobody knows
+
+    def lacks(self, backend: str) -> bool:
+        """Whether it is known not to have one of Triton's backends."""
+        return bool(self.backends) and backend not in self.backends
 
 
 def find_server(wanted: Path | str | None = None) -> Binary:
@@ -281,25 +284,6 @@ def _packaged_server() -> Binary:
         ),
         backends=frozenset({"python"}),
     )
-
-
-def choose_backend(binary: Binary, wanted: str) -> tuple[str, str]:
-    """The backend to deploy a bundle for, on this server and machine, and why.
-
-    Raises UsageError where the server lacks the one that is wanted.
-    """
-    if wanted != "auto":
-        if binary.backends and wanted not in binary.backends:
-            raise UsageError(
-                f"--backend {wanted}: the tritonserver {binary.origin} has only "
-                f"{', '.join(sorted(binary.backends))}; give another with --tritonserver"
-            )
-        return wanted, "asked for"
-    if machine.detect() is None:
-        return "python", "no NVIDIA GPU on this machine"
-    if not binary.backends >= {"tensorrt", "onnxruntime"}:
-        return "python", f"the tritonserver {binary.origin} lacks TensorRT's or ONNX Runtime's"
-    return "auto", ""
 
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -24,7 +24,6 @@ from rexdeploy.serving.processes import (
     Stop,
     TritonLog,
     Workplace,
-    choose_backend,
     end,
     find_server,
     start,
@@ -258,8 +257,11 @@ def prepare(
     else:
         opened = find(bundle, require_signature)
         chosen, why = backend_here(backend, repository, opened.manifest.name, server)
-        if chosen != "auto":
-            choose_backend(server, chosen)  # raises for one that the server lacks
+        if chosen != "auto" and server.lacks(chosen):
+            raise UsageError(
+                f"--backend {chosen}: the tritonserver {server.origin} has only "
+                f"{', '.join(sorted(server.backends))}; give another with --tritonserver"
+            )
         result = deploy(opened, repository, chosen, why=why)
         models = servable(repository, server)
         served = next(model for model in models if model.name == result.name)

@@ -123,7 +123,7 @@ def tune_serving(
     with tempfile.TemporaryDirectory(prefix="rexdeploy-tune-") as folder:
         scratch = Path(folder) / "models"
         first = deploy(bundle, scratch, chosen)
-        tried = ways or candidates(first.batch, p99, _cores())
+        tried = ways or candidates(first.batch, p99, len(os.sched_getaffinity(0)))
         for number, settings in enumerate(tried, start=1):
             what = f"{number} of {len(tried)}: {describe(settings, first.batch)}"
             report(f"{what}: starting tritonserver")
@@ -225,22 +225,15 @@ def _files(folder: Path | None, spec: Preprocess) -> tuple[list[bytes], str]:
     if folder is None:
         pixels = sets.synthetic_pixels(_FILES, spec, seed=5)
         width, height = _PREVIEW
-        made = [_jpeg(Image.fromarray(image).resize(_PREVIEW)) for image in pixels]
-        return made, f"synthetic JPEG files of {width} x {height} pixels"
+        made = [BytesIO() for _ in pixels]
+        for image, file in zip(pixels, made, strict=True):
+            Image.fromarray(image).resize(_PREVIEW).save(file, "JPEG")
+        described = f"synthetic JPEG files of {width} x {height} pixels"
+        return [file.getvalue() for file in made], described
     found = list(islice(sets.walk(folder), _FILES))
     for path in found:
         decode.read(path, spec)  # raises for one that the server would refuse
     return [path.read_bytes() for path in found], f"{len(found)} files of {folder}"
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    file = BytesIO()
-    image.save(file, "JPEG")
-    return file.getvalue()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 _TIMEOUT_S = 60.0  # for one answer
