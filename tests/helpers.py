@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,14 @@ def run_measured(*commands: Sequence[str | Path]) -> list[Measured]:
         check=True,
     )
     return [Measured(*item) for item in json.loads(answer.stdout)]
+
+
+def wait_until(is_so: Callable[[], object], seconds: float = 60.0) -> None:
+    """Waits until it is so, and fails where it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not so after {seconds} s"
+        time.sleep(0.02)
 
 
 def folder_state(folder: Path) -> dict[str, bytes]:

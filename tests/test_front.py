@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from aiohttp import web
 from rexdeploy.errors import BackendUnavailable
 from rexdeploy.serving.front import SOCKETS, Front, free_port
 from rexdeploy.serving.request_limits import Gate, checked, shared_room
+from tests.helpers import wait_until
 
 LIMIT = 100_000
 GZIP = grpc.Compression.Gzip
@@ -378,7 +379,7 @@ def test_a_torn_body_reaches_nobody(
 ) -> None:
     torn = b"POST /slow HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n3\r\n{}"
     assert b"200 OK" not in raw(front, torn, ends=True)
-    wait_until(lambda: front.in_flight == 0)
+    wait_until(lambda: front.in_flight == 0, LONG)
     assert ask(front)[0] == 200
     assert capfd.readouterr().err == ""
 
@@ -529,7 +530,7 @@ def test_the_end_waits_for_what_is_in_flight(front: Front, server: StandIn) -> N
         called = unary(client, "Slow").future(b"x", timeout=LONG)
         assert all(server.reached.acquire(timeout=LONG) for _ in range(2))
         ended = threads.submit(front.drain, lambda seconds: seconds > LONG)
-        wait_until(lambda: not listens(front))
+        wait_until(lambda: not listens(front), LONG)
         idle.request("GET", "/x")  # it was there before, and may ask once more
         answer = idle.getresponse()
         assert (answer.status, answer.getheader("Connection")) == (200, "close")
@@ -649,7 +650,7 @@ def test_grpc_errors_are_the_servers_own(front: Front, server: StandIn) -> None:
         call = unary(client, "Slow").future(b"x")
         assert all(server.reached.acquire(timeout=LONG) for _ in range(2))
         assert call.cancel()
-        wait_until(lambda: front.in_flight == 0)
+        wait_until(lambda: front.in_flight == 0, LONG)
 
 
 def test_a_grpc_message_over_the_limit_is_refused(
@@ -666,7 +667,7 @@ def test_a_grpc_message_over_the_limit_is_refused(
             list(client.stream_stream("/test/Echo")(iter([b"x", bytes(LIMIT + 1)])))
         assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert unary(client, "Echo")(b"x") == b"x"
-    wait_until(lambda: front.in_flight == 0)
+    wait_until(lambda: front.in_flight == 0, LONG)
     assert capfd.readouterr().err == ""
 
 
@@ -683,10 +684,3 @@ def listens(front: Front) -> bool:
         socket.create_connection(("127.0.0.1", _port(front)), LONG).close()
         return True
     return False
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONG
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

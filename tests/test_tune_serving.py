@@ -22,8 +22,9 @@ from rexdeploy.serving.repository import deployed
 from rexdeploy.serving.tuning import Load, Row, candidates, choose, climb, measure
 from rexdeploy.triton_backend import _share
 from tests.helpers import assert_refused, run_cli
+from tests.test_repository import tree
 from tests.test_serve import needs_server
-from tests.test_triton import tree, with_changed_weights
+from tests.test_triton import with_changed_weights
 
 ALONE, BATCHED, TWO = Settings(batch=1), DEFAULTS, Settings(instances=2)
 

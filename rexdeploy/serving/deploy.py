@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,7 @@ def deploy(
             "with --batch dynamic"
         )
     labels_file = bundle.manifest.find("labels")
-    labels = bundle.read(labels_file) if labels_file else None
+    labels = bundle.read(labels_file) if labels_file else b""
     spec = bundle.manifest.model
     signature = Signature(
         backend=chosen,
@@ -178,7 +177,7 @@ def deploy(
     named = {LABELS: labels} if labels else {}
     shared: dict[Role, dict[str, bytes]] = {"preprocess": {}, "network": named, "ensemble": named}
     versions: dict[Role, dict[str, bytes]] = {
-        "preprocess": _python_files("Preprocess", bundle.manifest, {}),
+        "preprocess": _python_files("Preprocess", replace(bundle.manifest, artifacts=())),
         "network": _network_files(bundle, chosen, files),
         "ensemble": {".keep": b""},
     }
@@ -299,23 +298,18 @@ def _network_files(
 ) -> dict[str, bytes]:
     """A version of the network; of the Python backend's, a bundle of what it may run."""
     data = {artifact.file: bundle.read(artifact) for artifact in files}
-    if backend == "tensorrt":
-        return {"model.plan": data[files[0].file]}
-    if backend == "onnxruntime":
-        return {"model.onnx": data[files[0].file]}
-    cut = tuple(replace(artifact, parent_sha256=None) for artifact in files)
-    return _python_files("Network", replace(bundle.manifest, artifacts=cut), data)
+    if backend == "python":
+        cut = tuple(replace(artifact, parent_sha256=None) for artifact in files)
+        return _python_files("Network", replace(bundle.manifest, artifacts=cut)) | data
+    return {"model.plan" if backend == "tensorrt" else "model.onnx": data[files[0].file]}
 
 
-def _python_files(kind: str, manifest: Manifest, data: Mapping[str, bytes]) -> dict[str, bytes]:
-    kept = tuple(item for item in manifest.artifacts if item.file in data)
-    manifest = replace(manifest, artifacts=kept, updated_at="")  # equal files, equal bytes
+def _python_files(kind: str, manifest: Manifest) -> dict[str, bytes]:
     return {
         "model.py": _MODEL_PY.format(kind).encode(),
         # In place of the folder that Python would make, which a polling server takes for a change.
         "__pycache__": b"",
-        MANIFEST: to_json(manifest),
-        **data,
+        MANIFEST: to_json(replace(manifest, updated_at="")),  # equal files, equal bytes
     }
 
 
