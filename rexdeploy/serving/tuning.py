@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +162,8 @@ def choose(rows: Sequence[Row], bound_ms: float) -> Settings | None:
 
     Of equal ones the first; None if there is none.
     """
-    best = [(row, load) for row in rows if (load := row.best(bound_ms)) is not None]
-    if not best:
-        return None
-    return max(best, key=lambda pair: pair[1].per_second)[0].settings
+    best = [(load.per_second, row.settings) for row in rows if (load := row.best(bound_ms))]
+    return max(best, key=itemgetter(0), default=(0.0, None))[1]
 
 
 def climb(load: Measure, bound_ms: float) -> Iterator[Load]:
