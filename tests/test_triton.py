@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +23,7 @@ from rexdeploy.images import decode, sets
 from rexdeploy.serving.deploy import deploy
 from rexdeploy.triton_backend import decoded, run_each
 from tests.helpers import assert_refused, edit_weights, run_cli
+from tests.hostile_images import encoded, png
 from tests.test_repository import tree
 
 LABELS = "\n".join(f"kind {index}" for index in range(37)).encode()
@@ -261,24 +259,6 @@ def test_the_command_says_what_it_wrote(v1_bundle: Bundle, tmp_path: Path) -> No
     assert "unchanged, version 1" in run_cli("triton", "v1", cwd=tmp_path).out
 
 
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def bomb(width: int = 30000) -> bytes:
-    """A small PNG file whose header promises that many pixels a side."""
-    header = struct.pack(">II5B", width, width, 8, 0, 0, 0, 0)
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        checked = name + data
-        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-    pixels = chunk(b"IDAT", zlib.compress(bytes(100)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
-
-
 GOOD: dict[str, Callable[[Image.Image], bytes]] = {
     "jpeg": lambda image: encoded(image, "JPEG"),
     "cmyk": lambda image: encoded(image.convert("CMYK"), "JPEG"),
@@ -312,8 +292,8 @@ def test_the_server_decodes_what_the_library_decodes(
         (bytes(100), "not an image"),
         (b"\xff\xd8\xff\xe0 and so on", "cannot be decoded|not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-        (bomb(), "too large to decode safely"),
-        (bomb(9000), "cannot be decoded"),
+        (png(30_000, 30_000, rows=bytes(100)), "too large to decode safely"),
+        (png(9000, 9000, rows=bytes(100)), "cannot be decoded"),
     ],
     ids=["empty", "zeros", "cut", "a program", "bomb", "large and cut"],
 )

@@ -28,6 +28,13 @@ EVERYTHING = frozenset({"tensorrt", "onnxruntime", "python"})
 without_gpu = pytest.mark.skipif(machine.detect() is not None, reason="this machine has a GPU")
 
 
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
 def documented_commands(bundle: str) -> list[list[str]]:
     """The commands at the beginning of docs/serving.md, for another bundle."""
     text = (ROOT / "docs" / "serving.md").read_text().partition("# Serving with Triton\n")[2]
@@ -63,7 +70,7 @@ def test_what_triton_adds_a_running_server_takes_up(
             if not served.http.is_model_ready(f"{model}_image"):
                 return False
             got = infer(served.http, f"{model}_image", "image", file, gives="logits")
-            return bool(np.abs(got - wanted).max() < 1e-4)
+            return np.allclose(got, wanted, rtol=0, atol=1e-4)
 
         assert tree(tmp_path / "artifacts" / "triton") == before  # it serves, and adds nothing
         old = expected(small_v1)
@@ -202,20 +209,17 @@ def test_the_default_repository_is_one(tmp_path: Path) -> None:
 def test_a_program_that_is_no_server_is_refused(small_v1_original: Bundle, tmp_path: Path) -> None:
     arguments = ("serve", small_v1_original.path, "--port", str(free_port()), "--tritonserver")
     assert_refused(run_cli(*arguments, "gone", cwd=tmp_path), "gone is not a program")
-    false = shutil.which("false")
-    assert false is not None
-    result = run_cli(*arguments, false, cwd=tmp_path)
-    assert_refused(result, "tritonserver ended while starting: exit code 1")
-    (tmp_path / "unlinked").write_text(
-        "#!/bin/sh\n>&2 echo 'Error: Failed to initialize NVML'\n>&2 echo libx: no such library\n"
-        "exit 127"
-    )
-    (tmp_path / "unlinked").chmod(0o755)
-    result = run_cli(*arguments, "unlinked", cwd=tmp_path)
-    assert_refused(result, "tritonserver ended while starting: libx: no such library")
-    (tmp_path / "text").write_text("not a program")
-    (tmp_path / "text").chmod(0o755)
-    assert_refused(run_cli(*arguments, "text", cwd=tmp_path), "cannot be started")
+    for text, part in (
+        ("#!/bin/sh\nexit 1", "ended while starting: exit code 1"),
+        (
+            "#!/bin/sh\n>&2 echo 'Error: Failed to initialize NVML'\n"
+            ">&2 echo libx: no such library\nexit 127",
+            "ended while starting: libx: no such library",
+        ),
+        ("not a program", "cannot be started"),
+    ):
+        result = run_cli(*arguments, program(tmp_path / "server", text), cwd=tmp_path)
+        assert_refused(result, part)
 
 
 @needs_server
@@ -240,13 +244,9 @@ def test_unusable_addresses_are_refused(
 
 def test_the_backend_is_one_that_the_server_has(tmp_path: Path) -> None:
     """The layout of a Triton installation, of which the folders decide."""
-    program = tmp_path / "bin" / "tritonserver"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
     for name in ("onnxruntime", "python"):
         (tmp_path / "backends" / name).mkdir(parents=True)
-    server = find_server(program)
+    server = find_server(program(tmp_path / "bin" / "tritonserver", "#!/bin/sh\n"))
     assert server.backends == {"onnxruntime", "python"}
     backends = ("tensorrt", "onnxruntime", "python")
     assert [server.lacks(backend) for backend in backends] == [True, False, False]
@@ -261,9 +261,7 @@ def test_without_a_gpu_the_python_backend_serves(tmp_path: Path) -> None:
 
 def test_the_models_import_the_package_that_started_the_server(tmp_path: Path) -> None:
     """And none of its parts by a bare name, as `files` or `text` of the user's own."""
-    program = tmp_path / "tritonserver"
-    program.write_text("#!/bin/sh\necho $PYTHONPATH >&2\n")
-    program.chmod(0o755)
-    process = start(Binary(program, "here"), [], 0)
+    printing = program(tmp_path / "tritonserver", "#!/bin/sh\necho $PYTHONPATH >&2\n")
+    process = start(Binary(printing, "here"), [], 0)
     first = process.communicate(timeout=20)[1].split(":")[0]
     assert Path(first, "rexdeploy", "__init__.py").is_file()
