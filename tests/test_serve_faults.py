@@ -286,7 +286,7 @@ def test_the_end_answers_what_is_in_flight_and_leaves_nothing(
             answers = [future.result() for future in asking]
         assert answers == list(range(8))
         assert server.process.wait(30) == 0
-        wait_until(lambda: not traces(folder), 5)
+        wait_until(lambda: not traces(folder))
 
 
 def test_a_server_that_fails_again_and_again_is_left_to_who_started_it(

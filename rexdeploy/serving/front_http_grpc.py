@@ -55,11 +55,7 @@ class HttpProxy:
         app = web.Application(client_max_size=self._gate.limit)
         app.router.add_route("*", "/{path:.*}", self._answer, expect_handler=_later)
         self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            logger=_LOGGER,
-            auto_decompress=False,
-            shutdown_timeout=_END_S,
+            app, access_log=None, logger=_LOGGER, auto_decompress=False, shutdown_timeout=_END_S
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port, backlog=1024).start()
@@ -207,7 +203,7 @@ def _too_large(limit: int) -> _Refused:
 
 # Read when it is imported: else what a client does wrong is written to stderr.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-_ANY_SIZE = -1
+_ANY_SIZE = {"grpc.max_receive_message_length": -1, "grpc.max_send_message_length": -1}
 _NO_COMPRESSION = 1  # a set of algorithms, of which bit 0 is "identity"
 _AS_LONG_AS_IT_TAKES = 1e6  # s; who waits gives up before
 _SETTLE_S = 0.2  # less than Front.drain's grace
@@ -223,15 +219,12 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no type
 
     async def listen(self, host: str, port: int) -> None:
         """Raises OSError where it cannot."""
-        self._server = grpc.aio.server(
-            handlers=[self],
-            options=[
-                ("grpc.max_receive_message_length", self._gate.limit),
-                ("grpc.max_send_message_length", _ANY_SIZE),
-                ("grpc.compression_enabled_algorithms_bitset", _NO_COMPRESSION),
-                ("grpc.so_reuseport", 0),  # a port that somebody has is refused
-            ],
-        )
+        options = _ANY_SIZE | {
+            "grpc.max_receive_message_length": self._gate.limit,
+            "grpc.compression_enabled_algorithms_bitset": _NO_COMPRESSION,
+            "grpc.so_reuseport": 0,  # a port that somebody has is refused
+        }
+        self._server = grpc.aio.server(handlers=[self], options=[*options.items()])
         try:
             self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
@@ -242,13 +235,7 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no type
         """Passes calls on to this socket from now on; None: to nobody."""
         self._channel = None  # calls that still have it end with their server
         if socket is not None:
-            self._channel = grpc.aio.insecure_channel(
-                f"unix:{socket}",
-                [
-                    ("grpc.max_receive_message_length", _ANY_SIZE),
-                    ("grpc.max_send_message_length", _ANY_SIZE),
-                ],
-            )
+            self._channel = grpc.aio.insecure_channel(f"unix:{socket}", [*_ANY_SIZE.items()])
 
     async def drain(self) -> None:
         """Takes no new call; returns when all are answered and their connections have ended."""
