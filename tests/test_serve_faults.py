@@ -321,6 +321,7 @@ def test_unknown_apis_and_sizes_are_refused(small_pixels_original: Bundle, tmp_p
     assert_refused(result, "open: got 'everything'", "shared-memory, model-repository")
     result = run_cli(*arguments, "--max-request", "0", cwd=tmp_path)
     assert_refused(result, "max-request: got 0, expected 1 to 1024")
+    assert not (tmp_path / DEFAULT_REPOSITORY).exists()
     assert Guard(opened=("trace",)).closed == ["shared-memory", "model-repository", "logging"]
     with pytest.raises(UsageError, match="open: got 'x'"):
         Guard(opened=("x",))

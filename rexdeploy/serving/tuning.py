@@ -201,13 +201,12 @@ def _row(
 ) -> Row:
     """Starts a server for it and loads it; what fails is told in the row, and ends it."""
     address = Address(port=free_port())
-    host = address.http.removeprefix("http://")
+    host = f"{address.host}:{address.port}"
     loads: list[Load] = []
 
     def load(connections: int) -> Load:
         report(f"{what}: {connections} connection{'s' * (connections > 1)}")
-        model, output = deployment.image_name, deployment.output
-        return measure(host, model, output, files, connections, _SECONDS, _LEAST)
+        return measure(host, deployment.image_name, deployment.output, files, connections)
 
     try:
         with running(server, deployment.repository, address) as process:
@@ -240,19 +239,10 @@ _WARM_S = 0.5
 _LONGEST = 8  # times as many seconds as asked for, while there are too few answers
 
 
-def measure(
-    host: str,
-    model: str,
-    output: str,
-    files: Sequence[bytes],
-    connections: int,
-    seconds: float,
-    least: int,
-) -> Load:
+def measure(host: str, model: str, output: str, files: Sequence[bytes], connections: int) -> Load:
     """Sends the files, one a request and over and over, to the ensemble `model` at `host` (:port).
 
-    For so many `seconds`, after a warm-up, and longer (eight times at most) until `least` requests
-    are answered. Raises RexdeployError where a request is refused or not answered.
+    Raises RexdeployError where a request is refused or not answered.
     """
     bodies = [image_request(file, output) for file in files]
     answered: list[tuple[float, float]] = []  # when, and the milliseconds that it took
@@ -283,7 +273,7 @@ def measure(
         try:
             _wait(working, _WARM_S, lambda: len(answered) >= 2 * connections)
             begun, before = time.perf_counter(), len(answered)
-            _wait(working, seconds, lambda: len(answered) - before >= least)
+            _wait(working, _SECONDS, lambda: len(answered) - before >= _LEAST)
             ended = time.perf_counter()
         finally:
             stop.set()
