@@ -113,6 +113,7 @@ def end(process: subprocess.Popen[str], patience: float) -> None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
+    process.kill()
     # It leads a group of its own, in which its children outlive it.
     _kill_all(lambda: [pid for pid in _pids() if _runs_in(process.pid, pid)])
     process.wait()

@@ -40,7 +40,7 @@ _LOOK_SECONDS = 0.1
 # A server that has to be started again so often within that time is left to who started us.
 _STARTS, _STARTS_SECONDS = 5, 600.0
 
-Start = Callable[[Path], tuple[subprocess.Popen[str], TritonLog]]
+Run = Callable[[Path], tuple[subprocess.Popen[str], TritonLog]]
 """Starts a server that listens at sockets in a folder."""
 
 
@@ -73,10 +73,8 @@ class Service:
 class Server:
     """A tritonserver behind its front; it is started again when it fails."""
 
-    def __init__(
-        self, start: Start, place: Workplace, front: Front, stop: Stop, show: Report
-    ) -> None:
-        self._start, self._place, self._front = start, place, front
+    def __init__(self, run: Run, place: Workplace, front: Front, stop: Stop, show: Report) -> None:
+        self._run, self._place, self._front = run, place, front
         self._stop, self._show = stop, show
         self._starts: deque[float] = deque(maxlen=_STARTS)
         self._models: Sequence[str] = ()
@@ -148,7 +146,7 @@ class Server:
     def _begin(self) -> None:
         self._sockets = self._place.folder / f"start-{next(self._numbers)}"
         self._sockets.mkdir()
-        self._process, self._log = self._start(self._sockets)
+        self._process, self._log = self._run(self._sockets)
 
     def _wait_for_fault(self, watch: Watch) -> str | None:
         """What is wrong with the server; None: it was asked to stop."""
@@ -207,7 +205,7 @@ def running(
         place = stack.enter_context(workplace())
         options = _arguments(binary, repository, place, guard)
 
-        def started(sockets: Path) -> tuple[subprocess.Popen[str], TritonLog]:
+        def run(sockets: Path) -> tuple[subprocess.Popen[str], TritonLog]:
             listening = (
                 f"--{name}-address=unix:{sockets / socket_name.partition(':')[0]}"
                 for name, socket_name in SOCKETS.items()
@@ -224,7 +222,7 @@ def running(
                 f"({error.strerror}); choose another --port or --host"
             ) from None
         stack.callback(front.close)
-        server = Server(started, place, front, stop or Stop(), show)
+        server = Server(run, place, front, stop or Stop(), show)
         stack.callback(server.end)
         stack.callback(front.close)  # first: Triton waits for connections
         yield server
