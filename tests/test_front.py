@@ -24,7 +24,7 @@ from aiohttp import web
 from rexdeploy.errors import BackendUnavailable
 from rexdeploy.serving.front import SOCKETS, Front, free_port
 from rexdeploy.serving.request_limits import Gate, checked, shared_room
-from tests.helpers import wait_until
+from tests.helpers import listens, wait_until
 
 LIMIT = 100_000
 GZIP = grpc.Compression.Gzip
@@ -530,7 +530,7 @@ def test_the_end_waits_for_what_is_in_flight(front: Front, server: StandIn) -> N
         called = unary(client, "Slow").future(b"x", timeout=LONG)
         assert all(server.reached.acquire(timeout=LONG) for _ in range(2))
         ended = threads.submit(front.drain, lambda seconds: seconds > LONG)
-        wait_until(lambda: not listens(front), LONG)
+        wait_until(lambda: not listens(_port(front)), LONG)
         idle.request("GET", "/x")  # it was there before, and may ask once more
         answer = idle.getresponse()
         assert (answer.status, answer.getheader("Connection")) == (200, "close")
@@ -678,10 +678,3 @@ def test_compressed_grpc_is_refused(front: Front) -> None:
             unary(client, "Echo")(bytes(10**7), compression=GZIP)
         assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED
         assert unary(client, "Echo")(b"x") == b"x"
-
-
-def listens(front: Front) -> bool:
-    with contextlib.suppress(OSError):
-        socket.create_connection(("127.0.0.1", _port(front)), LONG).close()
-        return True
-    return False
