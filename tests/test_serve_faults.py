@@ -34,15 +34,7 @@ from rexdeploy.serving.repository import DEFAULT_REPOSITORY
 from rexdeploy.serving.request_limits import Guard
 from rexdeploy.serving.server import running
 from tests.helpers import assert_refused, run_cli, wait_until
-from tests.test_serve import (
-    Served,
-    file_tensor,
-    grpc,
-    http,
-    infer,
-    needs_server,
-    serving,
-)
+from tests.test_serve import Served, file_tensor, grpc, http, infer, needs_server, serving
 
 pytestmark = [needs_server, pytest.mark.slow]
 
@@ -257,15 +249,14 @@ def test_the_end_answers_what_is_in_flight_and_leaves_nothing(
         assert idle.is_server_live()
 
         def ask(number: int) -> float:
-            library, client, options = grpc, server.grpc, {"client_timeout": 60}
+            client = server.grpc
             if number % 2:
-                library, options = http, {}
+                address = f"127.0.0.1:{server.port}"
                 client = http.InferenceServerClient(
-                    f"127.0.0.1:{server.port}", network_timeout=60, connection_timeout=60
+                    address, network_timeout=60, connection_timeout=60
                 )
-            value = library.InferInput("x", [1, 1], "FP32")
-            value.set_data_from_numpy(np.full((1, 1), number, np.float32))
-            return float(client.infer("slow", [value], **options).as_numpy("y")[0, 0])
+            x = np.full((1, 1), number, np.float32)
+            return float(infer(client, "slow", "x", x, gives="y")[0, 0])
 
         def has_all() -> bool:
             """The server: it runs some, and the others wait."""
@@ -278,11 +269,13 @@ def test_the_end_answers_what_is_in_flight_and_leaves_nothing(
 
         with ThreadPoolExecutor(8) as threads:
             asking = [threads.submit(ask, number) for number in range(8)]
-            wait_until(has_all)
-            server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: "answering what is in flight (8)" in server.said)
-            time.sleep(6)
-            (tmp_path / "go").touch()
+            try:
+                wait_until(has_all)
+                server.process.send_signal(signal.SIGTERM)
+                wait_until(lambda: "answering what is in flight (8)" in server.said)
+                time.sleep(6)
+            finally:
+                (tmp_path / "go").touch()
             answers = [future.result() for future in asking]
         assert answers == list(range(8))
         assert server.process.wait(30) == 0

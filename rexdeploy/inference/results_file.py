@@ -225,21 +225,21 @@ def _columns(classes: int) -> list[str]:
     return ["file", "error", *names]
 
 
-def _cells(row: Row) -> list[str | int | float | None]:
-    cells: list[str | int | float | None] = [row.file, row.error]
-    for item in row.predictions:
-        cells += [item.index, item.label, item.probability]
+def _cells(row: Row) -> dict[str, str | int | float | None]:
+    """A row by the names of its columns; of an error, those of the classes are missing."""
+    cells: dict[str, str | int | float | None] = {"file": row.file, "error": row.error}
+    for n, item in enumerate(row.predictions, start=1):
+        cells[f"class_{n}"] = item.index
+        cells[f"label_{n}"] = item.label
+        cells[f"probability_{n}"] = item.probability
     return cells
 
 
 def _write_csv(rows: Iterable[Row], file: BinaryIO, classes: int) -> None:
-    columns = _columns(classes)
     text = io.TextIOWrapper(file, "utf-8", newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        cells = _cells(row)
-        writer.writerow(cells + [None] * (len(columns) - len(cells)))
+    writer = csv.DictWriter(text, _columns(classes), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(_cells, rows))
     text.detach()  # the file is not ours to close
 
 
@@ -254,13 +254,13 @@ def _write_parquet(rows: Iterable[Row], file: BinaryIO, classes: int) -> None:
     import pyarrow.parquet as pq
 
     types = {"class": pa.int32(), "probability": pa.float64()}
-    columns = _columns(classes)
-    schema = pa.schema([(name, types.get(name.split("_")[0], pa.string())) for name in columns])
+    names = _columns(classes)
+    schema = pa.schema([(name, types.get(name.split("_")[0], pa.string())) for name in names])
     remaining = iter(rows)
     with pq.ParquetWriter(file, schema) as writer:
         while group := list(islice(remaining, _ROW_GROUP)):
-            records = [dict(zip(columns, _cells(row), strict=False)) for row in group]
-            writer.write_table(pa.Table.from_pylist(records, schema=schema))
+            table = pa.Table.from_pylist([_cells(row) for row in group], schema=schema)
+            writer.write_table(table)
 
 
 _WRITERS: dict[str, Callable[[Iterable[Row], BinaryIO, int], None]] = {
