@@ -249,7 +249,7 @@ def find_server(wanted: Path | str | None = None) -> Binary:
     if path is None:
         return _packaged_server()
     path = Path(path).resolve()
-    backends = path.parents[1] / "backends"  # /opt/tritonserver/{bin,backends}
+    backends = path.parent.parent / "backends"  # /opt/tritonserver/{bin,backends}
     names = {folder.name for folder in backends.iterdir()} if backends.is_dir() else set()
     return Binary(path, origin, backends=frozenset(names))
 
