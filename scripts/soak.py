@@ -50,8 +50,8 @@ from rexdeploy.images import sets
 from rexdeploy.machine import machine
 from rexdeploy.serving.deploy import deploy
 from rexdeploy.serving.front import Address, free_port
+from rexdeploy.serving.health import stubs
 from rexdeploy.serving.processes import SHARED_MEMORY
-from rexdeploy.serving.watch import stubs
 from rexdeploy.steps.export import export
 
 LARGE_EVERY = 200  # requests

@@ -9,8 +9,10 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,6 +171,22 @@ def run_measured(*commands: Sequence[str | Path]) -> list[Measured]:
         check=True,
     )
     return [Measured(*item) for item in json.loads(answer.stdout)]
+
+
+def wait_until(is_so: Callable[[], object], seconds: float = 60.0) -> None:
+    """Waits until it is so, and fails where it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not so after {seconds} s"
+        time.sleep(0.02)
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections at a port of this machine."""
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), 5).close()
+        return True
+    return False
 
 
 def folder_state(folder: Path) -> dict[str, bytes]:

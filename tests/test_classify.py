@@ -8,7 +8,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,13 +125,6 @@ def test_closing_waits_for_who_runs_and_refuses_who_comes(v1_original: Bundle) -
         assert [answer.result() for answer in answers] == [closed] * 4
 
 
-def test_one_image_is_no_list_of_them(v1_original: Bundle) -> None:
-    with load(v1_original) as classifier:
-        for one in ("cat.jpg", Path("cat.jpg"), Image.new("RGB", (9, 9))):
-            with pytest.raises(UsageError, match="got one image .* expected a list"):
-                classifier.prepare(one)  # type: ignore[arg-type]
-
-
 def test_a_fixed_batch_is_filled_and_cut(v1_original: Bundle, tmp_path: Path) -> None:
     """The same graph, as if it took exactly four images; the last batch is padded."""
     shutil.copytree(v1_original.path, tmp_path / "v1")
@@ -142,11 +137,16 @@ def test_a_fixed_batch_is_filled_and_cut(v1_original: Bundle, tmp_path: Path) ->
         np.testing.assert_allclose(filled.logits(pool), free.logits(pool), atol=1e-4)
 
 
-def test_pillow_images_are_taken_in_any_mode(v1_original: Bundle, photos: Path) -> None:
-    path = sets.find(photos)[0]
-    with Image.open(path) as image, load(v1_original) as classifier:
-        same = classifier.classify([path, image.convert("RGBA")])
-        assert [item.index for item in same[0]] == [item.index for item in same[1]]
+def test_pillow_images_are_taken_in_any_mode_and_turned_upright_like_files(
+    v1_original: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    path, turned, exif = sets.find(photos)[0], tmp_path / "turned.png", Image.Exif()
+    exif[0x0112] = 6
+    with load(v1_original) as classifier, Image.open(path) as image:
+        image.save(turned, exif=exif)
+        for file, same in ((path, image.convert("RGBA")), (turned, Image.open(turned))):
+            first, second = classifier.classify([file, same])
+            assert [item.index for item in first] == [item.index for item in second]
         assert classifier.classify([image.convert("L")])[0][0].label.startswith("class ")
 
 
@@ -165,37 +165,33 @@ def test_pillow_images_that_are_broken_are_refused_like_files(
                 classifier.classify([Image.new("RGB", (9, 9)), image])
 
 
-def test_wrong_shapes_and_closed_classifiers_are_refused(v1_original: Bundle) -> None:
-    with load(v1_original) as classifier:
-        for shape in ((1, 3, 224, 225), (3, 224, 224), (0, 3, 224, 224), (1, 224, 224, 3)):
-            with pytest.raises(UsageError, match="images: got float32 of shape"):
-                classifier.logits(np.zeros(shape, dtype=np.float32))
-    with pytest.raises(RexdeployError, match="was closed"):
-        classifier.logits(np.zeros((1, 3, 224, 224), dtype=np.float32))
-    classifier.close()
-
-
-def test_wrong_types_and_empty_calls_are_refused(v1_original: Bundle, photos: Path) -> None:
-    with load(v1_original) as classifier:
-        with pytest.raises(UsageError, match="got float64 of shape"):
-            classifier.logits(np.zeros((1, 3, 224, 224)))  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match="got 0 images and top 5"):
-            classifier.classify([])
-        with pytest.raises(UsageError, match="got 1 images and top -1"):
-            classifier.classify(sets.find(photos)[:1], top=-1)
-
-
-def test_pillow_images_are_turned_upright_like_files(
-    v1_original: Bundle, photos: Path, tmp_path: Path
+def test_what_is_no_list_of_images_or_no_batch_is_refused(
+    v1_original: Bundle, photos: Path
 ) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = tmp_path / "turned.png"
-    with Image.open(sets.find(photos)[0]) as image:
-        image.save(turned, exif=exif)
-    with load(v1_original) as classifier, Image.open(turned) as opened:
-        from_file, from_image = classifier.classify([turned, opened])
-        assert [item.index for item in from_file] == [item.index for item in from_image]
+    def zeros(*shape: int, dtype: type = np.float32) -> Any:
+        return np.zeros(shape, dtype)
+
+    one, photo = "got one image .* expected a list", sets.find(photos)[0]
+    with load(v1_original) as classifier:
+        classify, logits = classifier.classify, classifier.logits
+        cases: tuple[tuple[Any, Any, str], ...] = (
+            (classifier.prepare, "cat.jpg", one),
+            (classifier.prepare, Path("cat.jpg"), one),
+            (classifier.prepare, Image.new("RGB", (9, 9)), one),
+            (classify, [], "got 0 images and top 5"),
+            (partial(classify, top=-1), [photo], "got 1 images and top -1"),
+            (logits, zeros(1, 3, 224, 225), "images: got float32 of shape"),
+            (logits, zeros(3, 224, 224), "images: got float32 of shape"),
+            (logits, zeros(0, 3, 224, 224), "images: got float32 of shape"),
+            (logits, zeros(1, 224, 224, 3), "images: got float32 of shape"),
+            (logits, zeros(1, 3, 224, 224, dtype=np.float64), "got float64 of shape"),
+        )
+        for call, given, part in cases:
+            with pytest.raises(UsageError, match=part):
+                call(given)
+    with pytest.raises(RexdeployError, match="was closed"):
+        logits(zeros(1, 3, 224, 224))
+    classifier.close()
 
 
 def test_labels_of_another_number_of_classes_are_refused(v1_bundle: Bundle) -> None:

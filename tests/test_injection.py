@@ -17,7 +17,7 @@ from rexdeploy.bundle.manifest import FORMAT, VERIFICATION, Artifact, Manifest
 from rexdeploy.bundle.store import Bundle, commit, sha256
 from rexdeploy.cli.console import write_text
 from rexdeploy.errors import RexdeployError
-from rexdeploy.inference.rows import Results, partial_of
+from rexdeploy.inference.results_file import Results, partial_of
 from rexdeploy.serving.deploy import deploy
 from tests.helpers import assert_refused, folder_state, run_cli
 from tests.injection import ERRORS, SHORT, failing

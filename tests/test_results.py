@@ -19,7 +19,7 @@ from PIL import Image
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.inference.classifier import Prediction
-from rexdeploy.inference.rows import Header, Results, check_out, partial_of
+from rexdeploy.inference.results_file import Header, Results, check_out, partial_of
 from rexdeploy.inference.stream import Row
 from tests.helpers import assert_refused, run_cli
 

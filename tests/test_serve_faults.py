@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,24 +28,17 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import sets
 from rexdeploy.serving.front import Address, free_port
-from rexdeploy.serving.limits import Guard
+from rexdeploy.serving.health import stubs
 from rexdeploy.serving.processes import SHARED_MEMORY, find_server, workplace
+from rexdeploy.serving.repository import DEFAULT_REPOSITORY
+from rexdeploy.serving.request_limits import Guard
 from rexdeploy.serving.server import running
-from rexdeploy.serving.watch import stubs
-from tests.helpers import assert_refused, run_cli
-from tests.test_serve import (
-    Served,
-    file_tensor,
-    grpc,
-    http,
-    infer,
-    needs_server,
-    serving,
-)
+from tests.helpers import assert_refused, run_cli, wait_until
+from tests.test_serve import Served, file_tensor, grpc, http, infer, needs_server, serving
 
 pytestmark = [needs_server, pytest.mark.slow]
 
-# Triton's own answer to a model that takes its time.
+# A model that answers when it may, and tells of how many requests it has begun with.
 SLOW_CONFIG = """name: "slow"
 backend: "python"
 max_batch_size: 8
@@ -54,12 +46,15 @@ input [ { name: "x" data_type: TYPE_FP32 dims: [ 1 ] } ]
 output [ { name: "y" data_type: TYPE_FP32 dims: [ 1 ] } ]
 dynamic_batching { }
 """
-SLOW_MODEL = """import time
+SLOW_MODEL = """import pathlib, time
 import triton_python_backend_utils as utils
 
 class TritonPythonModel:
     def execute(self, requests):
-        time.sleep(4)
+        folder = pathlib.Path(__file__).parents[4]
+        (folder / "begun").write_text(str(len(requests)))
+        while not (folder / "go").exists():
+            time.sleep(0.05)
         tensors = [utils.get_input_tensor_by_name(request, "x") for request in requests]
         return [utils.InferenceResponse([utils.Tensor.from_dlpack("y", tensor.to_dlpack())])
                 for tensor in tensors]
@@ -68,7 +63,7 @@ class TritonPythonModel:
 
 @pytest.fixture(scope="module")
 def served(small_pixels_original: Bundle, session_dir: Path) -> Iterator[Served]:
-    with serving(small_pixels_original, session_dir / "faults" / "models") as server:
+    with serving(small_pixels_original, session_dir / "faults") as server:
         yield server
 
 
@@ -100,15 +95,6 @@ def traces(folder: Path) -> list[str]:
     return left
 
 
-def wait_for(condition: Any, seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def live(served: Served) -> bool:
     try:
         served.get("/v2/health/live")
@@ -132,18 +118,14 @@ def test_the_printed_command_works_with_a_photograph(served: Served, photograph:
     """Without a Content-Type it ended Triton; a client that still sends a form is answered too."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    lines = served.printed.splitlines()
-    printed = "\n".join(lines[lines.index("the five best classes of photo.jpg:") + 1 : -1])
     header = "  -H 'Content-Type: application/octet-stream' \\\n"
-    assert header in printed
+    assert header in served.command
     with load(served.bundle, "onnxruntime") as classifier:
         best = classifier.classify([photograph])[0]
     before = triton_of(served)
-    for command in (printed, printed.replace(header, "")):
-        answer = subprocess.run(
-            ["sh", "-c", command], cwd=photograph.parent, capture_output=True, check=True
-        )
-        data = json.loads(answer.stdout)["outputs"][0]["data"]
+    for command in (served.command, served.command.replace(header, "")):
+        answer = subprocess.check_output(["sh", "-c", command], cwd=photograph.parent)
+        data = json.loads(answer)["outputs"][0]["data"]
         assert [int(text.split(":")[1]) for text in data] == [item.index for item in best]
     assert triton_of(served) == before
 
@@ -216,12 +198,12 @@ def test_a_dead_or_stopped_process_is_told_and_replaced(
     file = file_tensor(sets.find(photos)[0].read_bytes())
     before = infer(served.http, "small_pixels_image", "image", file)
     pid = triton_of(served)
-    folder, told = folder_of(pid), len(served.errors.read_text())
+    folder, told = folder_of(pid), len(served.said)
     victim = next(stub.pid for stub in stubs(pid) if stub.model == "small_pixels")
     os.kill(victim, number)
-    assert wait_for(lambda: not live(served)), "health goes on saying 200"
-    assert wait_for(lambda: live(served))
-    assert re.search(said, served.errors.read_text()[told:])
+    wait_until(lambda: not live(served))  # else health would go on saying 200
+    wait_until(lambda: live(served))
+    assert re.search(said, served.said[told:])
     after = infer(served.http, "small_pixels_image", "image", file)
     np.testing.assert_allclose(after, before, atol=1e-5)
     assert triton_of(served) != pid
@@ -236,7 +218,7 @@ def test_what_killed_commands_leave_is_cleared(
     served: Served, small_pixels_original: Bundle, tmp_path: Path
 ) -> None:
     """A server and its command die at once, by force; one that runs keeps what it has."""
-    with serving(small_pixels_original, tmp_path / "models") as dying:
+    with serving(small_pixels_original, tmp_path) as dying:
         pid = triton_of(dying)
         folder = folder_of(pid)
         assert len(traces(folder)) > 4  # the folder, two processes' memory, processes
@@ -256,43 +238,48 @@ def test_what_killed_commands_leave_is_cleared(
 def test_the_end_answers_what_is_in_flight_and_leaves_nothing(
     small_pixels_original: Bundle, tmp_path: Path
 ) -> None:
-    """Eight requests, of which the last take more seconds than Triton waits by itself."""
-    slow = tmp_path / "models" / "slow"
+    """Eight requests, which take more seconds than Triton waits by itself."""
+    slow = tmp_path / DEFAULT_REPOSITORY / "slow"
     (slow / "1").mkdir(parents=True)
     (slow / "config.pbtxt").write_text(SLOW_CONFIG)
     (slow / "1" / "model.py").write_text(SLOW_MODEL)
-    with serving(small_pixels_original, tmp_path / "models") as server:
+    with serving(small_pixels_original, tmp_path) as server:
         folder = folder_of(triton_of(server))
         idle = server.http
         assert idle.is_server_live()
-        started = threading.Semaphore(0)
 
         def ask(number: int) -> float:
-            client = server.http if number % 2 else server.grpc
-            assert client.is_server_live()  # connected
-            started.release()
-            x = np.full((1, 1), number, np.float32)
-            library = http if number % 2 else grpc
-            value = library.InferInput("x", [1, 1], "FP32")
-            value.set_data_from_numpy(x)
-            options = {} if number % 2 else {"client_timeout": 60}
+            client = server.grpc
             if number % 2:
+                address = f"127.0.0.1:{server.port}"
                 client = http.InferenceServerClient(
-                    f"127.0.0.1:{server.port}", network_timeout=60, connection_timeout=60
+                    address, network_timeout=60, connection_timeout=60
                 )
-            return float(client.infer("slow", [value], **options).as_numpy("y")[0, 0])
+            x = np.full((1, 1), number, np.float32)
+            return float(infer(client, "slow", "x", x, gives="y")[0, 0])
+
+        def has_all() -> bool:
+            """The server: it runs some, and the others wait."""
+            metric = r'nv_inference_pending_request_count{model="slow",version="1"} (\d+)'
+            waiting = re.search(metric, server.get("/metrics", port=2))
+            begun = tmp_path / "begun"
+            if waiting is None or not begun.exists():
+                return False
+            return int(waiting[1]) + int(begun.read_text() or 0) == 8
 
         with ThreadPoolExecutor(8) as threads:
             asking = [threads.submit(ask, number) for number in range(8)]
-            for _ in asking:
-                assert started.acquire(timeout=20)
-            time.sleep(1)  # sent, and none is answered within the first 4 seconds
-            server.process.send_signal(signal.SIGTERM)
+            try:
+                wait_until(has_all)
+                server.process.send_signal(signal.SIGTERM)
+                wait_until(lambda: "answering what is in flight (8)" in server.said)
+                time.sleep(6)
+            finally:
+                (tmp_path / "go").touch()
             answers = [future.result() for future in asking]
         assert answers == list(range(8))
         assert server.process.wait(30) == 0
-        assert wait_for(lambda: not traces(folder), 5), traces(folder)
-        assert "answering what is in flight (8)" in server.errors.read_text()
+        wait_until(lambda: not traces(folder))
 
 
 def test_a_server_that_fails_again_and_again_is_left_to_who_started_it(
@@ -308,8 +295,8 @@ def test_a_server_that_fails_again_and_again_is_left_to_who_started_it(
         def kill() -> None:
             first = server.pid
             os.kill(first, signal.SIGSEGV)
-            wait_for(lambda: server.pid != first)
-            wait_for(lambda: any("serves again" in line for line in said))
+            wait_until(lambda: server.pid != first)
+            wait_until(lambda: any("serves again" in line for line in said))
             os.kill(server.pid, signal.SIGKILL)
 
         killing = threading.Thread(target=kill)
@@ -327,6 +314,7 @@ def test_unknown_apis_and_sizes_are_refused(small_pixels_original: Bundle, tmp_p
     assert_refused(result, "open: got 'everything'", "shared-memory, model-repository")
     result = run_cli(*arguments, "--max-request", "0", cwd=tmp_path)
     assert_refused(result, "max-request: got 0, expected 1 to 1024")
+    assert not (tmp_path / DEFAULT_REPOSITORY).exists()
     assert Guard(opened=("trace",)).closed == ["shared-memory", "model-repository", "logging"]
     with pytest.raises(UsageError, match="open: got 'x'"):
         Guard(opened=("x",))

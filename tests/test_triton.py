@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +23,8 @@ from rexdeploy.images import decode, sets
 from rexdeploy.serving.deploy import deploy
 from rexdeploy.triton_backend import decoded, run_each
 from tests.helpers import assert_refused, edit_weights, run_cli
+from tests.hostile_images import encoded, png
+from tests.test_repository import tree
 
 LABELS = "\n".join(f"kind {index}" for index in range(37)).encode()
 
@@ -43,15 +42,6 @@ def with_changed_weights(bundle: Bundle) -> Bundle:
     names = [tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 4]
     data = edit_weights(model, names[:3], lambda old: old * np.float32(1.1)).SerializeToString()
     return bundle.update(replace(graph, sha256=sha256(data)), files={graph.file: data})
-
-
-def with_plan(bundle: Bundle) -> Bundle:
-    """The bundle with its engine said to be full TensorRT's, which nothing here can build."""
-    engine = bundle.manifest.find("engine")
-    assert engine is not None
-    data = bundle.read(engine)
-    named = replace(engine, built_with={**engine.built_with, "flavor": "tensorrt"})
-    return bundle.update(named, files={engine.file: data})
 
 
 def config(folder: Path) -> Any:
@@ -76,26 +66,19 @@ def with_engine(bundle: Bundle, precision: Precision, data: bytes) -> Bundle:
     return bundle.update(named, files={named.file: data})
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 @pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime", "python"])
 @pytest.mark.parametrize("form", ["v1_bundle", "pixels_bundle"])
 def test_configurations_are_those_of_the_engine_and_the_graph(
     form: str, backend: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    bundle: Bundle = with_plan(with_labels(request.getfixturevalue(form)))
+    plain: Bundle = request.getfixturevalue(form)
+    engine = plain.manifest.find("engine")
+    assert engine is not None
+    bundle = with_engine(with_labels(plain), "fp16", plain.read(engine))
     deployment = deploy(bundle, tmp_path / "models", backend)
     network = config(tmp_path / "models" / deployment.name)
     graph = bundle.manifest.find("onnx")
-    engine = bundle.manifest.find("engine")
     assert graph is not None
-    assert engine is not None
     value = onnx.load_from_string(bundle.read(graph)).graph
 
     assert (network.name, network.backend) == (deployment.name, backend)
@@ -158,32 +141,9 @@ def test_versions_are_added_beside_what_is_there(v1_bundle: Bundle, tmp_path: Pa
     changed = deploy(with_changed_weights(v1_bundle), repository, "onnxruntime")
     assert (changed.version, changed.added) == (2, True)
     after = tree(repository)
-    assert after.keys() - before.keys() == {"v1/2/model.onnx"}
+    assert after.keys() - before.keys() == {"v1/2", "v1/2/model.onnx"}
     assert {name: after[name] for name in before} == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_a_write_that_fails_takes_back_what_was_done(
-    v1_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rename = Path.rename
-    for fail_at in range(3):
-        repository, number = tmp_path / f"models{fail_at}", iter(range(100))
-        repository.mkdir()
-
-        def failing(self: Path, target: Path, number: Any = number, at: int = fail_at) -> Path:
-            if next(number) == at:
-                raise OSError(28, "No space left on device")
-            return rename(self, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", failing)
-            with pytest.raises(RexdeployError, match="No space left"):
-                deploy(v1_bundle, repository, "python")
-        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-        assert list(repository.iterdir()) == []
-        assert deploy(v1_bundle, repository, "python").version == 1
-        assert len(list(repository.iterdir())) == 3
 
 
 def test_two_at_once_leave_one_of_them(
@@ -299,24 +259,6 @@ def test_the_command_says_what_it_wrote(v1_bundle: Bundle, tmp_path: Path) -> No
     assert "unchanged, version 1" in run_cli("triton", "v1", cwd=tmp_path).out
 
 
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def bomb(width: int = 30000) -> bytes:
-    """A small PNG file whose header promises that many pixels a side."""
-    header = struct.pack(">II5B", width, width, 8, 0, 0, 0, 0)
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        checked = name + data
-        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-    pixels = chunk(b"IDAT", zlib.compress(bytes(100)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
-
-
 GOOD: dict[str, Callable[[Image.Image], bytes]] = {
     "jpeg": lambda image: encoded(image, "JPEG"),
     "cmyk": lambda image: encoded(image.convert("CMYK"), "JPEG"),
@@ -350,8 +292,8 @@ def test_the_server_decodes_what_the_library_decodes(
         (bytes(100), "not an image"),
         (b"\xff\xd8\xff\xe0 and so on", "cannot be decoded|not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-        (bomb(), "too large to decode safely"),
-        (bomb(9000), "cannot be decoded"),
+        (png(30_000, 30_000, rows=bytes(100)), "too large to decode safely"),
+        (png(9000, 9000, rows=bytes(100)), "cannot be decoded"),
     ],
     ids=["empty", "zeros", "cut", "a program", "bomb", "large and cut"],
 )
@@ -384,3 +326,15 @@ def test_a_missing_part_of_a_model_is_written_again(v1_bundle: Bundle, tmp_path:
     )
     deploy(v1_bundle, repository, "python")
     assert tree(repository) == before
+
+
+def test_a_file_of_too_many_bytes_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch, v1_original: Bundle
+) -> None:
+    """For servers without this front."""
+    monkeypatch.setattr("rexdeploy.triton_backend._MOST_BYTES", 10)
+    spec = v1_original.manifest.model
+    with pytest.raises(UsageError, match="image 3: got 11 bytes, expected at most 10"):
+        decoded(b"x" * 11, 3, spec)
+    with pytest.raises(UsageError, match="image 3: not an image"):
+        decoded(b"x" * 10, 3, spec)

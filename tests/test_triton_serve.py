@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +17,22 @@ from rexdeploy.images import sets
 from rexdeploy.serving.config import Settings
 from rexdeploy.serving.deploy import backend_here, deploy, servable
 from rexdeploy.serving.front import free_port
-from rexdeploy.serving.processes import Binary
+from rexdeploy.serving.processes import Binary, find_server, start
 from rexdeploy.serving.repository import DEFAULT_REPOSITORY, deployed
-from tests.helpers import ROOT, assert_refused, run_cli
-from tests.test_serve import file_tensor, http, infer, needs_server
-from tests.test_triton import config, tree, with_changed_weights
+from tests.helpers import ROOT, assert_refused, run_cli, wait_until
+from tests.test_repository import tree
+from tests.test_serve import file_tensor, infer, needs_server, serving
+from tests.test_triton import config, with_changed_weights
 
 EVERYTHING = frozenset({"tensorrt", "onnxruntime", "python"})
 without_gpu = pytest.mark.skipif(machine.detect() is not None, reason="this machine has a GPU")
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
 
 
 def documented_commands(bundle: str) -> list[list[str]]:
@@ -38,34 +41,6 @@ def documented_commands(bundle: str) -> list[list[str]]:
     block = text.strip("\n").partition("\n\n")[0]
     lines = [line.partition("#")[0].split() for line in block.splitlines()]
     return [[bundle if word == "rexnet_1.5" else word for word in line[1:]] for line in lines]
-
-
-@contextlib.contextmanager
-def serving(arguments: list[str], folder: Path) -> Iterator[Any]:
-    """A `rexdeploy serve` in a folder; gives a client of it."""
-    port = free_port()
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rexdeploy", *arguments, "--port", str(port)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        printed = []
-        for line in process.stdout or ():
-            printed.append(line)
-            if line.startswith("Ctrl-C"):
-                break
-        else:
-            pytest.fail("".join(printed))
-        yield http.InferenceServerClient(f"127.0.0.1:{port}")
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait(30)
 
 
 @needs_server
@@ -88,27 +63,24 @@ def test_what_triton_adds_a_running_server_takes_up(
         with load(bundle, "onnxruntime") as classifier:
             return classifier.run(classifier.prepare([path]))
 
-    def answers(client: Any, model: str, wanted: Any) -> bool:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if client.is_model_ready(f"{model}_image"):
-                got = infer(client, f"{model}_image", "image", file, gives="logits")
-                if np.abs(got - wanted).max() < 1e-4:
-                    return True
-            time.sleep(0.1)
-        return False
-
     before = tree(tmp_path / "artifacts" / "triton")
-    with serving(serve, tmp_path) as client:
+    with serving(small_v1, tmp_path, adds=False) as served:
+
+        def answers(model: str, wanted: Any) -> bool:
+            if not served.http.is_model_ready(f"{model}_image"):
+                return False
+            got = infer(served.http, f"{model}_image", "image", file, gives="logits")
+            return np.allclose(got, wanted, rtol=0, atol=1e-4)
+
         assert tree(tmp_path / "artifacts" / "triton") == before  # it serves, and adds nothing
         old = expected(small_v1)
-        assert answers(client, "small_v1", old)
+        assert answers("small_v1", old)
         new = expected(with_changed_weights(small_v1))
         assert np.abs(new - old).max() > 1e-2
         assert ": version 2\n" in run_cli(*second, cwd=tmp_path).out
         assert run_cli("triton", "small_lite", cwd=tmp_path).code == 0
-        assert answers(client, "small_v1", new)
-        assert answers(client, "small_lite", expected(small_lite))
+        wait_until(lambda: answers("small_v1", new))
+        wait_until(lambda: answers("small_lite", expected(small_lite)))
 
 
 @needs_server
@@ -147,6 +119,8 @@ def test_without_a_server_the_next_step_says_how_to_get_one(
     assert "onnxruntime backend (the bundle has no engine that Triton runs)" in result.out
     assert last.startswith("not served here: no tritonserver on PATH")
     assert "pip install 'rexdeploy[serve]'" in last
+    result = run_cli("serve", "small_v1", cwd=tmp_path)
+    assert_refused(result, "no tritonserver on PATH", "pip install 'rexdeploy[serve]'")
 
 
 @needs_server
@@ -230,3 +204,64 @@ def test_the_default_repository_is_one(tmp_path: Path) -> None:
     for command in ("triton", "serve", "tune-serving"):
         (option,) = (one for one in commands[command].params if one.name == "repository")
         assert option.default in (DEFAULT_REPOSITORY, str(DEFAULT_REPOSITORY))
+
+
+def test_a_program_that_is_no_server_is_refused(small_v1_original: Bundle, tmp_path: Path) -> None:
+    arguments = ("serve", small_v1_original.path, "--port", str(free_port()), "--tritonserver")
+    assert_refused(run_cli(*arguments, "gone", cwd=tmp_path), "gone is not a program")
+    for text, part in (
+        ("#!/bin/sh\nexit 1", "ended while starting: exit code 1"),
+        (
+            "#!/bin/sh\n>&2 echo 'Error: Failed to initialize NVML'\n"
+            ">&2 echo libx: no such library\nexit 127",
+            "ended while starting: libx: no such library",
+        ),
+        ("not a program", "cannot be started"),
+    ):
+        result = run_cli(*arguments, program(tmp_path / "server", text), cwd=tmp_path)
+        assert_refused(result, part)
+
+
+@needs_server
+@pytest.mark.parametrize(
+    ("host", "port", "part"),
+    [
+        ("127.0.0.1", 0, "port: got 0"),
+        ("127.0.0.1", 65534, "port: got 65534"),
+        ("999.1.1.1", 8000, "cannot listen on 999.1.1.1:8000"),
+        ("a..b", 8000, "cannot listen on a..b:8000"),
+        ("::1", 8000, "host: got '::1', expected an IPv4 address"),
+    ],
+)
+def test_unusable_addresses_are_refused(
+    host: str, port: int, part: str, small_v1_original: Bundle, tmp_path: Path
+) -> None:
+    result = run_cli(
+        "serve", small_v1_original.path, "--host", host, "--port", str(port), cwd=tmp_path
+    )
+    assert_refused(result, part)
+
+
+def test_the_backend_is_one_that_the_server_has(tmp_path: Path) -> None:
+    """The layout of a Triton installation, of which the folders decide."""
+    for name in ("onnxruntime", "python"):
+        (tmp_path / "backends" / name).mkdir(parents=True)
+    server = find_server(program(tmp_path / "bin" / "tritonserver", "#!/bin/sh\n"))
+    assert server.backends == {"onnxruntime", "python"}
+    backends = ("tensorrt", "onnxruntime", "python")
+    assert [server.lacks(backend) for backend in backends] == [True, False, False]
+
+
+@without_gpu
+def test_without_a_gpu_the_python_backend_serves(tmp_path: Path) -> None:
+    server = Binary(Path("x"), "on PATH", backends=frozenset({"tensorrt", "onnxruntime", "python"}))
+    wanted = backend_here("auto", tmp_path, "v1", server)
+    assert wanted == ("python", "no NVIDIA GPU on this machine")
+
+
+def test_the_models_import_the_package_that_started_the_server(tmp_path: Path) -> None:
+    """And none of its parts by a bare name, as `files` or `text` of the user's own."""
+    printing = program(tmp_path / "tritonserver", "#!/bin/sh\necho $PYTHONPATH >&2\n")
+    process = start(Binary(printing, "here"), [], 0)
+    first = process.communicate(timeout=20)[1].split(":")[0]
+    assert Path(first, "rexdeploy", "__init__.py").is_file()

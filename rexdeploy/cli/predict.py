@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rexdeploy.cli.console import check_json, emit, progress_bar, say
-from rexdeploy.cli.shared import (
-    Json,
-    Quiet,
-    RequireSignature,
-    interrupted,
-    leave_with,
-)
+from rexdeploy.cli.shared import Json, Quiet, RequireSignature, interrupted, leave_with
 from rexdeploy.errors import UsageError
 from rexdeploy.text import one_line
 
@@ -105,7 +99,7 @@ def predict(
             require_signature=require_signature,
             began=began,
             each=each,
-            report=_Bar(stack, quiet, out),
+            report=_progress(stack, quiet, out),
         )
     if out is not None:
         emit(json, result)
@@ -117,24 +111,22 @@ def predict(
         raise typer.Exit(UsageError.exit_code)
 
 
-class _Bar:
-    """The progress of a results file; meanwhile Ctrl-C leaves at once, with what is done."""
+def _progress(
+    stack: contextlib.ExitStack, quiet: bool, out: Path | None
+) -> Callable[[int, int], None]:
+    """A bar from its first call on; meanwhile Ctrl-C leaves at once, with what is done."""
+    shown: list[Callable[[int], None]] = []
 
-    def __init__(self, stack: contextlib.ExitStack, quiet: bool, out: Path | None) -> None:
-        self._stack, self._quiet, self._out = stack, quiet, out
-        self._show: Callable[[int], None] | None = None
+    def report(done: int, total: int) -> None:
+        if not shown:
+            message = f"; {out}.partial keeps what is done, and the same command goes on"
+            signal.signal(signal.SIGINT, leave_with(message))
+            stack.callback(signal.signal, signal.SIGINT, interrupted)
+            bar = progress_bar(quiet, "classifying", done, total)
+            shown.append(stack.enter_context(bar))
+        shown[0](done)
 
-    def __call__(self, done: int, total: int) -> None:
-        if self._show is not None:
-            self._show(done)
-            return
-        handler = leave_with(
-            f"; {self._out}.partial keeps what is done, and the same command goes on"
-        )
-        signal.signal(signal.SIGINT, handler)
-        self._stack.callback(signal.signal, signal.SIGINT, interrupted)
-        bar = progress_bar(self._quiet, "classifying", done, total)
-        self._show = self._stack.enter_context(bar)
+    return report
 
 
 def show_runner(classifier: Classifier, quiet: bool, silent: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,10 +72,11 @@ def serve(
     rexdeploy serve rexnet_1.5 --port 9000
     """
     from rexdeploy.serving.front import Address
-    from rexdeploy.serving.processes import stop_signals, workplace
+    from rexdeploy.serving.processes import stop_signals
     from rexdeploy.serving.server import prepare, running
 
     address = Address(host, port)
+    log_line = partial(say, to_stderr=True)
     with taken_back_on_ctrl_c():
         service = prepare(
             bundle,
@@ -88,9 +90,8 @@ def serve(
         )
     with (
         stop_signals() as stop,
-        workplace() as place,
         running(
-            service.binary, repository, address, show_log_line, show_log, service.guard, place, stop
+            service.binary, repository, address, log_line, show_log, service.guard, stop
         ) as process,
     ):
         with progress(quiet) as report:
@@ -133,8 +134,3 @@ def show_serving(service: Service) -> None:
         f'  -H "Inference-Header-Content-Length: ${{#h}}" {service.url}/infer',
         "Ctrl-C ends it",
     )
-
-
-def show_log_line(line: str) -> None:
-    """A line of a server's log."""
-    say(line, to_stderr=True)

@@ -79,22 +79,20 @@ def show_deployment(title: str, result: Deployment) -> None:
     from rexdeploy.serving.repository import DEFAULT_REPOSITORY
 
     try:
-        server, missing = find_server(), ""
+        server = find_server()
     except BackendUnavailable as error:
-        server, missing = None, str(error)
-    if server is None:
-        step = f"not served here: {missing}"
-    elif server.backends and result.backend not in server.backends:
-        step = f"not served here: no {result.backend} backend in the tritonserver {server.origin}"
-    elif result.repository == DEFAULT_REPOSITORY:
-        step = "next: rexdeploy serve"
+        step = f"not served here: {error}"
     else:
-        step = f"next: rexdeploy serve --repository {shlex.quote(str(result.repository))}"
-    version = (
-        f"version {result.version}" if result.added else f"unchanged, version {result.version}"
-    )
+        folder = shlex.quote(str(result.repository))
+        option = "" if result.repository == DEFAULT_REPOSITORY else f" --repository {folder}"
+        step = f"next: rexdeploy serve{option}"
+        if server.lacks(result.backend):
+            step = (
+                f"not served here: no {result.backend} backend in the tritonserver {server.origin}"
+            )
+    unchanged = "" if result.added else "unchanged, "
     say(
-        f"{title} in {result.repository}: {version}",
+        f"{title} in {result.repository}: {unchanged}version {result.version}",
         f"  {result.name}: {result.backend} backend ({result.reason}), batches up to "
         f"{result.batch.max}",
         f"  {result.image_name}: the same, of image files",

@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rexdeploy.cli.console import check_json, emit, print_table, progress, say
-from rexdeploy.cli.shared import (
-    BundleArgument,
-    Json,
-    Quiet,
-    only_warned_of,
-    taken_back_on_ctrl_c,
-)
+from rexdeploy.cli.shared import BundleArgument, Json, Quiet, only_warned_of, taken_back_on_ctrl_c
 
 if TYPE_CHECKING:
     from rexdeploy.serving.tuning import Row, Sweep
@@ -92,37 +86,24 @@ def show_sweep(title: str, result: Sweep) -> None:
     """Every way of serving at its most within the bound, or at its nearest to it."""
     from rexdeploy.serving.tuning import describe
 
+    def line(row: Row) -> tuple[str, ...]:
+        load = row.best(result.bound_ms)
+        verdict = "kept" if row.settings == result.kept else "within"
+        if load is None:
+            load = min(row.loads, key=lambda load: load.p99_ms, default=None)
+            verdict = "over" if row.fault is None else "failed"
+        numbers: tuple[str, ...] = ("-",) * 4
+        if load is not None:
+            times = (f"{number:.1f}" for number in (load.per_second, load.p50_ms, load.p99_ms))
+            numbers = (str(load.connections), *times)
+        return (describe(row.settings, result.batch), *numbers, verdict)
+
     say(f"{title}, {result.images}: 99 of 100 requests within {result.bound_ms:g} ms")
-    print_table(
-        ("way of serving", "connections", "images/s", "p50 ms", "p99 ms", ""),
-        [_line(row, result) for row in result.rows],
-    )
+    columns = ("way of serving", "connections", "images/s", "p50 ms", "p99 ms", "")
+    print_table(columns, map(line, result.rows))
     for row in result.rows:
         if row.fault is not None:
             say(f"{describe(row.settings, result.batch)}: {row.fault}")
     if result.deployment is not None:
         added = result.deployment
-        say(
-            f"kept in {added.repository} for {added.name}, version {added.version} and later ones",
-        )
-
-
-def _line(row: Row, result: Sweep) -> tuple[str, ...]:
-    from rexdeploy.serving.tuning import describe
-
-    name = describe(row.settings, result.batch)
-    load = row.best(result.bound_ms)
-    verdict = "kept" if row.settings == result.kept else "within"
-    if load is None:
-        load = min(row.loads, key=lambda load: load.p99_ms, default=None)
-        verdict = "over" if row.fault is None else "failed"
-    if load is None:
-        return (name, "-", "-", "-", "-", verdict)
-    return (
-        name,
-        str(load.connections),
-        f"{load.per_second:.1f}",
-        f"{load.p50_ms:.1f}",
-        f"{load.p99_ms:.1f}",
-        verdict,
-    )
+        say(f"kept in {added.repository} for {added.name}, version {added.version} and later ones")

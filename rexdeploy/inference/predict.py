@@ -13,7 +13,7 @@ from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.inference.classifier import Classifier, load
-from rexdeploy.inference.rows import Header, Results, check_out
+from rexdeploy.inference.results_file import Header, Results, check_out
 from rexdeploy.inference.stream import Row, classify_files, expand
 from rexdeploy.progress import Result
 from rexdeploy.text import printable
@@ -92,7 +92,7 @@ def predict(
             with Results(out, Header.of(classifier, images, top), force) as results:
                 left = [file for file in files if printable(file) not in results.done]
                 before, total = len(results.done), results.rows + len(left)
-                told = report or _silent
+                told = report or (lambda *_: None)
                 told(results.rows, total)
                 for batch in classify_files(classifier, left, results.top):
                     results.append(batch)
@@ -109,7 +109,3 @@ def predict(
         errors=errors,
         before=before,
     )
-
-
-def _silent(done: int, total: int) -> None:
-    del done, total

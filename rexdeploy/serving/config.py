@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from importlib import resources
+from string import Template
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -13,7 +15,9 @@ from rexdeploy.bundle.manifest import BatchRange, InputForm, OutputForm, Preproc
 from rexdeploy.errors import UsageError
 
 TritonBackend = Literal["tensorrt", "onnxruntime", "python"]
-Role = Literal["network", "preprocess", "ensemble"]
+Role = Literal["preprocess", "network", "ensemble"]
+SUFFIXES: dict[Role, str] = {"preprocess": "_preprocess", "network": "", "ensemble": "_image"}
+"""What the name of each of the three models adds to the network's."""
 CONFIG = "config.pbtxt"
 DEFAULT_STORAGE, DEFAULT_IMAGE = "pvc://models", "tritonserver-rexdeploy"  # of a KServe cluster
 LABELS = "labels.txt"
@@ -46,12 +50,22 @@ class Settings:
 
 
 DEFAULTS = Settings()
+_NO_TF32 = """
+# TensorFloat-32 rounds products to 10 bits: not the network's logits.
+optimization { execution_accelerators { gpu_execution_accelerator [
+  { name: "cuda" parameters { key: "use_tf32" value: "0" } }
+] } }"""
 
 
-def network_config(name: str, signature: Signature, batch: BatchRange, settings: Settings) -> str:
-    """Of the network itself; `batch` is what its file takes."""
-    image = _image_tensor(signature)
-    warmup = "".join(
+def configurations(
+    name: str, signature: Signature, batch: BatchRange, settings: Settings
+) -> dict[Role, str]:
+    """The config.pbtxt of each of the three models; `batch` is what the network's file takes."""
+    kinds = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
+    dims = list(signature.preprocess.shape(signature.input))
+    image = f"data_type: {kinds[signature.input]} dims: {dims}"
+    labels = f' label_filename: "{LABELS}"' if signature.labels else ""
+    warmups = (
         f"""
 model_warmup {{
   name: "batch {size}"
@@ -60,36 +74,35 @@ model_warmup {{
 }}"""
         for size in sorted({1, batch.opt})
     )
-    kept = "" if settings == DEFAULTS else "\n" + _marker(_SETTINGS, settings)
     # The Python backend's model looks for a GPU itself; for the others Triton places instances.
-    kind = {"python": "KIND_CPU", "tensorrt": "KIND_GPU", "onnxruntime": "KIND_AUTO"}
-    accelerator = (
-        """
-# TensorFloat-32 rounds products to 10 bits: not the network's logits.
-optimization { execution_accelerators { gpu_execution_accelerator [
-  { name: "cuda" parameters { key: "use_tf32" value: "0" } }
-] } }"""
-        if signature.backend == "onnxruntime"
-        else ""
-    )
-    return f"""name: {_quoted(name)}
-backend: "{signature.backend}"
-max_batch_size: {batch.max}
-input [ {{ name: {_quoted(signature.input_name)} {image} }} ]
-{_output(signature)}
-# Only the newest version answers; an older one is a folder to go back to, by removing newer ones.
-version_policy {{ latest {{ num_versions: 1 }} }}
-instance_group [ {{ kind: {kind[signature.backend]} count: {settings.instances} }} ]
-{_batching(batch, settings)}{warmup}{accelerator}
-{_marker("network", signature)}{kept}
-"""
+    places = {"python": "KIND_CPU", "tensorrt": "KIND_GPU", "onnxruntime": "KIND_AUTO"}
+    common = {
+        **{f"{role}_name": _quoted(name + suffix) for role, suffix in SUFFIXES.items()},
+        "input_name": _quoted(signature.input_name),
+        "output_name": _quoted(signature.output_name),
+        "backend": signature.backend,
+        "max_batch": batch.max,
+        "image": image,
+        "output": f"{{ name: {_quoted(signature.output_name)} data_type: TYPE_FP32 "
+        f"dims: [ {signature.num_classes} ]{labels} }}",
+        "kind": places[signature.backend],
+        "instances": settings.instances,
+        "batching": _batching(batch, settings),
+        "warmups": "".join(warmups),
+        "accelerator": _NO_TF32 if signature.backend == "onnxruntime" else "",
+        "kept": "" if settings == DEFAULTS else "\n" + _marker(_SETTINGS, settings),
+    }
+    return {
+        role: _filled(f"triton_{role}.pbtxt", marker=_marker(role, signature), **common)
+        for role in SUFFIXES
+    }
 
 
 def _batching(batch: BatchRange, settings: Settings) -> str:
     """How requests become batches, within what the network's file takes."""
-    best = min(settings.batch or batch.opt, batch.max)
     if settings.batch == 1:
         return "# Each request runs by itself, as tune-serving found best."
+    best = min(settings.batch or batch.opt, batch.max)
     preferred = sorted({best, batch.max} - {1})
     sizes = f" preferred_batch_size: {preferred}" if preferred else ""
     if settings.delay_us:
@@ -101,62 +114,10 @@ def _batching(batch: BatchRange, settings: Settings) -> str:
     )
 
 
-def preprocess_config(name: str, signature: Signature, batch: BatchRange) -> str:
-    """Of what makes the network's input of image files."""
-    return f"""name: {_quoted(name)}
-backend: "python"
-max_batch_size: {batch.max}
-# The bytes of one image file, and zeros after it.
-input [ {{ name: "image" data_type: TYPE_UINT8 dims: [ -1 ] allow_ragged_batch: true }} ]
-output [ {{ name: "preprocessed" {_image_tensor(signature)} }} ]
-instance_group [ {{ kind: KIND_CPU count: 1 }} ]
-# What has queued up is decoded in parallel, and reaches the network together.
-dynamic_batching {{ }}
-{_marker("preprocess", signature)}
-"""
-
-
-def ensemble_config(name: str, signature: Signature, batch: BatchRange) -> str:
-    """Of the two in a row; `name` is the network's."""
-    return f"""name: {_quoted(name + "_image")}
-platform: "ensemble"
-max_batch_size: {batch.max}
-# The bytes of one image file; the shorter ones of a batch are filled up with zeros.
-input [ {{ name: "image" data_type: TYPE_UINT8 dims: [ -1 ] }} ]
-{_output(signature)}
-ensemble_scheduling {{
-  step [
-    {{
-      model_name: {_quoted(name + "_preprocess")}
-      model_version: -1
-      input_map {{ key: "image" value: "image" }}
-      output_map {{ key: "preprocessed" value: "preprocessed" }}
-    }},
-    {{
-      model_name: {_quoted(name)}
-      model_version: -1
-      input_map {{ key: {_quoted(signature.input_name)} value: "preprocessed" }}
-      output_map {{
-        key: {_quoted(signature.output_name)} value: {_quoted(signature.output_name)}
-      }}
-    }}
-  ]
-}}
-{_marker("ensemble", signature)}
-"""
-
-
-def _image_tensor(signature: Signature) -> str:
-    kind = "TYPE_UINT8" if signature.input == "uint8" else "TYPE_FP32"
-    return f"data_type: {kind} dims: {list(signature.preprocess.shape(signature.input))}"
-
-
-def _output(signature: Signature) -> str:
-    labels = f' label_filename: "{LABELS}"' if signature.labels else ""
-    return (
-        f"output [ {{ name: {_quoted(signature.output_name)} data_type: TYPE_FP32 "
-        f"dims: [ {signature.num_classes} ]{labels} }} ]"
-    )
+def _filled(template: str, **values: object) -> str:
+    """A template of the package's data, with its $names replaced."""
+    text = resources.files("rexdeploy").joinpath(f"data/{template}").read_text(encoding="utf-8")
+    return Template(text).substitute(values)
 
 
 def _marker(what: str, value: Signature | Settings) -> str:
@@ -221,40 +182,6 @@ def image_request(file: bytes, output: str | None = None) -> tuple[bytes, dict[s
     return header + file, headers
 
 
-_TEMPLATE = """\
-# Serves the model repository at storageUri: the folder that 'rexdeploy triton' wrote, copied there.
-apiVersion: serving.kserve.io/v1beta1
-kind: InferenceService
-metadata:
-  name: "{service}"
-spec:
-  predictor:
-    minReplicas: 1
-    model:
-      modelFormat:
-        name: triton
-      runtime: kserve-tritonserver
-      protocolVersion: v2
-      storageUri: "{storage_uri}"
-      # Triton's image with what its Python runs (the preprocessing{network}):
-      # pip install rexdeploy{packages}
-      image: "{image}"
-      resources:
-        requests:
-          cpu: "2"
-          memory: 4Gi
-        limits:
-          memory: 4Gi{gpu}
-      volumeMounts:
-        - name: shared-memory
-          mountPath: /dev/shm
-    volumes:
-      # Tensors go to and from Triton's Python through it, and a container's own is 64 MiB.
-      - name: shared-memory
-        emptyDir:
-          medium: Memory
-          sizeLimit: 1Gi
-"""
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:+-]*")  # no quote, no escape, no white space
 _MAX_NAME = 63 - len("-predictor")  # KServe makes a Kubernetes Service NAME-predictor
 _SCHEMES = ("s3://", "gs://", "pvc://", "https://", "http://", "hdfs://", "hf://", "oci://")
@@ -282,7 +209,8 @@ def inference_service(name: str, backend: str, storage_uri: str, image: str) -> 
     service = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     service = (service if service[:1].isalpha() else f"model-{service}")[:_MAX_NAME].rstrip("-")
     python = backend == "python"
-    return _TEMPLATE.format(
+    return _filled(
+        "kserve.yaml",
         service=service,
         storage_uri=storage_uri,
         image=image,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from rexdeploy import machine
 from rexdeploy.backends import engines
 from rexdeploy.bundle.manifest import (
     DEFAULT_BATCH,
@@ -28,17 +28,17 @@ from rexdeploy.serving.config import (
     DEFAULT_IMAGE,
     DEFAULT_STORAGE,
     LABELS,
+    SUFFIXES,
+    Role,
     Settings,
     Signature,
     TritonBackend,
-    ensemble_config,
+    configurations,
     inference_service,
-    network_config,
-    preprocess_config,
     settings_in,
     signature_in,
 )
-from rexdeploy.serving.processes import Binary, choose_backend, find_server
+from rexdeploy.serving.processes import Binary, find_server
 from rexdeploy.serving.repository import (
     DEFAULT_REPOSITORY,
     Deployed,
@@ -50,7 +50,6 @@ from rexdeploy.serving.repository import (
 )
 from rexdeploy.text import printable
 
-BACKENDS: tuple[TritonBackend, ...] = ("tensorrt", "onnxruntime", "python")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_.+-]*")
 _MODEL_PY = """import os
 import sys
@@ -141,7 +140,7 @@ def deploy(
     """Adds the bundle to the repository as the next version of the model `name`.
 
     All of it is there at once or, if anything fails, nothing (`publish`). `backend` is one of
-    BACKENDS, and `why` the reason to tell for it, or "auto": what the bundle is best at. The
+    Triton's, and `why` the reason to tell for it, or "auto": what the bundle is best at. The
     `settings` are those that the model has in the repository, unless others are given. Raises
     UsageError where the bundle lacks what was asked for, where the name is somebody else's model,
     and where the model of that name has another signature; RexdeployError where it cannot be
@@ -163,7 +162,7 @@ def deploy(
             "with --batch dynamic"
         )
     labels_file = bundle.manifest.find("labels")
-    labels = bundle.read(labels_file) if labels_file else None
+    labels = bundle.read(labels_file) if labels_file else b""
     spec = bundle.manifest.model
     signature = Signature(
         backend=chosen,
@@ -175,35 +174,27 @@ def deploy(
         preprocess=spec.preprocess,
         labels=sha256(labels) if labels else None,
     )
-    shared = {LABELS: labels} if labels else {}
-    version = _network_files(bundle, chosen, files)
-    _check_place(repository)
+    named = {LABELS: labels} if labels else {}
+    shared: dict[Role, dict[str, bytes]] = {"preprocess": {}, "network": named, "ensemble": named}
+    versions: dict[Role, dict[str, bytes]] = {
+        "preprocess": _python_files("Preprocess", replace(bundle.manifest, artifacts=())),
+        "network": _network_files(bundle, chosen, files),
+        "ensemble": {".keep": b""},
+    }
+    if repository.exists() and not repository.is_dir():
+        raise UsageError(f"repository: {repository} is a file, expected a folder of models")
+    if is_bundle(repository):
+        raise UsageError(
+            f"repository: {repository} is a bundle, expected a folder of models; choose another"
+        )
     try:
         with changing(repository) as staging:
             if settings is None:  # read where no other command can change them meanwhile
                 settings = settings_in(config_of(repository / name) or "")
+            configs = configurations(name, signature, batch, settings)
             models = [
-                Model(
-                    "preprocess",
-                    f"{name}_preprocess",
-                    preprocess_config(f"{name}_preprocess", signature, batch),
-                    {},
-                    _python_files("Preprocess", bundle.manifest, {}),
-                ),
-                Model(
-                    "network",
-                    name,
-                    network_config(name, signature, batch, settings),
-                    shared,
-                    version,
-                ),
-                Model(
-                    "ensemble",
-                    f"{name}_image",
-                    ensemble_config(name, signature, batch),
-                    shared,
-                    {".keep": b""},
-                ),
+                Model(role, name + suffix, configs[role], shared[role], versions[role])
+                for role, suffix in SUFFIXES.items()
             ]
             _check(repository, models, signature)
             published = publish(models, repository, staging)
@@ -232,7 +223,13 @@ def backend_here(
     for model in deployed(repository):
         if model.name == name:
             return model.signature.backend, "as its versions before"
-    return ("auto", "") if server is None else choose_backend(server, "auto")
+    if server is None:
+        return "auto", ""
+    if machine.detect() is None:
+        return "python", "no NVIDIA GPU on this machine"
+    if not server.backends >= {"tensorrt", "onnxruntime"}:
+        return "python", f"the tritonserver {server.origin} lacks TensorRT's or ONNX Runtime's"
+    return "auto", ""
 
 
 def servable(repository: Path, server: Binary) -> list[Deployed]:
@@ -240,14 +237,15 @@ def servable(repository: Path, server: Binary) -> list[Deployed]:
     models = deployed(repository)
     for model in models:
         backend = model.signature.backend
-        if server.backends and backend not in server.backends:
+        if server.lacks(backend):
             known = ", ".join(sorted(server.backends))
             raise UsageError(
                 f"{repository / model.name} is for Triton's {backend} backend, and the "
                 f"tritonserver {server.origin} has only {known}; add the bundle to another "
                 "--repository with --backend python, or give another --tritonserver"
             )
-        for part in (f"{model.name}_preprocess", model.image_name):
+        for suffix in SUFFIXES.values():
+            part = model.name + suffix
             if config_of(repository / part) is None:
                 raise UsageError(
                     f"{repository} has {model.name} but not {part}, which belongs to it; run "
@@ -258,38 +256,41 @@ def servable(repository: Path, server: Binary) -> list[Deployed]:
 
 def _choose(manifest: Manifest, wanted: str, why: str) -> tuple[TritonBackend, list[Artifact], str]:
     """The backend, the files that it may run (best first), and why it was chosen."""
-    if wanted not in ("auto", *BACKENDS):
-        raise UsageError(f"backend: got '{wanted}', expected one of auto, {', '.join(BACKENDS)}")
     known = engines(manifest)
-    built = [engine for engine in known if engine.proof_fault is None]
-    unproven = "; ".join(
+    proven = [engine for engine in known if engine.proof_fault is None]
+    plans = [engine for engine in proven if engine.built_with.get("flavor") == "tensorrt"]
+    graphs = [graph for graph in (manifest.find("onnx"),) if graph is not None]
+    passed_over = "; ".join(
         f"{engine.file} is passed over: {engine.proof_fault}"
         for engine in known
-        if engine.proof_fault is not None
+        if engine not in proven
     )
-    plans = [engine for engine in built if engine.built_with.get("flavor") == "tensorrt"]
-    graph = manifest.find("onnx")
-    if wanted == "tensorrt" and not plans:
-        has = "only TensorRT-RTX engines, which Triton cannot run" if built else "no engine"
-        has += f" ({unproven})" if unproven else ""
+    if wanted == "auto" and plans:
+        wanted, why = "tensorrt", "the bundle's engine"
+    elif wanted == "auto" and graphs:
+        wanted, why = "onnxruntime", "the bundle has no engine that Triton runs"
+    elif wanted == "auto":
+        wanted, why = "python", "the bundle has TensorRT-RTX engines only"
+    choices: dict[str, tuple[TritonBackend, list[Artifact]]] = {
+        "tensorrt": ("tensorrt", plans[:1]),
+        "onnxruntime": ("onnxruntime", graphs),
+        "python": ("python", [*proven, *graphs]),
+    }
+    if wanted not in choices:
+        raise UsageError(f"backend: got '{wanted}', expected one of auto, {', '.join(choices)}")
+    backend, files = choices[wanted]
+    if files:
+        return backend, files, "; ".join(filter(None, (why, passed_over)))
+    if backend == "tensorrt":
+        has = "only TensorRT-RTX engines, which Triton cannot run" if proven else "no engine"
+        has += f" ({passed_over})" if passed_over else ""
         raise UsageError(
             f"--backend tensorrt: the bundle has {has}; run 'rexdeploy build-trt --flavor "
             "tensorrt', or take --backend python or onnxruntime"
         )
-    if wanted == "onnxruntime" and graph is None:
+    if backend == "onnxruntime":
         raise UsageError("--backend onnxruntime: the bundle has no ONNX graph; export it again")
-    because = f"; {unproven}" if unproven else ""
-    if wanted == "tensorrt" or (wanted == "auto" and plans):
-        reason = why if wanted != "auto" else "the bundle's engine"
-        return "tensorrt", plans[:1], reason + because
-    if graph is not None and wanted in ("auto", "onnxruntime"):
-        reason = why if wanted != "auto" else "the bundle has no engine that Triton runs"
-        return "onnxruntime", [graph], reason + because
-    runnable = [*built, *([graph] if graph else [])]
-    if not runnable:
-        raise UsageError("the bundle has neither an engine nor an ONNX graph; export it again")
-    reason = why if wanted != "auto" else "the bundle has TensorRT-RTX engines only"
-    return "python", runnable, reason + because
+    raise UsageError("the bundle has neither an engine nor an ONNX graph; export it again")
 
 
 def _network_files(
@@ -297,33 +298,19 @@ def _network_files(
 ) -> dict[str, bytes]:
     """A version of the network; of the Python backend's, a bundle of what it may run."""
     data = {artifact.file: bundle.read(artifact) for artifact in files}
-    if backend == "tensorrt":
-        return {"model.plan": data[files[0].file]}
-    if backend == "onnxruntime":
-        return {"model.onnx": data[files[0].file]}
-    cut = tuple(replace(artifact, parent_sha256=None) for artifact in files)
-    return _python_files("Network", replace(bundle.manifest, artifacts=cut), data)
+    if backend == "python":
+        cut = tuple(replace(artifact, parent_sha256=None) for artifact in files)
+        return _python_files("Network", replace(bundle.manifest, artifacts=cut)) | data
+    return {"model.plan" if backend == "tensorrt" else "model.onnx": data[files[0].file]}
 
 
-def _python_files(kind: str, manifest: Manifest, data: Mapping[str, bytes]) -> dict[str, bytes]:
-    kept = tuple(item for item in manifest.artifacts if item.file in data)
-    manifest = replace(manifest, artifacts=kept, updated_at="")  # equal files, equal bytes
+def _python_files(kind: str, manifest: Manifest) -> dict[str, bytes]:
     return {
         "model.py": _MODEL_PY.format(kind).encode(),
         # In place of the folder that Python would make, which a polling server takes for a change.
         "__pycache__": b"",
-        MANIFEST: to_json(manifest),
-        **data,
+        MANIFEST: to_json(replace(manifest, updated_at="")),  # equal files, equal bytes
     }
-
-
-def _check_place(repository: Path) -> None:
-    if repository.exists() and not repository.is_dir():
-        raise UsageError(f"repository: {repository} is a file, expected a folder of models")
-    if is_bundle(repository):
-        raise UsageError(
-            f"repository: {repository} is a bundle, expected a folder of models; choose another"
-        )
 
 
 def _check(repository: Path, models: list[Model], signature: Signature) -> None:

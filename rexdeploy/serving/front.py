@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import os
+import secrets
 import socket
 import threading
 import time
@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rexdeploy.errors import BackendUnavailable, UsageError
-from rexdeploy.serving.limits import Budget, Gate
+from rexdeploy.serving.request_limits import Gate, shared_room
 
 if TYPE_CHECKING:
-    from rexdeploy.serving.proxies import GrpcProxy, HttpProxy
+    from rexdeploy.serving.front_http_grpc import GrpcProxy, HttpProxy
 
 
 # Files in the server's folder; Triton adds the port's number to gRPC's.
 SOCKETS = {"http": "http", "grpc": "grpc:1", "metrics": "metrics"}
-_LEAST_BUDGET = 2**25
 _GRACE_S = 0.5  # who has just had an answer may send the next request meanwhile, and gets its own
 _LOOK_S = 0.02
 
@@ -40,14 +39,13 @@ class Front:
 
     def __init__(self, host: str, port: int, limit: int) -> None:
         try:
-            from rexdeploy.serving.proxies import GrpcProxy, HttpProxy
+            from rexdeploy.serving.front_http_grpc import GrpcProxy, HttpProxy
         except ImportError as error:
             raise BackendUnavailable(
                 f"{error.name} is not installed: pip install 'rexdeploy[serve]'"
             ) from None
-        self.limit = limit
         self._host, self._port = host, port
-        self._gate = gate = Gate(limit, Budget(budget(limit)))
+        self._gate = gate = Gate(limit, shared_room(limit))
         self._proxies: dict[str, HttpProxy | GrpcProxy] = {  # in the order of their ports
             "http": HttpProxy(gate),
             "grpc": GrpcProxy(gate),
@@ -109,20 +107,6 @@ class Front:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-def budget(limit: int) -> int:
-    """Bytes of HTTP bodies that may be in the server together, of which one may have `limit`.
-
-    Triton's Python backend copies them to /dev/shm, never makes that smaller again, and fails
-    everybody's requests when it is full: a small one takes fewer of them.
-    """
-    try:
-        status = os.statvfs("/dev/shm")
-        shared = status.f_bavail * status.f_frsize
-    except OSError:
-        shared = _LEAST_BUDGET
-    return max(limit, min(max(_LEAST_BUDGET, 2 * limit), shared // 4))
-
-
 @dataclass(frozen=True)
 class Address:
     """Where the server listens; gRPC and metrics are at the two ports after HTTP's."""
@@ -182,12 +166,13 @@ def check_ports(address: Address) -> None:
 
 
 def free_port() -> int:
-    """The first of three ports in a row that are free on this machine now, for an `Address`."""
+    """The first of three ports in a row that are free on this machine now, for an `Address`.
+
+    It is below those that Linux gives to connections, of which one could take it the next moment.
+    """
     while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            sockets[0].bind(("127.0.0.1", 0))
-            port: int = sockets[0].getsockname()[1]
-            for place in (1, 2):
-                sockets[place].bind(("127.0.0.1", port + place))
+        port = secrets.choice(range(10_000, 32_000))
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for place in range(3):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + place))
             return port

@@ -11,18 +11,20 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from rexdeploy import machine
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.files import open_locked
+from rexdeploy.progress import Report
 
 # In what Triton 2.51 writes where it has no GPU, or listens at a socket in the file system.
 _USUAL = (
@@ -38,14 +40,14 @@ _CRASHED = re.compile(r"Signal \(\d+\) received\.")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LEAST_STACK = 2**26
 _GONE_S = 5.0  # how long killed processes may take to go
+GONE = ("Z", "X")  # states as `ps` shows them
 
 
-def start(
-    command: Sequence[str], environment: Mapping[str, str], stack: int
-) -> subprocess.Popen[str]:
-    """Starts it with threads of at least `stack` bytes beside what they need; raises OSError.
+def start(binary: Binary, options: Sequence[str], stack: int) -> subprocess.Popen[str]:
+    """Starts a server with threads of at least `stack` bytes beside what they need.
 
-    To be called by the main thread: the process ends when the thread that started it does.
+    To be called by the main thread: the process ends when the thread that started it does. Raises
+    RexdeployError where it cannot be started.
     """
     libc = ctypes.CDLL(None)
     _, most = resource.getrlimit(resource.RLIMIT_STACK)
@@ -60,17 +62,49 @@ def start(
         with contextlib.suppress(AttributeError):  # Linux only
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
-        preexec_fn=prepare,
-    )
+    try:
+        return subprocess.Popen(
+            [str(binary.path), *options],
+            env=_environment(binary),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
+            preexec_fn=prepare,
+        )
+    except OSError as error:
+        raise RexdeployError(
+            f"{binary.path} ({binary.origin}) cannot be started ({error.strerror})"
+        ) from None
+
+
+def _environment(binary: Binary) -> dict[str, str]:
+    """Ours, with the libraries that the server needs and this Python first on the path.
+
+    The Python backend's process looks for its packages by the python3 on PATH, and the models run
+    the code of this very package, from wherever it was imported.
+    """
+    ours = os.environ
+    folder = Path(__file__).parents[2]  # that holds rexdeploy
+    environment = {
+        # Else glibc keeps the memory of the largest requests, once for each thread.
+        "MALLOC_ARENA_MAX": "2",
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+        "MALLOC_TRIM_THRESHOLD_": str(2**22),
+        **ours,
+        "PATH": _paths(Path(sys.executable).parent, ours.get("PATH", os.defpath)),
+        "PYTHONPATH": _paths(folder, ours.get("PYTHONPATH")),
+    }
+    if binary.libraries is not None:
+        libraries = _paths(ours.get("LD_LIBRARY_PATH"), binary.libraries)
+        environment["LD_LIBRARY_PATH"] = libraries
+    return environment
+
+
+def _paths(*parts: Path | str | None) -> str:
+    return os.pathsep.join(str(part) for part in parts if part)
 
 
 def end(process: subprocess.Popen[str], patience: float) -> None:
@@ -79,34 +113,45 @@ def end(process: subprocess.Popen[str], patience: float) -> None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
+    process.kill()
     # It leads a group of its own, in which its children outlive it.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill_all(lambda: [pid for pid in _pids() if _runs_in(process.pid, pid)])
     process.wait()
+
+
+def _kill_all(find: Callable[[], Sequence[int]]) -> None:
+    """Kills what is found until nothing is found any more, for _GONE_S at the most."""
     deadline = time.monotonic() + _GONE_S
-    while _runs(process.pid) and time.monotonic() < deadline:
+    while (pids := find()) and time.monotonic() < deadline:
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
 
 
-def _runs(group: int) -> bool:
-    """Whether a process of the group still runs; one that nobody has waited for does not."""
-    for path in Path("/proc").glob("[1-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):
-            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-            if its_group == str(group) and state not in ("Z", "X"):
-                return True
-    return False
+def _pids() -> Iterator[int]:
+    """The processes of this machine."""
+    return (int(path.name) for path in Path("/proc").glob("[1-9]*"))
 
 
+def stat_of(pid: int) -> list[str]:
+    """What proc(5) calls a process's stat, from its third field, the state, on; X: it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return ["X", "0", "0"]
+
+
+def _runs_in(group: int, pid: int) -> bool:
+    """Whether a process is of the group and runs; one that nobody has waited for does not."""
+    state, _, its_group = stat_of(pid)[:3]
+    return its_group == str(group) and state not in GONE
+
+
+@dataclass
 class Stop:
     """How often the end was asked for: once, to answer what is in flight; twice, to end at once."""
 
-    def __init__(self) -> None:
-        self.count = 0
-
-    def ask(self) -> None:
-        """Asks for it."""
-        self.count += 1
+    count: int = 0
 
 
 @contextlib.contextmanager
@@ -116,7 +161,7 @@ def stop_signals() -> Iterator[Stop]:
 
     def asked(number: int, frame: FrameType | None) -> None:
         del number, frame
-        stop.ask()
+        stop.count += 1
 
     before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -132,9 +177,7 @@ class TritonLog(threading.Thread):
     `outside` is the first line that is not in the log's form, but for usual ones.
     """
 
-    def __init__(
-        self, process: subprocess.Popen[str], show: Callable[[str], None] | None, whole: bool
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[str], show: Report, whole: bool) -> None:
         super().__init__(daemon=True)
         self.first_error: str | None = None
         self.last_error: str | None = None
@@ -172,9 +215,9 @@ class TritonLog(threading.Thread):
                 self.last_error = line
             elif self.outside is None and line and not usual and not _LOGGED.match(line):
                 self.outside = line
-            if self._show is not None and self._whole:
+            if self._whole:
                 self._show(line)
-            elif self._show is not None and error is not None and self.shows_errors:
+            elif error is not None and self.shows_errors:
                 self._show(f"tritonserver: {self.last_error}")
 
 
@@ -186,7 +229,11 @@ class Binary:
     origin: str  # how it was found
     libraries: Path | None = None  # a folder for the loader
     python_backend: tuple[Path, ...] = ()  # its files, where they lie apart; else none
-    backends: frozenset[str] = frozenset()
+    backends: frozenset[str] = frozenset()  # none: nobody knows
+
+    def lacks(self, backend: str) -> bool:
+        """Whether it is known not to have one of Triton's backends."""
+        return bool(self.backends) and backend not in self.backends
 
 
 def find_server(wanted: Path | str | None = None) -> Binary:
@@ -194,17 +241,17 @@ def find_server(wanted: Path | str | None = None) -> Binary:
 
     Raises UsageError if there is none at `wanted`, BackendUnavailable where there is none at all.
     """
-    wanted = Path(wanted) if wanted is not None else None
-    if wanted is not None and not (wanted.is_file() and os.access(wanted, os.X_OK)):
+    path, origin = wanted, "--tritonserver"
+    if wanted is None:
+        path, origin = shutil.which("tritonserver"), "on PATH"
+    elif not (Path(wanted).is_file() and os.access(wanted, os.X_OK)):
         raise UsageError(f"--tritonserver: {wanted} is not a program; expected tritonserver's path")
-    on_path = shutil.which("tritonserver")
-    if wanted is not None or on_path is not None:
-        path = Path(wanted or on_path or "").resolve()
-        backends = path.parent.parent / "backends"  # /opt/tritonserver/{bin,backends}
-        names = {folder.name for folder in backends.iterdir()} if backends.is_dir() else set()
-        origin = "--tritonserver" if wanted else "on PATH"
-        return Binary(path, origin, backends=frozenset(names))
-    return _packaged_server()
+    if path is None:
+        return _packaged_server()
+    path = Path(path).resolve()
+    backends = path.parent.parent / "backends"  # /opt/tritonserver/{bin,backends}
+    names = {folder.name for folder in backends.iterdir()} if backends.is_dir() else set()
+    return Binary(path, origin, backends=frozenset(names))
 
 
 def _packaged_server() -> Binary:
@@ -240,30 +287,10 @@ def _packaged_server() -> Binary:
     )
 
 
-def choose_backend(binary: Binary, wanted: str) -> tuple[str, str]:
-    """The backend to deploy a bundle for, on this server and machine, and why.
-
-    Raises UsageError where the server lacks the one that is wanted.
-    """
-    if wanted != "auto":
-        if binary.backends and wanted not in binary.backends:
-            raise UsageError(
-                f"--backend {wanted}: the tritonserver {binary.origin} has only "
-                f"{', '.join(sorted(binary.backends))}; give another with --tritonserver"
-            )
-        return wanted, "asked for"
-    if machine.detect() is None:
-        return "python", "no NVIDIA GPU on this machine"
-    if not binary.backends >= {"tensorrt", "onnxruntime"}:
-        return "python", f"the tritonserver {binary.origin} lacks TensorRT's or ONNX Runtime's"
-    return "auto", ""
-
-
 SHARED_MEMORY = Path("/dev/shm")
 _NAME = "rexdeploy-serve-"
 _LOCK = "lock"
 _SETTLED_S = 60  # a folder without a lock that is older than this was left by a killed command
-_GONE_S = 5  # how long killed processes may take to go
 # The longest name of a socket is 107 bytes: sockaddr_un, linux/un.h.
 _LONGEST_FOLDER = 80
 
@@ -277,54 +304,67 @@ class Workplace:
     @property
     def mark(self) -> str:
         """What begins the names of its shared memory, and is in its processes' arguments."""
-        return _mark(self.folder)
+        return self.folder.name.replace("-", "_") + "_"
 
     def clear_memory(self) -> None:
         """Removes its shared memory; the processes that use it must be gone."""
-        _clear_memory(self.mark)
+        for file in SHARED_MEMORY.glob(f"{self.mark}*"):
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+    def clear(self) -> None:
+        """Removes all that it has: processes, shared memory, and the folder itself."""
+        _kill_all(lambda: [pid for pid in _pids() if self._owns(pid)])
+        self.clear_memory()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _owns(self, pid: int) -> bool:
+        """Whether a process is a server's with this folder, whose name, in arguments, is unique."""
+        with contextlib.suppress(OSError):
+            program, *arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            names = os.fsencode(self.folder.name) + b"/", os.fsencode(self.mark)
+            ours = program.endswith((b"tritonserver", b"triton_python_backend_stub"))
+            return ours and any(name in argument for name in names for argument in arguments)
+        return False
 
 
 @contextlib.contextmanager
 def workplace() -> Iterator[Workplace]:
-    """A new one, cleared when the block is left; clears those of dead commands first.
+    """A new one, cleared when the block is left.
 
-    Raises RexdeployError where no folder can be made.
+    Clears first what killed commands of this user have left. Raises RexdeployError where no folder
+    can be made.
     """
-    clear_dead()
+    for left in Path(tempfile.gettempdir()).glob(f"{_NAME}*"):
+        with contextlib.suppress(OSError):  # somebody else's, or just removed by another start
+            if _is_dead(left):
+                Workplace(left).clear()
     try:
-        folder = Path(tempfile.mkdtemp(prefix=_NAME))
+        place = Workplace(Path(tempfile.mkdtemp(prefix=_NAME)))
     except OSError as error:
         raise RexdeployError(
             f"cannot make a folder in {tempfile.gettempdir()} ({error.strerror}); free some space, "
             "or set TMPDIR to another folder"
         ) from None
     try:
-        if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+        if len(os.fsencode(place.folder)) > _LONGEST_FOLDER:
             raise RexdeployError(
-                f"{folder}: too long a name for the server's sockets, expected at most "
+                f"{place.folder}: too long a name for the server's sockets, expected at most "
                 f"{_LONGEST_FOLDER} bytes; set TMPDIR to another folder"
             )
-        lock = _lock(folder)
+        lock = _lock(place.folder)
         try:
-            yield Workplace(folder)
+            yield place
         finally:
             os.close(lock)
     finally:
-        _clear(folder)
-
-
-def clear_dead() -> None:
-    """Removes what killed commands of this user have left: processes, shared memory, folders."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_NAME}*"):
-        with contextlib.suppress(OSError):  # somebody else's, or just removed by another start
-            if _is_dead(folder):
-                _clear(folder)
+        place.clear()
 
 
 def _is_dead(folder: Path) -> bool:
     """Whether the command of this folder runs no more: then nobody holds its lock."""
     status = folder.lstat()
-    if status.st_uid != os.getuid() or not folder.is_dir() or folder.is_symlink():
+    if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
         return False
     try:
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
@@ -343,47 +383,8 @@ def _lock(folder: Path) -> int:
     """Locks the folder: an open file that no child of ours has, and that goes with this process."""
     new = folder / f"{_LOCK}.new"
     try:
-        descriptor = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = open_locked(new)
         new.rename(folder / _LOCK)  # never seen there without its lock
     except OSError as error:
         raise RexdeployError(f"cannot write in {folder} ({error.strerror})") from None
     return descriptor
-
-
-def _mark(folder: Path) -> str:
-    return folder.name.replace("-", "_") + "_"
-
-
-def _clear(folder: Path) -> None:
-    _end_processes(folder)
-    _clear_memory(_mark(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end_processes(folder: Path) -> None:
-    """Kills what still runs of a dead server: its arguments name the folder, which is unique."""
-    deadline = time.monotonic() + _GONE_S
-    while (pids := _processes(folder)) and time.monotonic() < deadline:
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
-
-
-def _processes(folder: Path) -> list[int]:
-    names = os.fsencode(folder.name) + b"/", os.fsencode(_mark(folder))
-    found = []
-    for entry in Path("/proc").glob("[1-9]*"):
-        with contextlib.suppress(OSError):
-            program, *arguments = (entry / "cmdline").read_bytes().split(b"\0")
-            ours = program.endswith((b"tritonserver", b"triton_python_backend_stub"))
-            if ours and any(name in argument for name in names for argument in arguments):
-                found.append(int(entry.name))
-    return found
-
-
-def _clear_memory(mark: str) -> None:
-    for file in SHARED_MEMORY.glob(f"{mark}*"):
-        with contextlib.suppress(OSError):
-            file.unlink()

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rexdeploy.errors import RexdeployError
-from rexdeploy.files import open_locked, sync_folder
+from rexdeploy.files import open_locked, sync_folder, write_synced
 from rexdeploy.serving.config import (
     CONFIG,
+    SUFFIXES,
     Role,
     Settings,
     Signature,
@@ -50,7 +51,7 @@ class Deployed:
     @property
     def image_name(self) -> str:
         """The ensemble: the bytes of image files in."""
-        return f"{self.name}_image"
+        return self.name + SUFFIXES["ensemble"]
 
 
 @dataclass(frozen=True)
@@ -124,23 +125,20 @@ def publish(models: Sequence[Model], repository: Path, staging: Path) -> list[tu
         is_new = not latest or (
             model.role == "network" and not _holds(folder / str(latest), model.version)
         )
-        version = latest + is_new
-        versions.append((version, is_new))
-        shared = {CONFIG: model.config.encode(), **model.shared}
-        if not os.path.lexists(folder):
-            _write_all(staged / str(version), model.version)
-            _write_all(staged, shared)
-            moves.append((staged, folder))
-            continue
+        number = str(latest + is_new)
+        versions.append((latest + is_new, is_new))
         if is_new:
-            _write_all(staged / str(version), model.version)
-            moves.append((staged / str(version), folder / str(version)))
+            _write_all(staged / number, model.version)
+        # The configuration last: labels that it names are there by then.
+        shared = {**model.shared, CONFIG: model.config.encode()}
         changed = {name: data for name, data in shared.items() if not _is(folder / name, data)}
         if changed:
             _write_all(staged, changed)
-        # The configuration last: labels that it names are there by then.
-        names = sorted(changed, key=lambda name: name == CONFIG)
-        moves += [(staged / name, folder / name) for name in names]
+        if os.path.lexists(folder):
+            parts = [*([number] if is_new else []), *changed]
+            moves += [(staged / part, folder / part) for part in parts]
+        else:
+            moves.append((staged, folder))
     sync_folder(root)
     if not repository.exists():
         moves = [(root, repository.resolve())]
@@ -271,8 +269,5 @@ def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes files into a folder, made if need be, and has all of it on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        with open(folder / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(folder / name, data)
     sync_folder(folder)

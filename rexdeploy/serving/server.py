@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import os
+import itertools
 import secrets
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,20 +18,19 @@ from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.progress import Report, silent
 from rexdeploy.serving.deploy import backend_here, deploy, servable
 from rexdeploy.serving.front import SOCKETS, Address, Front, check_ports
-from rexdeploy.serving.limits import Guard, request_bytes
+from rexdeploy.serving.health import Watch, ask
 from rexdeploy.serving.processes import (
     Binary,
     Stop,
     TritonLog,
     Workplace,
-    choose_backend,
     end,
     find_server,
     start,
     workplace,
 )
 from rexdeploy.serving.repository import DEFAULT_REPOSITORY, Deployed
-from rexdeploy.serving.watch import Watch, ask
+from rexdeploy.serving.request_limits import Guard, request_bytes
 
 POLL_SECONDS = 2  # how long a new version waits before it is loaded
 DRAIN_SECONDS = 25.0  # less than the 30 that Kubernetes waits between SIGTERM and SIGKILL
@@ -42,6 +39,9 @@ _STOP_SECONDS = 5  # nothing is in flight by then
 _LOOK_SECONDS = 0.1
 # A server that has to be started again so often within that time is left to who started us.
 _STARTS, _STARTS_SECONDS = 5, 600.0
+
+Run = Callable[[Path], tuple[subprocess.Popen[str], TritonLog]]
+"""Starts a server that listens at sockets in a folder."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,19 +73,12 @@ class Service:
 class Server:
     """A tritonserver behind its front; it is started again when it fails."""
 
-    def __init__(
-        self,
-        run: Callable[[Path], tuple[subprocess.Popen[str], TritonLog]],
-        place: Workplace,
-        front: Front,
-        stop: Stop,
-        show: Callable[[str], None] | None,
-    ) -> None:
-        self._run, self._place, self._front, self._stop = run, place, front, stop
-        self._show = show or silent
+    def __init__(self, run: Run, place: Workplace, front: Front, stop: Stop, show: Report) -> None:
+        self._run, self._place, self._front = run, place, front
+        self._stop, self._show = stop, show
         self._starts: deque[float] = deque(maxlen=_STARTS)
         self._models: Sequence[str] = ()
-        self._number = 0
+        self._numbers = itertools.count(1)
         self._begin()
 
     @property
@@ -106,7 +99,7 @@ class Server:
                 return False
             if self._has_ended():
                 raise RexdeployError(f"tritonserver ended while starting: {self._log.first_words}")
-            if all(self._is_ready(path) for path in paths):
+            if all(ask(self._sockets / SOCKETS["http"], path, 2)[0] == 200 for path in paths):
                 self._log.shows_errors = True
                 self._front.serve_from(self._sockets)
                 return True
@@ -144,10 +137,6 @@ class Server:
         if left:
             self._show(f"{left} requests were not answered")
 
-    def stop(self) -> None:
-        """Asks for the end, as Ctrl-C does."""
-        self._stop.ask()
-
     def end(self) -> None:
         """Ends the server and its processes, whatever is in flight."""
         self._log.shows_errors = False  # clients that stay connected are no error at the end
@@ -155,8 +144,7 @@ class Server:
         self._place.clear_memory()
 
     def _begin(self) -> None:
-        self._number += 1
-        self._sockets = self._place.folder / f"start-{self._number}"
+        self._sockets = self._place.folder / f"start-{next(self._numbers)}"
         self._sockets.mkdir()
         self._process, self._log = self._run(self._sockets)
 
@@ -196,22 +184,15 @@ class Server:
         if self.wait_until_ready(self._models):
             self._show(f"tritonserver serves again, after {time.monotonic() - now:.1f} s")
 
-    def _is_ready(self, path: str) -> bool:
-        try:
-            return ask(self._sockets / SOCKETS["http"], path, 2)[0] == 200
-        except (OSError, http.client.HTTPException):
-            return False
-
 
 @contextlib.contextmanager
 def running(
     binary: Binary,
     repository: Path,
     address: Address,
-    show: Callable[[str], None] | None = None,
+    show: Report = silent,
     whole_log: bool = False,
     guard: Guard | None = None,
-    place: Workplace | None = None,
     stop: Stop | None = None,
 ) -> Iterator[Server]:
     """A server over the repository, ended when the block is left.
@@ -221,31 +202,15 @@ def running(
     """
     guard = guard or Guard()
     with contextlib.ExitStack() as stack:
-        place = place or stack.enter_context(workplace())
-        backends = place.folder / "backends"
-        if binary.python_backend:
-            (backends / "python").mkdir(parents=True)
-            for file in binary.python_backend:  # the backend looks for its stub beside itself
-                (backends / "python" / file.name).symlink_to(file)
-        options = _arguments(repository, place, guard)
-        if binary.python_backend:
-            options.append(f"--backend-directory={backends}")
+        place = stack.enter_context(workplace())
+        options = _arguments(binary, repository, place, guard)
 
         def run(sockets: Path) -> tuple[subprocess.Popen[str], TritonLog]:
-            listening = [
+            listening = (
                 f"--{name}-address=unix:{sockets / socket_name.partition(':')[0]}"
                 for name, socket_name in SOCKETS.items()
-            ]
-            try:
-                process = start(
-                    [str(binary.path), *options, *listening],
-                    _environment(binary),
-                    2 * guard.request_bytes,
-                )
-            except OSError as error:
-                raise RexdeployError(
-                    f"{binary.path} ({binary.origin}) cannot be started ({error.strerror})"
-                ) from None
+            )
+            process = start(binary, [*options, *listening], 2 * guard.request_bytes)
             return process, TritonLog(process, show, whole_log)
 
         front = Front(address.host, address.port, guard.request_bytes)
@@ -290,8 +255,11 @@ def prepare(
     else:
         opened = find(bundle, require_signature)
         chosen, why = backend_here(backend, repository, opened.manifest.name, server)
-        if chosen != "auto":
-            choose_backend(server, chosen)  # raises for one that the server lacks
+        if chosen != "auto" and server.lacks(chosen):
+            raise UsageError(
+                f"--backend {chosen}: the tritonserver {server.origin} has only "
+                f"{', '.join(sorted(server.backends))}; give another with --tritonserver"
+            )
         result = deploy(opened, repository, chosen, why=why)
         models = servable(repository, server)
         served = next(model for model in models if model.name == result.name)
@@ -356,8 +324,8 @@ def serve(
         yield service
 
 
-def _arguments(repository: Path, place: Workplace, guard: Guard) -> list[str]:
-    """Triton's options but for its addresses."""
+def _arguments(binary: Binary, repository: Path, place: Workplace, guard: Guard) -> list[str]:
+    """Triton's options but for its addresses; makes the folder of backends that they name."""
     options = {
         "model-repository": repository.resolve(),
         # Explicit control would let every client load models, with code of its own.
@@ -370,30 +338,14 @@ def _arguments(repository: Path, place: Workplace, guard: Guard) -> list[str]:
         "exit-timeout-secs": _STOP_SECONDS,
         "backend-config": f"python,shm-region-prefix-name={place.mark}",
     }
+    if binary.python_backend:
+        backends = place.folder / "backends"
+        (backends / "python").mkdir(parents=True)
+        for file in binary.python_backend:  # the backend looks for its stub beside itself
+            (backends / "python" / file.name).symlink_to(file)
+        options["backend-directory"] = backends
     if guard.closed:
         # Nobody is told the key.
         key = f"{','.join(guard.closed)}:rexdeploy={secrets.token_hex(16)}"
-        options["http-restricted-api"] = key
-        options["grpc-restricted-protocol"] = key
+        options |= {"http-restricted-api": key, "grpc-restricted-protocol": key}
     return [f"--{name}={value}" for name, value in options.items()]
-
-
-def _environment(binary: Binary) -> dict[str, str]:
-    """Ours, with the libraries that the server needs and this Python first on the path.
-
-    The Python backend's process looks for its packages by the python3 on PATH.
-    """
-    environment = dict(os.environ)
-    environment["PATH"] = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    )
-    # The models run the code of this very package, from wherever it was imported.
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    # Else glibc keeps the memory of the largest requests, once for each thread.
-    for name, value in (("ARENA_MAX", 2), ("MMAP_THRESHOLD_", 2**20), ("TRIM_THRESHOLD_", 2**22)):
-        environment.setdefault(f"MALLOC_{name}", str(value))
-    if binary.libraries is not None:
-        folders = [os.environ.get("LD_LIBRARY_PATH", ""), str(binary.libraries)]
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
-    return environment

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def tune_serving(
     with tempfile.TemporaryDirectory(prefix="rexdeploy-tune-") as folder:
         scratch = Path(folder) / "models"
         first = deploy(bundle, scratch, chosen)
-        tried = ways or candidates(first.batch, p99, _cores())
+        tried = ways or candidates(first.batch, p99, len(os.sched_getaffinity(0)))
         for number, settings in enumerate(tried, start=1):
             what = f"{number} of {len(tried)}: {describe(settings, first.batch)}"
             report(f"{what}: starting tritonserver")
@@ -161,10 +162,8 @@ def choose(rows: Sequence[Row], bound_ms: float) -> Settings | None:
 
     Of equal ones the first; None if there is none.
     """
-    best = [(row, load) for row in rows if (load := row.best(bound_ms)) is not None]
-    if not best:
-        return None
-    return max(best, key=lambda pair: pair[1].per_second)[0].settings
+    best = [(load.per_second, row.settings) for row in rows if (load := row.best(bound_ms))]
+    return max(best, key=itemgetter(0), default=(0.0, None))[1]
 
 
 def climb(load: Measure, bound_ms: float) -> Iterator[Load]:
@@ -202,13 +201,12 @@ def _row(
 ) -> Row:
     """Starts a server for it and loads it; what fails is told in the row, and ends it."""
     address = Address(port=free_port())
-    host = address.http.removeprefix("http://")
+    host = f"{address.host}:{address.port}"
     loads: list[Load] = []
 
     def load(connections: int) -> Load:
         report(f"{what}: {connections} connection{'s' * (connections > 1)}")
-        model, output = deployment.image_name, deployment.output
-        return measure(host, model, output, files, connections, _SECONDS, _LEAST)
+        return measure(host, deployment.image_name, deployment.output, files, connections)
 
     try:
         with running(server, deployment.repository, address) as process:
@@ -225,22 +223,15 @@ def _files(folder: Path | None, spec: Preprocess) -> tuple[list[bytes], str]:
     if folder is None:
         pixels = sets.synthetic_pixels(_FILES, spec, seed=5)
         width, height = _PREVIEW
-        made = [_jpeg(Image.fromarray(image).resize(_PREVIEW)) for image in pixels]
-        return made, f"synthetic JPEG files of {width} x {height} pixels"
+        made = [BytesIO() for _ in pixels]
+        for image, file in zip(pixels, made, strict=True):
+            Image.fromarray(image).resize(_PREVIEW).save(file, "JPEG")
+        described = f"synthetic JPEG files of {width} x {height} pixels"
+        return [file.getvalue() for file in made], described
     found = list(islice(sets.walk(folder), _FILES))
     for path in found:
         decode.read(path, spec)  # raises for one that the server would refuse
     return [path.read_bytes() for path in found], f"{len(found)} files of {folder}"
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    file = BytesIO()
-    image.save(file, "JPEG")
-    return file.getvalue()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 _TIMEOUT_S = 60.0  # for one answer
@@ -248,19 +239,10 @@ _WARM_S = 0.5
 _LONGEST = 8  # times as many seconds as asked for, while there are too few answers
 
 
-def measure(
-    host: str,
-    model: str,
-    output: str,
-    files: Sequence[bytes],
-    connections: int,
-    seconds: float,
-    least: int,
-) -> Load:
+def measure(host: str, model: str, output: str, files: Sequence[bytes], connections: int) -> Load:
     """Sends the files, one a request and over and over, to the ensemble `model` at `host` (:port).
 
-    For so many `seconds`, after a warm-up, and longer (eight times at most) until `least` requests
-    are answered. Raises RexdeployError where a request is refused or not answered.
+    Raises RexdeployError where a request is refused or not answered.
     """
     bodies = [image_request(file, output) for file in files]
     answered: list[tuple[float, float]] = []  # when, and the milliseconds that it took
@@ -291,7 +273,7 @@ def measure(
         try:
             _wait(working, _WARM_S, lambda: len(answered) >= 2 * connections)
             begun, before = time.perf_counter(), len(answered)
-            _wait(working, seconds, lambda: len(answered) - before >= least)
+            _wait(working, _SECONDS, lambda: len(answered) - before >= _LEAST)
             ended = time.perf_counter()
         finally:
             stop.set()

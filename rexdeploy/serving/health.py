@@ -13,10 +13,12 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rexdeploy.serving.config import image_request
+from rexdeploy.serving.processes import GONE, stat_of
 
 _LOOK_S = 1.0
 _PROBE_S = 10.0  # between two looks at whether images are answered
@@ -27,39 +29,30 @@ _PIXEL = bytes.fromhex(
     "44415478da63f80f00010101001cb08c990000000049454e44ae426082"
 )
 _STOPPED = ("T", "t")  # as `ps` shows it
-_GONE = ("Z", "X")
 _PROGRAM = b"triton_python_backend_stub"
-
-
-class LocalConnection(http.client.HTTPConnection):
-    """HTTP over a socket in the file system."""
-
-    def __init__(self, path: Path, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
 
 
 def ask(
     path: Path,
     target: str,
     timeout: float,
-    body: bytes = b"",
-    headers: dict[str, str] | None = None,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> tuple[int, bytes]:
-    """A GET, or a POST of the body; the status and the body of the answer.
+    """A GET, or a POST of the body, at a socket in the file system: the answer's status and body.
 
-    Raises OSError or HTTPException where there is none.
+    0 where there is no answer.
     """
-    connection = LocalConnection(path, timeout)
+    connection = http.client.HTTPConnection("localhost")
     try:
-        connection.request("POST" if body else "GET", target, body or None, headers or {})
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(timeout)
+        connection.sock.connect(str(path))
+        connection.request("POST" if body else "GET", target, body, headers or {})
         answer = connection.getresponse()
         return answer.status, answer.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
     finally:
         connection.close()
 
@@ -102,10 +95,10 @@ class Watch(threading.Thread):
 
     def _look(self) -> str | None:
         """A process that was wrong in this look and the last one, while its model is ready."""
-        if self._server_stands(self._pid):
+        if self._server_stands() and not self._stopped.wait(_LOOK_S) and self._server_stands():
             return "tritonserver is stopped"
         states = stubs(self._pid)
-        well = {_key(stub) for stub, state in states.items() if state not in (*_STOPPED, *_GONE)}
+        well = {_key(stub) for stub, state in states.items() if state not in (*_STOPPED, *GONE)}
         self._known.update({_key(stub): stub for stub in states})
         wrong: dict[tuple[str, str, str], str] = {}
         for key, stub in list(self._known.items()):
@@ -121,17 +114,12 @@ class Watch(threading.Thread):
         self._suspects = wrong
         return again[0] if again else None
 
-    def _server_stands(self, pid: int) -> bool:
-        """Whether the server itself is, in this look and after another while."""
-        return (
-            _state(pid) in _STOPPED and not self._stopped.wait(_LOOK_S) and _state(pid) in _STOPPED
-        )
+    def _server_stands(self) -> bool:
+        return stat_of(self._pid)[0] in _STOPPED
 
     def _is_ready(self, stub: Stub) -> bool:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            target = f"/v2/models/{stub.model}/versions/{stub.version}/ready"
-            return ask(self._socket, target, 5)[0] == 200
-        return True  # it does not even say so
+        target = f"/v2/models/{stub.model}/versions/{stub.version}/ready"
+        return ask(self._socket, target, 5)[0] in (200, 0)  # 0: it does not even say so
 
     def _probe(self) -> str | None:
         """Sends an image, unless others' were answered since the last time."""
@@ -141,12 +129,10 @@ class Watch(threading.Thread):
             return None
         body, headers = image_request(_PIXEL)
         failure = "did not answer"
+        target = f"/v2/models/{self._model}/infer"
         for _ in range(2):
-            try:
-                status, answer = ask(
-                    self._socket, f"/v2/models/{self._model}/infer", _ANSWER_S, body, headers
-                )
-            except (OSError, http.client.HTTPException):
+            status, answer = ask(self._socket, target, _ANSWER_S, body, headers)
+            if status == 0:
                 break
             if status == 200:
                 self._answered = self._count()
@@ -160,8 +146,8 @@ class Watch(threading.Thread):
 
     def _count(self) -> int:
         """How many images the server has answered; -1: it does not say."""
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, LookupError):
-            _, body = ask(self._socket, f"/v2/models/{self._model}/stats", 5)
+        _, body = ask(self._socket, f"/v2/models/{self._model}/stats", 5)
+        with contextlib.suppress(ValueError, LookupError):
             statistics = json.loads(body)["model_stats"]
             return sum(int(entry["inference_stats"]["success"]["count"]) for entry in statistics)
         return -1
@@ -175,7 +161,7 @@ def stubs(server: int) -> dict[Stub, str]:
             for pid in path.read_text().split():
                 stub = _stub(int(pid))
                 if stub is not None:
-                    found[stub] = _state(int(pid))
+                    found[stub] = stat_of(int(pid))[0]
     return found
 
 
@@ -196,18 +182,10 @@ def _key(stub: Stub) -> tuple[str, str, str]:
     return stub.model, stub.version, stub.instance
 
 
-def _state(pid: int) -> str:
-    """A process's state, as `ps` shows it; X: there is none."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return "X"
-
-
 def _by_what(pid: int) -> str:
     """How a process has ended, where the kernel still knows it."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        # Field 52 of proc(5), as waitpid gives it; the first after the name is the third.
-        status = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[49])
+    with contextlib.suppress(IndexError, ValueError):
+        status = int(stat_of(pid)[49])  # field 52, as waitpid gives it
         if number := status & 0x7F:
             return f" ({signal.Signals(number).name})"
         return f" (exit code {status >> 8})"

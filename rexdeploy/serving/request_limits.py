@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ REQUEST_BYTES = 2**24  # a photograph of 16 MiB
 # What lets a client read and write other programs' memory, load models, or change what is logged.
 CLOSED_APIS = ("shared-memory", "model-repository", "trace", "logging")
 _MOST_MIB = 1024
+_LEAST_ROOM = 2**25
 
 
 @dataclass(frozen=True)
@@ -50,38 +52,45 @@ def request_bytes(wanted_mib: int | None, full_batches: Sequence[int]) -> int:
     return wanted_mib * 2**20
 
 
-class Budget:
-    """How many bytes of requests may be in the server together; who asks first is served first."""
+class Gate:
+    """What every request passes: counts them, and lets in no more bytes than there is room for."""
 
-    def __init__(self, size: int) -> None:
-        self._free = size
+    def __init__(self, limit: int, room: int) -> None:
+        self.limit = limit  # bytes of one request's body, or of one message
+        self.in_flight = 0  # requests that are not answered yet
+        self.draining = False
+        self._room = room  # bytes that may still come in
         self._turn = asyncio.Lock()
         self._given = asyncio.Event()
 
     async def take(self, size: int) -> None:
-        """Waits for `size` bytes, which must be at most the whole; nothing is there at once."""
+        """Waits for `size` bytes, the whole room at most; who asks first is served first."""
         if not size:
             return
         async with self._turn:
-            while self._free < size:
+            while self._room < size:
                 self._given.clear()
                 await self._given.wait()
-            self._free -= size
+            self._room -= size
 
     def give(self, size: int) -> None:
         """Gives back what was taken."""
-        self._free += size
+        self._room += size
         self._given.set()
 
 
-@dataclass
-class Gate:
-    """What every request passes."""
+def shared_room(limit: int) -> int:
+    """Bytes of requests that may be in the server together, of which one may have `limit`.
 
-    limit: int  # bytes of one request's body, or of one message
-    budget: Budget
-    in_flight: int = 0  # requests that are not answered yet
-    draining: bool = False
+    Triton's Python backend copies them to /dev/shm, never makes that smaller again, and fails
+    everybody's requests when it is full: a small one takes fewer of them.
+    """
+    try:
+        status = os.statvfs("/dev/shm")
+        shared = status.f_bavail * status.f_frsize
+    except OSError:
+        shared = _LEAST_ROOM
+    return max(limit, min(max(_LEAST_ROOM, 2 * limit), shared // 4))
 
 
 _OBJECT = json.Decoder(dict[str, Raw])

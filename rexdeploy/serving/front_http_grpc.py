@@ -17,7 +17,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from rexdeploy.serving.limits import STARTING, Gate, checked
+from rexdeploy.serving.request_limits import STARTING, Gate, checked
 
 # What a proxy does not pass on (RFC 9110, 7.6.1), and what is written anew here.
 _NOT_PASSED = (
@@ -55,11 +55,7 @@ class HttpProxy:
         app = web.Application(client_max_size=self._gate.limit)
         app.router.add_route("*", "/{path:.*}", self._answer, expect_handler=_later)
         self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            logger=_LOGGER,
-            auto_decompress=False,
-            shutdown_timeout=_END_S,
+            app, access_log=None, logger=_LOGGER, auto_decompress=False, shutdown_timeout=_END_S
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port, backlog=1024).start()
@@ -118,13 +114,13 @@ class HttpProxy:
             raise _Refused(503, STARTING)
         held = (limit if size is None else size) if request.body_exists else 0
         try:
-            await asyncio.wait_for(self._gate.budget.take(held), _WAIT_S)
+            await asyncio.wait_for(self._gate.take(held), _WAIT_S)
         except asyncio.TimeoutError:
             raise _Refused(503, "too many large requests at once") from None
         try:
             return await self._pass_on(request, await self._body(request))
         finally:
-            self._gate.budget.give(held)
+            self._gate.give(held)
 
     async def _body(self, request: web.Request) -> bytes:
         if request.headers.get("Expect", "").lower() == "100-continue":
@@ -207,7 +203,7 @@ def _too_large(limit: int) -> _Refused:
 
 # Read when it is imported: else what a client does wrong is written to stderr.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-_ANY_SIZE = -1
+_ANY_SIZE = {"grpc.max_receive_message_length": -1, "grpc.max_send_message_length": -1}
 _NO_COMPRESSION = 1  # a set of algorithms, of which bit 0 is "identity"
 _AS_LONG_AS_IT_TAKES = 1e6  # s; who waits gives up before
 _SETTLE_S = 0.2  # less than Front.drain's grace
@@ -223,15 +219,12 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no type
 
     async def listen(self, host: str, port: int) -> None:
         """Raises OSError where it cannot."""
-        self._server = grpc.aio.server(
-            handlers=[self],
-            options=[
-                ("grpc.max_receive_message_length", self._gate.limit),
-                ("grpc.max_send_message_length", _ANY_SIZE),
-                ("grpc.compression_enabled_algorithms_bitset", _NO_COMPRESSION),
-                ("grpc.so_reuseport", 0),  # a port that somebody has is refused
-            ],
-        )
+        options = _ANY_SIZE | {
+            "grpc.max_receive_message_length": self._gate.limit,
+            "grpc.compression_enabled_algorithms_bitset": _NO_COMPRESSION,
+            "grpc.so_reuseport": 0,  # a port that somebody has is refused
+        }
+        self._server = grpc.aio.server(handlers=[self], options=[*options.items()])
         try:
             self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
@@ -242,13 +235,7 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no type
         """Passes calls on to this socket from now on; None: to nobody."""
         self._channel = None  # calls that still have it end with their server
         if socket is not None:
-            self._channel = grpc.aio.insecure_channel(
-                f"unix:{socket}",
-                [
-                    ("grpc.max_receive_message_length", _ANY_SIZE),
-                    ("grpc.max_send_message_length", _ANY_SIZE),
-                ],
-            )
+            self._channel = grpc.aio.insecure_channel(f"unix:{socket}", [*_ANY_SIZE.items()])
 
     async def drain(self) -> None:
         """Takes no new call; returns when all are answered and their connections have ended."""
@@ -285,13 +272,13 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no type
 
         def hold(size: int) -> None:
             nonlocal held
-            self._gate.budget.give(held)
+            self._gate.give(held)
             held = size
 
         async def messages() -> AsyncIterator[bytes]:
             async for message in requests:
                 hold(0)
-                await self._gate.budget.take(len(message))
+                await self._gate.take(len(message))
                 hold(len(message))
                 yield message
 

@@ -1,7 +1,7 @@
 """A results file of many images: CSV, JSON lines or Parquet; a killed run goes on where it was.
 
 Rows are appended to `NAME.partial` beside the results file `NAME`, as JSON lines under a header
-that says of what command they are. When all are there, the results file is written from them and
+that says which command wrote them. When all are there, the results file is written from them and
 renamed into place. What a kill leaves is a whole number of rows and perhaps a torn line, which the
 next run cuts off.
 """
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import msgspec
@@ -36,7 +35,7 @@ _ROW_GROUP = 10_000  # of Parquet: rows held in memory at once
 
 @dataclass(frozen=True)
 class Header:
-    """Of what command the rows are; another command's are never mixed in."""
+    """What the rows depend on: a run goes on only with rows of an equal one."""
 
     images: tuple[str, ...]  # as given: a folder's new images are taken in when a run goes on
     folder: str  # that these are relative to, if one is
@@ -91,27 +90,28 @@ class Results:
         self.done: set[str] = set()  # the files that have had their row since an earlier run
         self.rows = self.errors = 0  # of all runs; errors are rows too
         self.top = header.top
+        self._synced = time.monotonic()
         try:
             self._descriptor = open_locked(self.path, wait=False)
+            is_new = os.fstat(self._descriptor).st_size == 0
+            try:
+                self._recover(header, force)
+            except BaseException:
+                if is_new:
+                    with contextlib.suppress(OSError):
+                        self.path.unlink()
+                self.close()
+                raise
         except BlockingIOError:
             raise UsageError(
                 f"{self.path} is being written by another command: wait for it, or give another "
                 "--out"
             ) from None
         except OSError as error:
-            raise self._unbegun(error) from None
-        self._synced = time.monotonic()
-        is_new = os.fstat(self._descriptor).st_size == 0
-        try:
-            self._recover(header, force)
-        except BaseException as error:
-            if is_new:
-                with contextlib.suppress(OSError):
-                    self.path.unlink()
-            os.close(self._descriptor)
-            if isinstance(error, OSError):
-                raise self._unbegun(error) from None
-            raise
+            raise RexdeployError(
+                f"cannot write {self.path} ({error.strerror or error}); nothing was changed: make "
+                "room, or give another --out"
+            ) from None
 
     def append(self, rows: Iterable[Row]) -> None:
         """Adds rows to the unfinished results; raises RexdeployError where they do not fit."""
@@ -119,20 +119,16 @@ class Results:
         for row in rows:
             lines.append(msgspec.json.encode(row) + b"\n")
             self._count(row)
-        try:
+        with self._writing(self.path):
             self._write(b"".join(lines))
-        except OSError as error:
-            raise self._unwritable(self.path, error) from None
 
     def finish(self) -> None:
         """Writes the results file in one atomic step and drops the unfinished one."""
-        try:
+        with self._writing(self.out):
             with replacing(self.out) as file:
                 _WRITERS[self.out.suffix](self._rows(), file, self.top)
             sync_folder(self.out.parent)
             self.path.unlink()
-        except OSError as error:
-            raise self._unwritable(self.out, error) from None
 
     def close(self) -> None:
         """Lets go of the lock."""
@@ -141,12 +137,7 @@ class Results:
     def __enter__(self) -> Results:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _recover(self, header: Header, force: bool) -> None:
@@ -193,17 +184,15 @@ class Results:
             os.fsync(self._descriptor)
             self._synced = time.monotonic()
 
-    def _unbegun(self, error: OSError) -> RexdeployError:
-        return RexdeployError(
-            f"cannot write {self.path} ({error.strerror or error}); nothing was changed: make "
-            "room, or give another --out"
-        )
-
-    def _unwritable(self, file: Path, error: OSError) -> RexdeployError:
-        return RexdeployError(
-            f"cannot write {file} ({error.strerror or error}); {self.path} keeps what is done: "
-            "make room, and the same command goes on"
-        )
+    @contextlib.contextmanager
+    def _writing(self, file: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RexdeployError(
+                f"cannot write {file} ({error.strerror or error}); {self.path} keeps what is done: "
+                "make room, and the same command goes on"
+            ) from None
 
 
 def _parse(line: bytes) -> Row | None:
@@ -236,21 +225,21 @@ def _columns(classes: int) -> list[str]:
     return ["file", "error", *names]
 
 
-def _cells(row: Row) -> list[str | int | float | None]:
-    cells: list[str | int | float | None] = [row.file, row.error]
-    for item in row.predictions:
-        cells += [item.index, item.label, item.probability]
+def _cells(row: Row) -> dict[str, str | int | float | None]:
+    """A row by the names of its columns; of an error, those of the classes are missing."""
+    cells: dict[str, str | int | float | None] = {"file": row.file, "error": row.error}
+    for n, item in enumerate(row.predictions, start=1):
+        cells[f"class_{n}"] = item.index
+        cells[f"label_{n}"] = item.label
+        cells[f"probability_{n}"] = item.probability
     return cells
 
 
 def _write_csv(rows: Iterable[Row], file: BinaryIO, classes: int) -> None:
-    columns = _columns(classes)
     text = io.TextIOWrapper(file, "utf-8", newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        cells = _cells(row)
-        writer.writerow(cells + [None] * (len(columns) - len(cells)))
+    writer = csv.DictWriter(text, _columns(classes), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(_cells, rows))
     text.detach()  # the file is not ours to close
 
 
@@ -265,13 +254,13 @@ def _write_parquet(rows: Iterable[Row], file: BinaryIO, classes: int) -> None:
     import pyarrow.parquet as pq
 
     types = {"class": pa.int32(), "probability": pa.float64()}
-    columns = _columns(classes)
-    schema = pa.schema([(name, types.get(name.split("_")[0], pa.string())) for name in columns])
+    names = _columns(classes)
+    schema = pa.schema([(name, types.get(name.split("_")[0], pa.string())) for name in names])
     remaining = iter(rows)
     with pq.ParquetWriter(file, schema) as writer:
         while group := list(islice(remaining, _ROW_GROUP)):
-            records = [dict(zip(columns, _cells(row), strict=False)) for row in group]
-            writer.write_table(pa.Table.from_pylist(records, schema=schema))
+            table = pa.Table.from_pylist([_cells(row) for row in group], schema=schema)
+            writer.write_table(table)
 
 
 _WRITERS: dict[str, Callable[[Iterable[Row], BinaryIO, int], None]] = {
