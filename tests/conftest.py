@@ -35,10 +35,16 @@ def pytest_configure() -> None:
     torch.set_num_threads(1 if worker else 2)
 
 
+LONGEST = (
+    *("test_readme", "test_verify_defects", "test_verify", "test_cli", "test_export"),
+    *("test_tune", "test_interface", "test_localize", "test_serve", "test_build", "test_engines"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first: begun last, one process would wait for the other."""
-    longest = ("test_verify.py", "test_readme.py", "test_tune.py", "test_build.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    places = {f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +116,30 @@ def lite_checkpoint(session_dir: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def narrow_checkpoint(session_dir: Path) -> Path:
+    """A published-format V1 0.3 checkpoint with 37 classes: all that V1 1.0 has, but cheap."""
+    path = session_dir / "rexnetv1_0.3.pth"
+    with _once(path) as missing:
+        if missing:
+            torch.manual_seed(1)
+            model = reacting(ReXNetV1(width_mult=0.3, classes=37), 64)
+            torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def narrow_lite_checkpoint(session_dir: Path) -> Path:
+    """A published-format lite 0.3 checkpoint with 10 classes."""
+    path = session_dir / "rexnet_lite_0.3.pth"
+    with _once(path) as missing:
+        if missing:
+            torch.manual_seed(3)
+            model = reacting(ReXNetV1_lite(multiplier=0.3, classes=10), 64)
+            torch.save(model.state_dict(), path)
+    return path
+
+
 def _bundle(
     checkpoint: Path, name: str, takes: str = "float32", gives: str = "logits", size: int = 224
 ) -> Bundle:
@@ -148,19 +178,19 @@ def pixels_original(v1_checkpoint: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def small_v1_original(v1_checkpoint: Path) -> Bundle:
+def small_v1_original(narrow_checkpoint: Path) -> Bundle:
     """The V1 bundle's network at 64 pixels: the same graphs, a twelfth of the arithmetic."""
-    return _bundle(v1_checkpoint, "small_v1", size=64)
+    return _bundle(narrow_checkpoint, "small_v1", size=64)
 
 
 @pytest.fixture(scope="session")
-def small_lite_original(lite_checkpoint: Path) -> Bundle:
-    return _bundle(lite_checkpoint, "small_lite", size=64)
+def small_lite_original(narrow_lite_checkpoint: Path) -> Bundle:
+    return _bundle(narrow_lite_checkpoint, "small_lite", size=64)
 
 
 @pytest.fixture(scope="session")
-def small_pixels_original(v1_checkpoint: Path) -> Bundle:
-    return _bundle(v1_checkpoint, "small_pixels", "uint8", "probabilities", size=64)
+def small_pixels_original(narrow_checkpoint: Path) -> Bundle:
+    return _bundle(narrow_checkpoint, "small_pixels", "uint8", "probabilities", size=64)
 
 
 def _copy(original: Bundle, folder: Path) -> Bundle:

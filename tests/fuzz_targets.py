@@ -321,9 +321,7 @@ def _fuzz_by_atheris(name: str, seconds: float, folder: Path) -> None:
     limits = [f"-max_total_time={int(seconds)}", f"-timeout={int(SLOW)}", "-rss_limit_mb=6000"]
     limits += [f"-artifact_prefix={folder}/{name}-", "-max_len=100000", "-print_final_stats=1"]
     atheris.Setup(
-        [sys.argv[0], *limits, str(corpus)],
-        lambda data: run(target, data),
-        custom_mutator=mutate,
+        [sys.argv[0], *limits, str(corpus)], lambda data: run(target, data), custom_mutator=mutate
     )
     atheris.Fuzz()
 

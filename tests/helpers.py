@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,18 +16,20 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, helper, numpy_helper
 
 from rexdeploy import cli
 from rexdeploy.arrays import Float32
-from rexdeploy.bundle.manifest import Preprocess
+from rexdeploy.bundle.manifest import Artifact, Preprocess
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.images.sets import varied
 from rexdeploy.models.rexnet import recalibrate_batch_norms
 
@@ -112,18 +115,20 @@ def assert_refused(result: CliResult, *parts: str, code: int = 2) -> None:
     assert not re.search(r"pydantic|Myelin|\[type=|<class '|Traceback|object at 0x", line), line
 
 
+def run_program(
+    *command: str | Path, env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program, in this environment and `env`: what it said, and how it ended."""
+    defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "timeout": 300}
+    env = {**os.environ, **(env or {})}
+    return subprocess.run(command, env=env, check=False, **defaults | options)
+
+
 def run_python(
     code: str, *arguments: str | Path, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs a snippet in a fresh interpreter."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **(env or {})},
-        timeout=300,
-        check=False,
-    )
+    return run_program(sys.executable, "-c", code, *arguments, env=env)
 
 
 _MEASURED = """
@@ -189,6 +194,37 @@ def listens(port: int) -> bool:
     return False
 
 
+def entry(bundle: Bundle, file: str) -> Artifact:
+    """A bundle's artifact by its file's name, which must be there."""
+    found = bundle.manifest.find_file(file)
+    assert found is not None, f"{file} is not in {bundle}"
+    return found
+
+
+def graph(bundle: Bundle, file: str = "fp32.onnx") -> ModelProto:
+    return onnx.load_from_string(bundle.read(entry(bundle, file)))
+
+
+def with_file(bundle: Bundle, file: str, data: bytes, **changes: Any) -> Bundle:
+    """The bundle with other bytes in one file and `changes` in its entry; the manifest agrees."""
+    edited = replace(entry(bundle, file), sha256=sha256(data), **changes)
+    return bundle.update(edited, files={file: data})
+
+
+def with_notes(bundle: Bundle, file: str, **changes: Any) -> Bundle:
+    """The bundle with another entry for a file, whose bytes stay."""
+    return bundle.update(replace(entry(bundle, file), **changes), files={})
+
+
+def copied(bundle: Bundle, folder: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(bundle.path, folder))
+
+
+def saved(model: ModelProto, path: Path) -> Path:
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
 def folder_state(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, to see that nothing changed."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
@@ -205,6 +241,25 @@ def edit_weights(
             old = numpy_helper.to_array(tensor)
             tensor.CopyFrom(numpy_helper.from_array(change(old).astype(old.dtype), tensor.name))
     return edited
+
+
+def small_graph(
+    nodes: Sequence[onnx.NodeProto],
+    shape: Sequence[int | str | None],
+    weights: Mapping[str, Any],
+    output: str = "y",
+    output_shape: Sequence[int | str] | None = None,
+    output_type: int = onnx.TensorProto.FLOAT,
+) -> ModelProto:
+    """A graph of one's own from `x` (float32, of this shape) to one output."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(output, output_type, output_shape)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
 def nodes_of(model: ModelProto, op_type: str) -> list[onnx.NodeProto]:

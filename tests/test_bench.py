@@ -22,7 +22,7 @@ from rexdeploy.timing.harness import bench_published_table, time_subjects
 from rexdeploy.timing.networks import BundleSubject, compared
 from rexdeploy.timing.ratios import paired_ratio
 from rexdeploy.timing.rounds import WARMUP_ROUNDS, Task, time_rounds
-from tests.helpers import assert_refused, run_cli
+from tests.helpers import assert_refused, entry, run_cli
 
 QUICK = BenchOptions(rounds=2)
 LATENCY = Latency(
@@ -87,21 +87,23 @@ def test_ctrl_c_keeps_the_complete_rounds() -> None:
 
 
 def test_every_combination_is_timed_and_the_machine_is_named(
-    v1_original: Bundle, lite_original: Bundle
+    small_v1_original: Bundle, small_lite_original: Bundle
 ) -> None:
     options = BenchOptions(("onnxruntime", "pytorch", "openvino", "tensorrt"), (1, 3), (1,), 2)
-    result = time_subjects([BundleSubject(v1_original), BundleSubject(lite_original)], options)
+    result = time_subjects(
+        [BundleSubject(small_v1_original), BundleSubject(small_lite_original)], options
+    )
     expected = {
         (network, "plain" if backend == "pytorch" else "16", backend, batch)
-        for network in ("v1", "lite")
+        for network in ("small_v1", "small_lite")
         for backend in ("onnxruntime", "pytorch", "openvino")
         for batch in (1, 3)
     }
     assert {(row.network, row.form, row.backend, row.batch) for row in result.latencies} == expected
     assert all(len(row.samples_ms) == 2 and min(row.samples_ms) > 0 for row in result.latencies)
     assert result.skipped == (
-        "v1 (16) has no file for tensorrt",
-        "lite (16) has no file for tensorrt",
+        "small_v1 (16) has no file for tensorrt",
+        "small_lite (16) has no file for tensorrt",
     )
     assert result.machine["processor"]
     assert {(probe.what, probe.threads) for probe in result.probes} == {
@@ -110,16 +112,18 @@ def test_every_combination_is_timed_and_the_machine_is_named(
     }
 
 
-def test_each_row_is_held_against_the_rates_of_its_own_threads(v1_original: Bundle) -> None:
-    result = time_subjects([BundleSubject(v1_original)], BenchOptions(batches=(1, 2), rounds=2))
+def test_each_row_is_held_against_the_rates_of_its_own_threads(small_v1_original: Bundle) -> None:
+    result = time_subjects(
+        [BundleSubject(small_v1_original)], BenchOptions(batches=(1, 2), rounds=2)
+    )
     (product,) = (probe for probe in result.probes if probe.what == "matrix product")
     one, two = result.latencies
     assert one.matrix_ms is not None
     assert one.roofline_ms is not None
     assert two.matrix_ms is not None
     assert two.matrix_ms == pytest.approx(2 * one.matrix_ms)
-    # 963 of V1 1.0's 1000 classes are missing, each of them 1280 multiply-accumulates.
-    macs = cost("rexnet", 1.0).macs - 963 * 1280
+    # 963 of V1 0.3's 1000 classes are missing, each of them 384 multiply-accumulates.
+    macs = cost("rexnet", 0.3, 64).macs - 963 * 384
     assert one.matrix_ms == pytest.approx(1e3 * 2 * macs / product.rate)
     assert one.roofline_ms > one.matrix_ms
 
@@ -140,8 +144,7 @@ def test_onnxruntimes_threads_spin_within_a_timed_run_only(
     time_subjects([BundleSubject(small_v1)], BenchOptions(threads=(1, 2), rounds=1))
     assert opened == [{within: "1", ever: ""}] * 2
     # A server's network shares its cores with those that decode images.
-    graph = small_v1.manifest.find("onnx")
-    assert graph is not None
+    graph = entry(small_v1, "fp32.onnx")
     served = open_backend("onnxruntime", small_v1.read(graph), small_v1.manifest.model, 2)
     assert _settings(served, within, ever) == {within: "", ever: "0"}
 
@@ -158,23 +161,23 @@ def _settings(backend: Any, *names: str) -> dict[str, str]:
     return settings
 
 
-def test_peers_take_part_in_the_same_run(v1_original: Bundle) -> None:
-    subjects = compared([v1_original], ["published", "plain", "mobilenetv3_small_050"])
+def test_peers_take_part_in_the_same_run(small_v1_original: Bundle) -> None:
+    subjects = compared([small_v1_original], ["published", "plain", "mobilenetv3_small_050"])
     result = time_subjects(subjects, BenchOptions(("pytorch",), rounds=1))
     assert [(row.network, row.form) for row in result.latencies] == [
-        ("v1", "plain"),  # once, though the PyTorch code of two forms is the same
-        ("v1", "published"),
+        ("small_v1", "plain"),  # once, though the PyTorch code of two forms is the same
+        ("small_v1", "published"),
         ("mobilenetv3_small_050", "timm"),
     ]
 
 
-def test_bundles_of_one_name_and_the_float16_of_a_cpu(v1_bundle: Bundle, tmp_path: Path) -> None:
+def test_bundles_of_one_name_and_the_float16_of_a_cpu(small_v1: Bundle, tmp_path: Path) -> None:
     """Neither is dropped, and what computes in float32 is not timed as float16."""
-    other = tmp_path / "other" / "v1"
-    shutil.copytree(v1_bundle.path, other)
-    subjects = compared([v1_bundle, Bundle.open(other)], ["16"])  # 16 is the bundles' own form
+    other = tmp_path / "other" / "small_v1"
+    shutil.copytree(small_v1.path, other)
+    subjects = compared([small_v1, Bundle.open(other)], ["16"])  # 16 is the bundles' own form
     result = time_subjects(subjects, BenchOptions(rounds=1))
-    assert [row.network for row in result.latencies] == [str(v1_bundle.path), str(other)]
+    assert [row.network for row in result.latencies] == [str(small_v1.path), str(other)]
     half = time_subjects(
         subjects[:1], BenchOptions(("pytorch", "onnxruntime"), rounds=1, fp16=True)
     )
@@ -183,11 +186,13 @@ def test_bundles_of_one_name_and_the_float16_of_a_cpu(v1_bundle: Bundle, tmp_pat
     assert "it computes float16 graphs in float32" in half.skipped[0]
 
 
-def test_gpu_backends_are_skipped_with_a_reason_where_there_is_none(v1_original: Bundle) -> None:
+def test_gpu_backends_are_skipped_with_a_reason_where_there_is_none(
+    small_v1_original: Bundle,
+) -> None:
     if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
     options = BenchOptions(("onnxruntime", "pytorch-cuda", "pytorch-cuda-compile"), rounds=1)
-    result = time_subjects([BundleSubject(v1_original)], options)
+    result = time_subjects([BundleSubject(small_v1_original)], options)
     assert [row.backend for row in result.latencies] == ["onnxruntime"]
     assert all("PyTorch finds no NVIDIA GPU" in reason for reason in result.skipped)
     assert len(result.skipped) == 2
@@ -202,20 +207,20 @@ def test_gpu_backends_are_skipped_with_a_reason_where_there_is_none(v1_original:
         ({"backends": ("onnx",)}, "backend: got 'onnx', expected one of pytorch, pytorch-comp"),
         (
             {"backends": ("tensorrt-rtx",), "batches": (9,)},
-            "batch: got 9, but v1 on tensorrt-rtx takes 1 to 8",
+            "batch: got 9, but small_v1 on tensorrt-rtx takes 1 to 8",
         ),
     ],
 )
 def test_unusable_options_are_refused(
-    change: dict[str, object], message: str, v1_original: Bundle
+    change: dict[str, object], message: str, small_v1_original: Bundle
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        time_subjects([BundleSubject(v1_original)], replace(QUICK, **change))  # type: ignore[arg-type]
+        time_subjects([BundleSubject(small_v1_original)], replace(QUICK, **change))  # type: ignore[arg-type]
 
 
-def test_nothing_to_time_is_an_error_with_the_reason(v1_original: Bundle) -> None:
-    with pytest.raises(BackendUnavailable, match="nothing to time: v1 .16. has no file for tens"):
-        time_subjects([BundleSubject(v1_original)], replace(QUICK, backends=("tensorrt",)))
+def test_nothing_to_time_is_an_error_with_the_reason(small_v1_original: Bundle) -> None:
+    with pytest.raises(BackendUnavailable, match="nothing to time: small_v1 .16. has no file"):
+        time_subjects([BundleSubject(small_v1_original)], replace(QUICK, backends=("tensorrt",)))
 
 
 def test_the_table_has_ratios_to_the_first_row_with_intervals(
@@ -240,12 +245,12 @@ def test_the_table_has_ratios_to_the_first_row_with_intervals(
 
 
 def test_a_table_keeps_the_cpus_rows_where_no_gpu_is(
-    v1_original: Bundle, monkeypatch: pytest.MonkeyPatch
+    small_v1_original: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(
-        "rexdeploy.timing.harness.published_table", lambda: [BundleSubject(v1_original)]
+        "rexdeploy.timing.harness.published_table", lambda: [BundleSubject(small_v1_original)]
     )
     options = replace(QUICK, backends=("pytorch-cuda", "onnxruntime"))
     result = bench_published_table(options)
@@ -274,9 +279,9 @@ def test_the_published_table_is_printed_in_its_own_layout(tmp_path: Path) -> Non
 
 
 def test_the_command_prints_a_table_and_writes_the_samples(
-    v1_bundle: Bundle, tmp_path: Path
+    small_v1: Bundle, tmp_path: Path
 ) -> None:
-    result = run_cli("bench", "v1", "--rounds", "2", "--json", "b.json", cwd=tmp_path)
+    result = run_cli("bench", "small_v1", "--rounds", "2", "--json", "b.json", cwd=tmp_path)
     assert result.code == 0, result.err
     assert "onnxruntime" in result.out
     assert "roofline" not in result.out  # its share flatters where tensors stay in caches
@@ -291,6 +296,6 @@ def test_the_command_prints_a_table_and_writes_the_samples(
         (("--plot", "x.gif"), "plot: got 'x.gif', expected a file that ends in .png, .svg, .pdf"),
         (("--plot", "no/x.png"), "cannot write no/x.png"),
         (("--table", "papers"), "table: got 'papers', expected paper"),
-        (("v1", "--table", "paper"), "leave out bundles"),
+        (("small_v1", "--table", "paper"), "leave out bundles"),
     ):
         assert_refused(run_cli("bench", *arguments, cwd=tmp_path), message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import ModelProto
 
-from rexdeploy.bundle.manifest import Artifact, BatchRange
+from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
@@ -24,11 +22,23 @@ from rexdeploy.steps.import_onnx import import_onnx
 from rexdeploy.steps.inspect import inspect
 from rexdeploy.steps.verify import verify
 from rexdeploy.timing.networks import BundleSubject
-from tests.helpers import edit_weights, folder_state, nodes_of, reacting
+from tests.helpers import (
+    copied,
+    edit_weights,
+    entry,
+    folder_state,
+    graph,
+    nodes_of,
+    reacting,
+    saved,
+    with_file,
+    with_notes,
+)
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 PLAIN = "fp32.tensorrt.onnx"
+ENGINE = "fp16.rtx-sm89.engine"
 OPTIONS: dict[str, Any] = {
     "fp16": True,
     "flavor": "rtx",
@@ -37,20 +47,10 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def _artifact(bundle: Bundle, kind: str, precision: str) -> Artifact:
-    found = bundle.manifest.find(kind, precision)  # type: ignore[arg-type]
-    assert found is not None
-    return found
-
-
-def _model(bundle: Bundle, precision: str) -> ModelProto:
-    return onnx.load_from_string(bundle.read(_artifact(bundle, "onnx", precision)))
-
-
 def test_the_chain_of_hashes_leads_from_the_engine_to_the_weights(
     small_v1_original: Bundle,
 ) -> None:
-    engine = _artifact(small_v1_original, "engine", "fp16")
+    engine = entry(small_v1_original, "fp16.rtx-sm89.engine")
     by_hash = {artifact.sha256: artifact for artifact in small_v1_original.manifest.artifacts}
     chain = [engine]
     while (parent := chain[-1].parent_sha256) is not None:
@@ -95,27 +95,23 @@ def test_every_part_of_the_key_makes_another_engine(
 
 def test_other_weights_are_never_answered_with_the_old_engine(small_v1: Bundle) -> None:
     """The cache without a weights' hash: onnxruntime issue 6455."""
-    model = _model(small_v1, "fp32")
+    model = graph(small_v1)
     name = nodes_of(model, "Conv")[5].input[1]
     data = edit_weights(model, [name], lambda values: values * 1.5).SerializeToString()
-    graph = replace(_artifact(small_v1, "onnx", "fp32"), sha256=sha256(data))
-    changed = small_v1.update(graph, files={graph.file: data})
+    changed = with_file(small_v1, "fp32.onnx", data)
     assert changed.manifest.find("engine") is None
     assert not list(changed.path.glob("*.engine"))
     result = build_trt(changed, **OPTIONS)
     assert not result.reused
-    assert result.engine.sha256 != _artifact(small_v1, "engine", "fp16").sha256
+    assert result.engine.sha256 != entry(small_v1, ENGINE).sha256
 
 
 def test_an_fp16_build_that_is_really_fp32_fails_and_writes_nothing(small_v1: Bundle) -> None:
     """The float16 graph of the bundle is swapped for the float32 one, hash and all."""
-    half, full = _artifact(small_v1, "onnx", "fp16"), small_v1.manifest.find_file(PLAIN)
-    assert full is not None
-    model = onnx.load_from_string(small_v1.read(full))
+    model = graph(small_v1, PLAIN)
     model.doc_string = "another file than its parent"
-    data = model.SerializeToString()
-    fake = replace(half, sha256=sha256(data), parent_sha256=full.sha256)
-    bundle = small_v1.update(fake, files={half.file: data})
+    parent = entry(small_v1, PLAIN).sha256
+    bundle = with_file(small_v1, "fp16.onnx", model.SerializeToString(), parent_sha256=parent)
     before = folder_state(bundle.path)
     with pytest.raises(VerificationFailed, match=r"not FP16: 0 of \d+ layers in Half \(0%\)") as no:
         build_trt(bundle, **OPTIONS)
@@ -130,27 +126,25 @@ def test_a_float32_build_has_no_half_layer(small_v1: Bundle) -> None:
     assert engine.file == "fp32.rtx-sm89.engine"
 
 
-def _relabelled(bundle: Bundle, **built_with: str) -> Bundle:
-    """The bundle with other notes on its exported graph."""
-    root = _artifact(bundle, "onnx", "fp32")
-    edited = replace(root, built_with=root.built_with | built_with)
-    return bundle.update(edited, files={})
+def _noted(bundle: Bundle, file: str, **notes: str) -> Bundle:
+    """The bundle with other notes on one of its files, whose bytes stay."""
+    return with_notes(bundle, file, built_with=entry(bundle, file).built_with | notes)
 
 
 def test_engines_are_built_from_the_form_with_plain_shortcuts(small_v1: Bundle) -> None:
-    """At most 120 layers of V1 1.0 in either precision, and the exported graph is still first."""
-    root, half = (_artifact(small_v1, "onnx", name) for name in ("fp32", "fp16"))
+    """At most 120 layers in either precision, and the exported graph is still first."""
+    root, half = (entry(small_v1, file) for file in ("fp32.onnx", "fp16.onnx"))
     result = build_trt(small_v1, **OPTIONS | {"fp16": False})
     bundle = result.bundle
     files = {item.sha256: item for item in bundle.manifest.artifacts}
     plain = files[result.engine.parent_sha256 or ""]
     assert (plain.file, plain.kind, plain.precision) == ("fp32.tensorrt.onnx", "onnx", "fp32")
     assert bundle.manifest.find("onnx") == bundle.manifest.find("onnx", "fp32") == root
-    for engine in (result.engine, _artifact(bundle, "engine", "fp16")):
+    for engine in (result.engine, entry(bundle, ENGINE)):
         assert engine.proof is not None
         assert sum(engine.proof.layers.values()) <= 120
-        graph = files[engine.parent_sha256 or ""]
-        assert nodes_of(onnx.load_from_string(bundle.read(graph)), "Concat") == []
+        parent = files[engine.parent_sha256 or ""]
+        assert nodes_of(graph(bundle, parent.file), "Concat") == []
     assert plain.parent_sha256 == root.sha256
     assert plain.built_with["shortcuts"] == "plain adds"
     assert files[half.sha256].parent_sha256 == plain.sha256
@@ -170,42 +164,39 @@ def test_verification_judges_both_engines_graphs(small_v1: Bundle) -> None:
     assert parents["fp32.rtx-sm89.engine"] == "fp32.tensorrt.onnx"
     assert parents["fp16.rtx-sm89.engine"] == "fp16.onnx"
 
-    plain = next(a for a in bundle.manifest.artifacts if a.file == "fp32.tensorrt.onnx")
-    model = onnx.load_from_string(bundle.read(plain))
+    model = graph(bundle, PLAIN)
     weight = nodes_of(model, "Conv")[5].input[1]
     data = edit_weights(model, [weight], lambda values: values * 1.05).SerializeToString()
-    broken = bundle.update(replace(plain, sha256=sha256(data)), files={plain.file: data})
-    (failure,) = verify(broken, samples=4).failures
+    (failure,) = verify(with_file(bundle, PLAIN, data), samples=4).failures
     assert failure.startswith("broken edge fp32.onnx -> fp32.tensorrt.onnx (onnxruntime): error ")
 
 
 def test_a_graph_that_was_not_aligned_is_built_as_it_is(small_v1: Bundle) -> None:
-    bundle = _relabelled(small_v1, align="off")
-    root = _artifact(bundle, "onnx", "fp32")
+    bundle = _noted(small_v1, "fp32.onnx", align="off")
+    root = entry(bundle, "fp32.onnx")
     result = build_trt(bundle, **OPTIONS | {"fp16": False})
     assert result.engine.parent_sha256 == root.sha256
     half = build_trt(result.bundle, **OPTIONS)
     assert not half.reused  # the float16 graph has other shortcuts
-    assert _artifact(half.bundle, "onnx", "fp16").parent_sha256 == root.sha256
-    assert nodes_of(_model(half.bundle, "fp16"), "Concat")
+    assert entry(half.bundle, "fp16.onnx").parent_sha256 == root.sha256
+    assert nodes_of(graph(half.bundle, "fp16.onnx"), "Concat")
     # What a bundle of an older version looks like: its float16 graph is made again.
-    again = build_trt(_relabelled(half.bundle, align="16"), **OPTIONS)
+    again = build_trt(_noted(half.bundle, "fp32.onnx", align="16"), **OPTIONS)
     assert not again.reused
-    assert not nodes_of(_model(again.bundle, "fp16"), "Concat")
+    assert not nodes_of(graph(again.bundle, "fp16.onnx"), "Concat")
 
 
 @pytest.fixture(scope="module")
 def bf16_original(small_v1_original: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The V1 bundle with a bfloat16 graph and engine, too."""
-    folder = tmp_path_factory.mktemp("bf16") / "v1"
-    shutil.copytree(small_v1_original.path, folder)
-    return build_trt(Bundle.open(folder), **OPTIONS | {"fp16": False, "bf16": True}).bundle
+    bundle = copied(small_v1_original, tmp_path_factory.mktemp("bf16") / "v1")
+    return build_trt(bundle, **OPTIONS | {"fp16": False, "bf16": True}).bundle
 
 
 def test_a_bfloat16_build_is_proven_and_its_graph_is_verified_by_emulation(
     bf16_original: Bundle,
 ) -> None:
-    engine = _artifact(bf16_original, "engine", "bf16")
+    engine = entry(bf16_original, "bf16.rtx-sm89.engine")
     assert engine.file == "bf16.rtx-sm89.engine"
     assert engine.proof is not None
     assert engine.proof.wanted == "BFloat16"
@@ -224,12 +215,11 @@ def test_a_bfloat16_build_is_proven_and_its_graph_is_verified_by_emulation(
 def test_swapped_channels_in_the_bfloat16_graph_break_its_edge(
     bf16_original: Bundle, tmp_path: Path
 ) -> None:
-    graph = _model(bf16_original, "bf16")
-    (stem,) = (t for t in graph.graph.initializer if t.name == nodes_of(graph, "Conv")[0].input[1])
+    model = graph(bf16_original, "bf16.onnx")
+    (stem,) = (t for t in model.graph.initializer if t.name == nodes_of(model, "Conv")[0].input[1])
     values = np.frombuffer(stem.raw_data, "<u2").reshape(stem.dims)
     stem.raw_data = values[:, ::-1].tobytes()
-    path = tmp_path / "swapped.onnx"
-    path.write_bytes(graph.SerializeToString())
+    path = saved(model, tmp_path / "swapped.onnx")
     result = verify(bf16_original, samples=6, candidate=path)
     assert "swapped.onnx (onnxruntime, bfloat16 emulated): error" in result.failures[0]
 
@@ -237,9 +227,8 @@ def test_swapped_channels_in_the_bfloat16_graph_break_its_edge(
 def test_both_precisions_or_a_graph_in_another_are_refused(small_v1: Bundle) -> None:
     with pytest.raises(UsageError, match="got --fp16 and --bf16, expected one of them"):
         build_trt(small_v1, **OPTIONS | {"bf16": True})
-    half = _artifact(small_v1, "onnx", "fp16")
-    weights = small_v1.manifest.find("weights")
-    assert weights is not None
+    half = entry(small_v1, "fp16.onnx")
+    weights = entry(small_v1, "weights.safetensors")
     lone = replace(half, file="fp32.onnx", parent_sha256=weights.sha256)
     bundle = small_v1.update(lone, files={lone.file: small_v1.read(half)})
     with pytest.raises(UsageError, match="fp32.onnx is a graph in fp16; --bf16 needs one in"):
@@ -256,7 +245,7 @@ def test_a_damaged_graph_is_refused(small_v1: Bundle) -> None:
 
 
 def test_a_damaged_engine_is_not_an_answer(small_v1: Bundle) -> None:
-    engine = _artifact(small_v1, "engine", "fp16")
+    engine = entry(small_v1, ENGINE)
     (small_v1.path / engine.file).write_bytes(b"vtrt" + b"\0" * 100)
     assert not build_trt(small_v1, **OPTIONS).reused
     assert build_trt(Bundle.open(small_v1.path), **OPTIONS).reused
@@ -349,7 +338,7 @@ def test_an_imported_graph_does_not_take_the_place_of_another_model(
     taken = own_graph.with_name("small_v1.onnx")
     taken.write_bytes(own_graph.read_bytes())
     before = folder_state(small_v1.path)
-    with pytest.raises(UsageError, match=r"holds another model \(rexnet 1\)"):
+    with pytest.raises(UsageError, match=r"holds another model \(rexnet 0.3\)"):
         _imported(taken, small_v1.path.parent, OPTIONS)
     assert folder_state(small_v1.path) == before
 
@@ -359,11 +348,10 @@ def test_a_failing_import_leaves_an_existing_bundle_as_it_was(
 ) -> None:
     bundle = build_trt(_imported(own_graph, tmp_path, OPTIONS), **OPTIONS).bundle
     before = folder_state(bundle.path)
-    other = tmp_path / "elsewhere" / "mine.onnx"
-    other.parent.mkdir()
+    (tmp_path / "elsewhere").mkdir()
     model = onnx.load(own_graph)
     model.graph.name = "another"
-    other.write_bytes(model.SerializeToString())
+    other = saved(model, tmp_path / "elsewhere" / "mine.onnx")
     wrong = OPTIONS | {"flavor": "nonsense", "force": True}
     with pytest.raises(UsageError, match="holds another model .*mine.onnx.*--force"):
         _imported(other, tmp_path, OPTIONS)
@@ -380,8 +368,7 @@ def test_a_graph_that_ends_in_softmax_is_refused(own_graph: Path, tmp_path: Path
     for node in model.graph.node:
         node.output[:] = ["logits" if name == output else name for name in node.output]
     model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], [output]))
-    path = tmp_path / "soft.onnx"
-    path.write_bytes(model.SerializeToString())
+    path = saved(model, tmp_path / "soft.onnx")
     with pytest.raises(UsageError, match="ends in Softmax; expected logits"):
         _imported(path, tmp_path / "out", OPTIONS)
 
@@ -404,8 +391,7 @@ def test_weights_beside_the_graph_are_taken_in(own_graph: Path, tmp_path: Path) 
 def test_files_that_are_no_classifier_are_refused(own_graph: Path, tmp_path: Path) -> None:
     model = onnx.load(own_graph)
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 4
-    four_channels = tmp_path / "four.onnx"
-    four_channels.write_bytes(model.SerializeToString())
+    four_channels = saved(model, tmp_path / "four.onnx")
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(np.random.default_rng(0).bytes(1000))
     truncated = tmp_path / "cut.onnx"
@@ -418,49 +404,36 @@ def test_files_that_are_no_classifier_are_refused(own_graph: Path, tmp_path: Pat
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def _noted(bundle: Bundle, kind: str, **notes: str) -> Bundle:
-    """The bundle with other notes on its float16 graph or engine, its bytes as they are."""
-    item = _artifact(bundle, kind, "fp16")
-    edited = replace(item, built_with=item.built_with | notes)
-    return bundle.update(edited, files={})
-
-
 @pytest.mark.parametrize("made_by", ["0", None])
 def test_a_graph_of_another_revision_is_made_again(small_v1: Bundle, made_by: str | None) -> None:
-    half = _artifact(small_v1, "onnx", "fp16")
-    model = _model(small_v1, "fp16")
+    half = entry(small_v1, "fp16.onnx")
+    model = graph(small_v1, "fp16.onnx")
     del model.metadata_props[:]
     model.doc_string = "of an older converter"
-    data = model.SerializeToString()
     notes = {key: value for key, value in half.built_with.items() if key != "revision"}
-    old = replace(
-        half,
-        sha256=sha256(data),
-        built_with=notes | ({"revision": made_by} if made_by else {}),
-    )
+    notes |= {"revision": made_by} if made_by else {}
+    old = with_file(small_v1, half.file, model.SerializeToString(), built_with=notes)
     said: list[str] = []
-    result = build_trt(small_v1.update(old, files={old.file: data}), **OPTIONS, report=said.append)
-    again = _artifact(result.bundle, "onnx", "fp16")
+    result = build_trt(old, **OPTIONS, report=said.append)
+    again = entry(result.bundle, "fp16.onnx")
     assert (again.sha256, again.built_with["revision"]) == (half.sha256, "1")
     assert any("making fp16.onnx again, since " in line for line in said), said
     assert build_trt(result.bundle, **OPTIONS).reused
 
 
 def test_force_makes_the_graphs_again_and_says_what_tuning_is_lost(small_v1: Bundle) -> None:
-    half = _artifact(small_v1, "onnx", "fp16")
-    model = _model(small_v1, "fp16")
+    half = entry(small_v1, "fp16.onnx")
+    model = graph(small_v1, "fp16.onnx")
     model.doc_string = "mixed"
-    data = model.SerializeToString()
     notes = half.built_with | {"float32": "block 10"}
-    tuned = replace(half, sha256=sha256(data), built_with=notes, precision=None)
-    bundle = small_v1.update(tuned, files={half.file: data})
+    data = model.SerializeToString()
+    bundle = with_file(small_v1, half.file, data, built_with=notes, precision=None)
     said: list[str] = []
-    assert (
-        build_trt(bundle, **OPTIONS, report=said.append).engine.parent_sha256 == tuned.sha256
-    )  # kept
+    kept = build_trt(bundle, **OPTIONS, report=said.append).engine
+    assert kept.parent_sha256 == sha256(data)
     assert not any("tune-precision" in line for line in said)
     forced = build_trt(Bundle.open(bundle.path), **OPTIONS | {"force": True}, report=said.append)
-    assert _artifact(forced.bundle, "onnx", "fp16").sha256 == half.sha256
+    assert entry(forced.bundle, "fp16.onnx").sha256 == half.sha256
     lost = [line for line in said if "tune-precision" in line]
     assert len(lost) == 1
     assert "fp16.onnx was tune-precision's, with block 10 in float32" in lost[0]
@@ -471,14 +444,13 @@ def test_an_engine_of_another_revision_is_no_answer(
     small_v1: Bundle, notes: dict[str, str]
 ) -> None:
     assert build_trt(small_v1, **OPTIONS).reused
-    assert not build_trt(_noted(small_v1, "engine", **notes), **OPTIONS).reused
+    assert not build_trt(_noted(small_v1, ENGINE, **notes), **OPTIONS).reused
 
 
 def test_an_engine_whose_proof_is_of_another_type_is_nowhere_taken(small_v1: Bundle) -> None:
     """A manifest that claims fp16, of an engine that was proven to be float32."""
-    engine = _artifact(small_v1, "engine", "fp16")
-    forged = replace(engine, proof=PrecisionProof("Float", {"Float": 100}))
-    bundle = small_v1.update(forged, files={})
+    engine = entry(small_v1, ENGINE)
+    bundle = with_notes(small_v1, ENGINE, proof=PrecisionProof("Float", {"Float": 100}))
     fault = "claims fp16, and its proof is of Float"
     with pytest.raises(VerificationFailed, match=fault):
         inspect(bundle.path / engine.file)
@@ -494,7 +466,7 @@ def test_an_engine_whose_proof_is_of_another_type_is_nowhere_taken(small_v1: Bun
 def test_the_nodes_that_may_be_float32_are_ends_and_bfloat16_pools(
     pixels_original: Bundle, kind: str
 ) -> None:
-    model = _model(pixels_original, "fp16")
+    model = graph(pixels_original, "fp16.onnx")
     inner = {node.name for node in nodes_of(model, kind) if not node.name.startswith("interface/")}
     assert not inner & float32_nodes(model, "fp16")
     assert inner & float32_nodes(model, "bf16") == (inner if "Pool" in kind else set())

@@ -71,10 +71,7 @@ def test_a_commit_killed_at_any_moment_leaves_the_old_bundle_or_the_new(tmp_path
         assert _commit(path, point) == -signal.SIGKILL
         bundle = Bundle.open(path)
         contents = {item.file: bundle.read(item) for item in bundle.manifest.artifacts}
-        assert contents in (
-            {"a": b"old a", "b": b"old b"},
-            {"a": b"new a", "c": b"new c"},
-        ), point
+        assert contents in ({"a": b"old a", "b": b"old b"}, {"a": b"new a", "c": b"new c"}), point
         outcomes.append("c" in contents)
         # Nothing is left over, and the bundle can be written again.
         assert set(folder_state(path)) == {*contents, "manifest.json"}

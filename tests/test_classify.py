@@ -27,7 +27,7 @@ from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.images import decode, sets
 from rexdeploy.inference.classifier import load
 from rexdeploy.models.checkpoints import load_checkpoint
-from tests.helpers import assert_refused, run_cli, run_python
+from tests.helpers import assert_refused, entry, run_cli, run_python
 
 
 def test_predictions_are_the_networks_own(
@@ -129,8 +129,7 @@ def test_a_fixed_batch_is_filled_and_cut(v1_original: Bundle, tmp_path: Path) ->
     """The same graph, as if it took exactly four images; the last batch is padded."""
     shutil.copytree(v1_original.path, tmp_path / "v1")
     bundle = Bundle.open(tmp_path / "v1")
-    graph = bundle.manifest.find("onnx", "fp32")
-    assert graph is not None
+    graph = entry(bundle, "fp32.onnx")
     fixed = bundle.update(replace(graph, batch=BatchRange(4, 4, 4)), files={})
     pool = sets.synthetic(6, bundle.manifest.model.preprocess, seed=6)
     with load(v1_original, "onnxruntime") as free, load(fixed, "onnxruntime") as filled:

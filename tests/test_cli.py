@@ -13,20 +13,12 @@ from pathlib import Path
 import pytest
 
 from rexdeploy.bundle.store import Bundle
-from tests.helpers import assert_refused, folder_state, run_cli, run_python
+from tests.helpers import assert_refused, folder_state, run_cli, run_program, run_python
 
-COMMANDS = [
-    "export",
-    "build-trt",
-    "verify",
-    "predict",
-    "bench",
-    "triton",
-    "serve",
-    "tune-serving",
-    "models",
-    "doctor",
-]
+COMMANDS = (
+    *("export", "build-trt", "verify", "predict", "bench"),
+    *("triton", "serve", "tune-serving", "models", "doctor"),
+)
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -53,12 +45,7 @@ def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) ->
 
 
 def test_it_runs_as_a_module() -> None:
-    answer = subprocess.run(
-        [sys.executable, "-m", "rexdeploy", "--version"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    answer = run_program(sys.executable, "-m", "rexdeploy", "--version")
     assert answer.stdout.startswith("rexdeploy "), answer.stderr
 
 
@@ -149,21 +136,21 @@ def test_verify_prints_the_table_and_what_was_skipped(small_v1: Bundle, tmp_path
 
 
 def test_models_prints_eleven_networks_that_agree(tmp_path: Path) -> None:
-    result = run_cli("models", cwd=tmp_path)
+    result = run_cli("models", "--json", "models.json", cwd=tmp_path)
     assert result.code == 0
     assert result.out.count("agrees\n") + result.out.count("agrees ") >= 11
     assert "DIFFERS" not in result.out
     assert "which is width 2.2" in result.out
-    assert len(json.loads(run_cli("models", "--json", "-", cwd=tmp_path).out)) == 11
+    assert len(json.loads((tmp_path / "models.json").read_text())) == 11
 
 
 @pytest.mark.parametrize("step", ["loading", "exporting", "comparing"])
 def test_a_killed_export_leaves_nothing_that_stops_the_next(
-    step: str, small_v1: Bundle, tmp_path: Path, v1_checkpoint: Path
+    step: str, small_lite: Bundle, tmp_path: Path, narrow_lite_checkpoint: Path
 ) -> None:
     """SIGKILL in the middle of the work; the commit itself is cut at every step in test_bundle."""
-    before = folder_state(small_v1.path)
-    command = ["export", "--name", "small_v1", "--weights", str(v1_checkpoint)]
+    before = folder_state(small_lite.path)
+    command = ["export", "--name", "small_lite", "--weights", str(narrow_lite_checkpoint)]
     command += ["--image-size", "64"]
     process = subprocess.Popen(
         [sys.executable, "-m", "rexdeploy", *command],
@@ -178,7 +165,7 @@ def test_a_killed_export_leaves_nothing_that_stops_the_next(
             break
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert folder_state(small_v1.path) == before
+    assert folder_state(small_lite.path) == before
     assert run_cli("verify", "--samples", "2", cwd=tmp_path).code == 0
 
 
@@ -210,7 +197,7 @@ def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path)
     [
         ("torch", ["export"], "cpu"),
         ("onnx", ["export"], "cpu"),
-        ("onnxsim", ["export", "--width", "0.3", "--image-size", "32"], "cpu"),
+        ("onnxsim", ["export", "--lite", "--width", "0.1", "--image-size", "32"], "cpu"),
         ("onnx", ["build-trt"], "cpu"),
         ("tensorrt_rtx", ["build-trt", "--flavor", "rtx"], "rtx"),
         ("tensorrt_rtx", ["build-trt"], "rtx"),
@@ -245,22 +232,13 @@ def test_a_missing_package_names_its_extra(
 
 def test_a_full_disk_behind_stdout_is_one_line() -> None:
     with open("/dev/full", "w") as full:
-        answer = subprocess.run(
-            [sys.executable, "-c", "from rexdeploy.cli import main; main()", "models"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        answer = run_program(sys.executable, "-m", "rexdeploy", "doctor", stdout=full)
     assert (answer.returncode, answer.stderr) == (2, "error: output: No space left on device\n")
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    code = "from rexdeploy.cli import main; main()"
-    shell = f"{sys.executable} -c '{code}' models | head -1"
-    answer = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {shell}"], capture_output=True, text=True, check=False
-    )
+    shell = f"{sys.executable} -m rexdeploy doctor | head -1"
+    answer = run_program("bash", "-c", f"set -o pipefail; {shell}")
     assert "Traceback" not in answer.stderr
     assert answer.returncode == 0
 

@@ -28,7 +28,7 @@ from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
 from rexdeploy.images import decode, sets
 from rexdeploy.inference.classifier import load
-from tests.helpers import ROOT, run_cli
+from tests.helpers import ROOT, entry, run_cli, run_program
 from tests.hostile_images import chunk
 from tests.mutations import mutated, mutated_png
 from tests.test_triton import with_labels
@@ -54,15 +54,8 @@ class Programs:
     env: dict[str, str]
 
     def run(self, name: str, *arguments: str | Path, env: dict[str, str] | None = None) -> Answer:
-        done = subprocess.run(
-            [self.folder / f"rexdeploy-{name}", *arguments],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env={**os.environ, **self.env, **(env or {})},
-            timeout=300,
-            check=False,
-        )
+        program, env = self.folder / f"rexdeploy-{name}", {**self.env, **(env or {})}
+        done = run_program(program, *arguments, env=env, errors="replace")
         return Answer(done.returncode, done.stdout, done.stderr)
 
     def probe(self, command: str, calls: Sequence[Sequence[str | Path]]) -> list[str]:
@@ -88,9 +81,7 @@ class Programs:
 @pytest.fixture(scope="session")
 def built() -> None:
     """Both builds; skipped where this machine cannot make them."""
-    done = subprocess.run(
-        [ROOT / "scripts" / "cpp_build.sh"], capture_output=True, text=True, check=False
-    )
+    done = run_program(ROOT / "scripts" / "cpp_build.sh", timeout=None)
     if done.returncode == 3:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr
@@ -482,8 +473,7 @@ def test_damaged_bundles_are_refused(
     sanitized: Programs, v1_bundle: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     photo = sets.find(photos)[0]
-    graph = v1_bundle.manifest.find("onnx")
-    assert graph is not None
+    graph = entry(v1_bundle, "fp32.onnx")
     file, manifest = v1_bundle.path / graph.file, v1_bundle.path / "manifest.json"
     good, document = file.read_bytes(), manifest.read_text()
 
@@ -601,8 +591,7 @@ def test_engines_that_cannot_be_loaded_are_explained(
     """Among them a good one: this machine has no GPU."""
     if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
-    engine = v1_bundle.manifest.find("engine")
-    assert engine is not None
+    engine = entry(v1_bundle, "fp16.rtx-sm89.engine")
     good = v1_bundle.read(engine)
     said = "the engine cannot be loaded: IRuntime::deserializeCudaEngine: Error Code 1: "
     cases = [
@@ -652,9 +641,7 @@ def test_folders_that_hold_other_things_are_not_replaced_by_headers(tmp_path: Pa
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "mine.h").touch()
     script = ROOT / "scripts" / "cpp_headers.sh"
-    done = subprocess.run(
-        [script, tmp_path / "include"], capture_output=True, text=True, check=False
-    )
+    done = run_program(script, tmp_path / "include")
     assert done.returncode == 2
     assert "holds something else" in done.stderr
     assert (tmp_path / "include" / "mine.h").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from rexdeploy.images import decode, limits
 from rexdeploy.images.limits import MAX_PIXELS, MAX_SCAN_PIXELS
 from tests import hostile_images as hostile
 from tests.cpp_probe import probe
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_program
 from tests.hostile_images import after_start, bare_jpeg, encoded, gradients, segment, with_scans
 
 
@@ -280,12 +279,5 @@ def test_the_worst_that_is_admitted_ends(kind: str, tmp_path: Path) -> None:
         "from rexdeploy.bundle.manifest import Preprocess; "
         "print(decode.read(pathlib.Path(sys.argv[1]), Preprocess()).shape)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "file"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=60,
-        check=False,
-    )
+    done = run_program(sys.executable, "-c", code, tmp_path / "file", cwd=ROOT)
     assert (done.stdout, done.returncode) == ("(224, 224, 3)\n", 0), done.stderr

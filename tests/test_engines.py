@@ -272,11 +272,7 @@ def test_what_the_preflight_says_of_an_engine_that_runs(
     ],
 )
 def test_full_tensorrt_tells_by_its_log(
-    said: str,
-    is_elsewhere: bool,
-    full: Module,
-    small_v1_original: Bundle,
-    spec: ModelSpec,
+    said: str, is_elsewhere: bool, full: Module, small_v1_original: Bundle, spec: ModelSpec
 ) -> None:
     data = plan(_graph(small_v1_original, "fp32"), module="tensorrt")
     backend = open_backend("tensorrt", data, spec)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import onnxsim
 import pytest
@@ -20,7 +19,7 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.images import decode, sets
 from rexdeploy.steps.export import export
-from tests.helpers import edit_weights, folder_state, nodes_of
+from tests.helpers import copied, edit_weights, entry, folder_state, graph, nodes_of
 
 # Small and quick where the network itself does not matter.
 TINY: dict[str, Any] = {"width": 0.3, "num_classes": 5, "image_size": 64}
@@ -37,14 +36,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return second
 
 
-def _model(bundle: Bundle) -> ModelProto:
-    graph = bundle.manifest.find("onnx", "fp32")
-    assert graph is not None
-    return onnx.load_from_string(bundle.read(graph))
-
-
 def test_the_graph_has_one_image_input_one_logits_output_and_a_dynamic_batch(tiny: Bundle) -> None:
-    model = _model(tiny)
+    model = graph(tiny)
     values = [*model.graph.input, *model.graph.output]
     assert [value.name for value in values] == ["input", "logits"]
     shapes = [
@@ -58,7 +51,7 @@ def test_the_graph_has_one_image_input_one_logits_output_and_a_dynamic_batch(tin
 
 
 def test_the_graph_says_what_it_is_and_nothing_of_this_machine(tiny: Bundle) -> None:
-    model = _model(tiny)
+    model = graph(tiny)
     told = {entry.key: entry.value for entry in model.metadata_props}
     assert (told["rexdeploy.family"], told["rexdeploy.width"]) == ("rexnet", "0.3")
     assert json.loads(told["rexdeploy.preprocess"])["mean"] == [0.485, 0.456, 0.406]
@@ -76,26 +69,20 @@ def test_the_manifest_tells_how_to_make_each_file_again(v1_original: Bundle) -> 
     spec = v1_original.manifest.model
     assert (spec.family, spec.width, spec.num_classes) == ("rexnet", 1.0, 37)
     assert (spec.weights.source, spec.weights.trained) == ("rexnetv1_1.0.pth", True)
-    graph = v1_original.manifest.find("onnx", "fp32")
-    assert graph is not None
-    assert graph.built_with["torch"] == metadata.version("torch")
-    assert graph.built_with["opset"] == "18"
-    assert graph.command.startswith("rexdeploy export")
+    root = entry(v1_original, "fp32.onnx")
+    assert root.built_with["torch"] == metadata.version("torch")
+    assert root.built_with["opset"] == "18"
+    assert root.command.startswith("rexdeploy export")
 
 
 def test_labels_are_imagenets_for_1000_classes_only(
     v1_original: Bundle, timm_original: Bundle
 ) -> None:
     assert v1_original.manifest.find("labels") is None
-    labels = timm_original.manifest.find("labels")
-    assert labels is not None
+    labels = entry(timm_original, "labels.txt")
     lines = timm_original.read(labels).decode().splitlines()
-    assert (len(lines), lines[0], lines[281], lines[999]) == (
-        1000,
-        "tench",
-        "tabby",
-        "toilet tissue",
-    )
+    assert len(lines) == 1000
+    assert (lines[0], lines[281], lines[999]) == ("tench", "tabby", "toilet tissue")
 
 
 def test_a_fixed_batch_labels_and_plain_graph_on_request(tmp_path: Path) -> None:
@@ -103,17 +90,13 @@ def test_a_fixed_batch_labels_and_plain_graph_on_request(tmp_path: Path) -> None
     labels.write_text("ant\nbee\ncat\ndog\nélan\n", encoding="utf-8")
     options = {"batch": 3, "labels": labels, "simplify": False, "opset": 20, "lite": True}
     result = export(**TINY | options, name="mine", out=tmp_path)
-    model = _model(result.bundle)
+    model = graph(result.bundle)
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
     assert model.opset_import[0].version == 20
-    graph = result.bundle.manifest.find("onnx")
-    assert graph is not None
-    assert graph.batch == BatchRange(3, 3, 3)
+    assert entry(result.bundle, "fp32.onnx").batch == BatchRange(3, 3, 3)
     assert result.bundle.path == tmp_path / "mine"
     assert len(result.comparisons) == 1
-    stored = result.bundle.manifest.find("labels")
-    assert stored is not None
-    assert result.bundle.read(stored).decode().splitlines()[4] == "élan"
+    assert result.bundle.read(entry(result.bundle, "labels.txt")).decode().splitlines()[4] == "élan"
 
 
 def test_the_same_export_again_keeps_what_was_built_from_it(tiny: Bundle, tmp_path: Path) -> None:
@@ -121,7 +104,7 @@ def test_the_same_export_again_keeps_what_was_built_from_it(tiny: Bundle, tmp_pa
     from rexdeploy.steps.build_trt import build_trt
 
     options = TINY | {"out": tmp_path}
-    built = build_trt(export(**options).bundle, fp16=True, flavor="rtx").bundle
+    built = build_trt(copied(tiny, tmp_path / tiny.path.name), fp16=True, flavor="rtx").bundle
     again = export(**options).bundle
     assert again.manifest.find("engine") == built.manifest.find("engine")
     other = export(**options | {"num_classes": 6}).bundle
@@ -146,7 +129,7 @@ def test_a_simplifier_that_changes_the_logits_is_caught_and_nothing_is_written(
 
     monkeypatch.setattr(onnxsim, "simplify", spoil)
     with pytest.raises(VerificationFailed, match="edge torch -> simplified is broken") as failure:
-        export(**TINY | {"out": tmp_path})
+        export(**TINY | {"out": tmp_path, "lite": True})
     assert failure.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
 
@@ -199,10 +182,10 @@ def test_unusable_options_are_refused_before_the_work(
 
 
 def test_a_checkpoint_whose_logits_do_not_vary_is_refused(tmp_path: Path) -> None:
-    from rexdeploy.models.rexnet import ReXNetV1
+    from rexdeploy.models.rexnet import ReXNetV1_lite
 
     torch.manual_seed(0)
-    torch.save(ReXNetV1(width_mult=0.3, classes=5).state_dict(), tmp_path / "fresh.pth")
+    torch.save(ReXNetV1_lite(multiplier=0.3, classes=5).state_dict(), tmp_path / "fresh.pth")
     with pytest.raises(UsageError, match="do not vary"):
         export(weights=tmp_path / "fresh.pth", image_size=64, out=tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
@@ -221,6 +204,6 @@ def test_onnx_logits_are_the_checkpoints_on_photographs(
     batch = decode.normalise(sets.load_batch(sets.find(photos), preprocess), preprocess)
     with torch.inference_mode():
         expected = load_checkpoint(checkpoint).build()(torch.from_numpy(batch)).numpy()
-    session = ort.InferenceSession(_model(bundle).SerializeToString())
+    session = ort.InferenceSession(graph(bundle).SerializeToString())
     got = session.run(None, {"input": batch})[0]
     assert np.abs(got - expected).max() / expected.std(axis=0).mean() < 1e-3

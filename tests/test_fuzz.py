@@ -6,7 +6,6 @@ The same seeds each time; `scripts/fuzz.sh MINUTES` goes on from others, for hou
 from __future__ import annotations
 
 import random
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from rexdeploy.errors import UsageError
 from rexdeploy.images import decode
 from tests.cpp_probe import probe
 from tests.fuzz_targets import TARGETS, damaged, run, run_cpp
-from tests.helpers import DATA, ROOT
+from tests.helpers import DATA, ROOT, run_program
 from tests.mutations import mutated_image
 
 PNG, JPEG = b"\x89PNG", b"\xff\xd8\xff"
@@ -82,8 +81,6 @@ def test_the_script_runs_every_target() -> None:
     script = (ROOT / "scripts" / "fuzz.sh").read_text()
     (line,) = [line for line in script.splitlines() if line.startswith("targets=")]
     assert line == f'targets="{" ".join(TARGETS)} cpp-manifest cpp-image"'
-    refused = subprocess.run(
-        [ROOT / "scripts" / "fuzz.sh", "soon"], capture_output=True, text=True, check=False
-    )
+    refused = run_program(ROOT / "scripts" / "fuzz.sh", "soon")
     assert refused.returncode == 2
     assert refused.stderr == "usage: scripts/fuzz.sh MINUTES [FOLDER]\n"

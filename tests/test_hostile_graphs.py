@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto, helper
@@ -21,7 +20,7 @@ from rexdeploy.machine import bounded
 from rexdeploy.steps.import_onnx import import_onnx
 from rexdeploy.steps.inspect import inspect
 from rexdeploy.steps.verify import verify
-from tests.helpers import assert_refused, run_cli, run_measured
+from tests.helpers import assert_refused, graph, run_cli, run_measured
 
 Shape = Sequence[int | str] | None
 Command = list[str | Path]
@@ -223,9 +222,7 @@ def test_many_classes_times_many_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_honest_graphs_take_is_far_from_the_bound(small_lite_original: Bundle) -> None:
-    graph = small_lite_original.manifest.find("onnx")
-    assert graph is not None
-    model = onnx.load_from_string(small_lite_original.read(graph))
+    model = graph(small_lite_original)
     few, many = (peak_bytes(model, (rows, 3, 64, 64)) for rows in (1, 64))
     weights = sum(tensor.ByteSize() for tensor in model.graph.initializer)
     assert weights < few < weights + (8 << 20)  # 96 channels of 32 x 32 are 384 KiB

@@ -227,10 +227,7 @@ def _classifier(shape: tuple[int, ...], state: State) -> State:
             lambda state: _classifier((50_000, 1024, 1, 1), state),
             "output.4.weight has shape [50000, 1024, 1, 1] and only 1 values",
         ),
-        (
-            lambda state: _classifier((1_000_001, 1024, 1, 1), state),
-            "with 1 to 1000000 classes",
-        ),
+        (lambda state: _classifier((1_000_001, 1024, 1, 1), state), "with 1 to 1000000 classes"),
         (
             lambda state: _classifier((900_000, 1024, 1, 1), state),
             "bytes in float32, expected at most 2147483647: an ONNX graph holds no more",

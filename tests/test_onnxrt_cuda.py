@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
 from rexdeploy import machine
@@ -32,6 +32,7 @@ from rexdeploy.timing.answers import inputs
 from rexdeploy.timing.competitors import BenchOptions
 from rexdeploy.timing.harness import time_subjects
 from rexdeploy.timing.networks import BundleSubject, ModelFile
+from tests.helpers import small_graph
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 BENCH = BenchOptions(("onnxruntime-cuda", "onnxruntime"), batches=(1, 2), rounds=1)
@@ -187,19 +188,8 @@ def _reshaping(arithmetic: bool) -> ModelProto:
     ]
     if arithmetic:
         nodes.append(helper.make_node("Softmax", ["z"], ["out"]))
-    graph = helper.make_graph(
-        nodes,
-        "reshaping",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2, 3])],
-        [helper.make_tensor_value_info("out" if arithmetic else "z", TensorProto.FLOAT, None)],
-        [
-            helper.make_tensor("w", TensorProto.FLOAT, [3, 3], [1.0] * 9),
-            helper.make_tensor("zero", TensorProto.INT64, [1], [0]),
-            helper.make_tensor("one", TensorProto.INT64, [1], [1]),
-            helper.make_tensor("rest", TensorProto.INT64, [1], [-1]),
-        ],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    weights = {"w": np.ones((3, 3), np.float32), "zero": [0], "one": [1], "rest": [-1]}
+    return small_graph(nodes, ["N", 2, 3], weights, "out" if arithmetic else "z")
 
 
 def test_shapes_may_be_computed_on_the_cpu_and_nothing_else(

@@ -27,9 +27,9 @@ def _network(bundle: Bundle) -> RexNet:
 
 @pytest.mark.slow
 def test_the_published_form_is_the_network_bit_for_bit_and_exports_its_scatters(
-    v1_original: Bundle,
+    small_v1_original: Bundle,
 ) -> None:
-    network, spec = _network(v1_original), v1_original.manifest.model
+    network, spec = _network(small_v1_original), small_v1_original.manifest.model
     subject = PeerSubject(own_peer("published", "v1", network, spec))
     pool = sets.synthetic(3, spec.preprocess, seed=5)
     with torch.inference_mode():
@@ -49,9 +49,9 @@ def test_the_published_form_is_the_network_bit_for_bit_and_exports_its_scatters(
 
 
 def test_timms_form_has_the_networks_cost_and_lite_has_none(
-    v1_original: Bundle, lite_original: Bundle
+    small_v1_original: Bundle, small_lite_original: Bundle
 ) -> None:
-    network, spec = _network(v1_original), v1_original.manifest.model
+    network, spec = _network(small_v1_original), small_v1_original.manifest.model
     peer = own_peer("timm", "v1", network, spec)
     ours, theirs = (
         sum(parameter.numel() for parameter in module.parameters())
@@ -59,7 +59,7 @@ def test_timms_form_has_the_networks_cost_and_lite_has_none(
     )
     assert ours == theirs
     with pytest.raises(UsageError, match="timm has no ReXNet-lite"):
-        compared([lite_original], ["timm"])
+        compared([small_lite_original], ["timm"])
 
 
 def test_a_timm_network_is_timed_at_its_own_size_or_at_the_one_given() -> None:

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 
 from rexdeploy import arrays
 from rexdeploy.bundle.precision import PRECISIONS, Precision
@@ -20,23 +20,12 @@ from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.graphs.cast import to_bf16, to_fp16
 from rexdeploy.graphs.emulate import emulate_bf16
 from rexdeploy.graphs.products import precision_of
-from tests.helpers import edit_weights, nodes_of
-
-IR_VERSION = 10
+from tests.helpers import edit_weights, graph, nodes_of, small_graph
 
 
 def _model(nodes: list[onnx.NodeProto], weights: Mapping[str, object], out: int = 1) -> ModelProto:
     """A graph from `x` (float32 [2, 3, 8, 8]) to `y`."""
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 8, 8])],
-        [helper.make_tensor_value_info("y", out, None)],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
-    )
-    return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=IR_VERSION
-    )
+    return small_graph(nodes, [2, 3, 8, 8], weights, output_type=out)
 
 
 def _run(model: ModelProto, x: arrays.Float32) -> arrays.Float32:
@@ -60,9 +49,7 @@ def _assert_converted_inside(model: ModelProto, half: ModelProto) -> None:
 
 
 def test_our_graph_is_half_throughout_and_float32_outside(v1_original: Bundle) -> None:
-    graph = v1_original.manifest.find("onnx", "fp32")
-    assert graph is not None
-    model = onnx.load_from_string(v1_original.read(graph))
+    model = graph(v1_original)
     half = to_fp16(model)
     assert (precision_of(model), precision_of(half)) == ("fp32", "fp16")
     _assert_converted_inside(model, half)
@@ -111,9 +98,7 @@ def test_casts_to_float32_inside_the_graph_are_kept() -> None:
 
 
 def test_weights_beyond_half_are_an_error_not_an_infinity(v1_original: Bundle) -> None:
-    graph = v1_original.manifest.find("onnx", "fp32")
-    assert graph is not None
-    model = onnx.load_from_string(v1_original.read(graph))
+    model = graph(v1_original)
     weight = nodes_of(model, "Conv")[3].input[1]
     broken = edit_weights(model, [weight], lambda values: values * 1e6)
     with pytest.raises(VerificationFailed, match="beyond float16's 65504"):
@@ -129,9 +114,7 @@ def test_an_open_bound_stays_open() -> None:
 
 
 def test_our_graph_is_bfloat16_throughout_and_float32_outside(v1_original: Bundle) -> None:
-    graph = v1_original.manifest.find("onnx", "fp32")
-    assert graph is not None
-    model = onnx.load_from_string(v1_original.read(graph))
+    model = graph(v1_original)
     half = to_bf16(model)
     assert precision_of(half) == "bf16"
     assert [entry.version for entry in half.opset_import] == [22]

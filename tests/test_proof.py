@@ -15,6 +15,7 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.graphs.products import Product, products
 from rexdeploy.models import zoo
 from rexdeploy.parity.proof import prove
+from tests.helpers import graph, small_graph
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,7 @@ class _Layer:
 def _model(
     node: onnx.NodeProto, weights: tuple[int, ...], shape: list[str | int | None]
 ) -> ModelProto:
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.zeros(weights, np.float32), "w")],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return small_graph([node], shape, {"w": np.zeros(weights, np.float32)})
 
 
 @pytest.mark.parametrize(
@@ -64,9 +58,7 @@ def test_multiply_accumulates_of_one_image(
 
 
 def test_a_networks_arithmetic_is_the_published_one_and_its_padding(v1_original: Bundle) -> None:
-    graph = v1_original.manifest.find("onnx", "fp16")
-    assert graph is not None
-    found = products(onnx.load_from_string(v1_original.read(graph)))
+    found = products(graph(v1_original, "fp16.onnx"))
     total = sum(product.macs or 0 for product in found)
     published = zoo.cost("rexnet", 1.0).macs
     assert {product.precision for product in found} == {"Half"}

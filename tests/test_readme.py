@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import typer.main
 
 from rexdeploy import machine
 from rexdeploy.cli.app import app
-from tests.helpers import ROOT, run_cli
+from tests.helpers import ROOT, run_cli, run_program
 
 pytestmark = pytest.mark.slow
 
@@ -146,13 +145,9 @@ def quickstart(readme_dir: Path) -> dict[str, str]:
     """
     if not (Path(sys.prefix) / ".rexdeploy-installed").exists():
         return {}
-    answer = subprocess.run(
-        [ROOT / "scripts" / "quickstart.sh", readme_dir],
-        env={**os.environ, "VENV": sys.prefix, "BASH_XTRACEFD": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {"VENV": sys.prefix, "BASH_XTRACEFD": "1"}
+    script = ROOT / "scripts" / "quickstart.sh"
+    answer = run_program(script, readme_dir, env=environment, timeout=None)
     assert answer.returncode == 0, answer.stderr
     parts = re.split(r"^\+ (rexdeploy .*)\n", answer.stdout, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
@@ -178,9 +173,7 @@ def _output(command: str, folder: Path) -> str:
         result = run_cli(*arguments, cwd=folder)
         assert result.code == 0, (command, result.err)
         return result.out
-    answer = subprocess.run(
-        [program, *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+    answer = run_program(program, *arguments, cwd=folder)
     assert answer.returncode == 0, (command, answer.stderr)
     return answer.stdout
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 
 from rexdeploy.arrays import Float32, Images
 from rexdeploy.bundle.store import Bundle
@@ -22,15 +22,9 @@ from rexdeploy.graphs.emulate import (
 from rexdeploy.graphs.read import node_name
 from rexdeploy.graphs.wrapper import unwrap
 from rexdeploy.images.sets import varied
-from tests.helpers import edit_weights, nodes_of
+from tests.helpers import edit_weights, graph, nodes_of, small_graph
 
 HALF, BFLOAT16 = TensorProto.FLOAT16, TensorProto.BFLOAT16
-
-
-def _load(bundle: Bundle, file: str) -> ModelProto:
-    artifact = bundle.manifest.find_file(file)
-    assert artifact is not None
-    return onnx.load_from_string(bundle.read(artifact))
 
 
 def _run(model: ModelProto, images: Images) -> Float32:
@@ -46,7 +40,7 @@ def test_a_graph_computes_its_parent_rounded_to_the_bit(
     which: str, narrow: str, request: pytest.FixtureRequest
 ) -> None:
     bundle: Bundle = request.getfixturevalue(which)
-    parent = _load(bundle, "fp32.tensorrt.onnx")
+    parent = graph(bundle, "fp32.tensorrt.onnx")
     images = varied(4, bundle.manifest.model.preprocess, seed=7)
     converted = to_fp16(parent) if narrow == "fp16" else to_bf16(parent)
     found = twin(parent, converted)
@@ -59,7 +53,7 @@ def test_a_graph_computes_its_parent_rounded_to_the_bit(
 
 
 def test_a_mixed_graph_is_rounded_where_it_is_float16(small_v1_original: Bundle) -> None:
-    parent = _load(small_v1_original, "fp32.tensorrt.onnx")
+    parent = graph(small_v1_original, "fp32.tensorrt.onnx")
     images = varied(3, small_v1_original.manifest.model.preprocess, seed=7)
     names = [node_name(node) for node in parent.graph.node]
     kept = set(names[20:60])
@@ -87,7 +81,7 @@ def _shapes_only(model: ModelProto) -> set[str]:
 
 
 def test_a_float32_graph_is_its_own_twin(small_v1_original: Bundle) -> None:
-    parent = _load(small_v1_original, "fp32.onnx")
+    parent = graph(small_v1_original, "fp32.onnx")
     found = twin(parent, parent)
     assert found is not None
     assert found.rounded == {}
@@ -95,8 +89,8 @@ def test_a_float32_graph_is_its_own_twin(small_v1_original: Bundle) -> None:
 
 
 def test_pixels_and_probabilities_stay_float32(small_pixels_original: Bundle) -> None:
-    parent = _load(small_pixels_original, "fp32.tensorrt.onnx")
-    half = _load(small_pixels_original, "fp16.onnx")
+    parent = graph(small_pixels_original, "fp32.tensorrt.onnx")
+    half = graph(small_pixels_original, "fp16.onnx")
     found = twin(parent, half)
     assert found is not None
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
@@ -109,8 +103,8 @@ def test_pixels_and_probabilities_stay_float32(small_pixels_original: Bundle) ->
 def test_another_network_has_no_twin(
     small_v1_original: Bundle, small_lite_original: Bundle
 ) -> None:
-    parent = _load(small_v1_original, "fp32.onnx")
-    assert twin(parent, _load(small_lite_original, "fp16.onnx")) is None
+    parent = graph(small_v1_original, "fp32.onnx")
+    assert twin(parent, graph(small_lite_original, "fp16.onnx")) is None
     changed = to_fp16(parent)
     clip = nodes_of(changed, "Sigmoid")[0]
     clip.op_type = "Tanh"
@@ -119,7 +113,7 @@ def test_another_network_has_no_twin(
 
 def test_a_twin_is_blind_to_what_is_wrong_with_the_graph(small_v1_original: Bundle) -> None:
     """It takes nothing from the candidate but the places where it rounds."""
-    parent = _load(small_v1_original, "fp32.tensorrt.onnx")
+    parent = graph(small_v1_original, "fp32.tensorrt.onnx")
     half = to_fp16(parent)
     weight = nodes_of(half, "Conv")[5].input[1]
     wrong = edit_weights(half, [weight], lambda values: values * 1.5)
@@ -130,7 +124,7 @@ def test_a_twin_is_blind_to_what_is_wrong_with_the_graph(small_v1_original: Bund
 
 
 def test_a_widened_graph_has_its_own_weights_and_rounds_nothing(small_v1_original: Bundle) -> None:
-    half = to_fp16(_load(small_v1_original, "fp32.onnx"))
+    half = to_fp16(graph(small_v1_original, "fp32.onnx"))
     wide = widened(half)
     assert sixteen_bit_types(half) == {HALF}
     assert sixteen_bit_types(wide) == frozenset()
@@ -138,18 +132,13 @@ def test_a_widened_graph_has_its_own_weights_and_rounds_nothing(small_v1_origina
     rounded, exact = _run(literal(half), images), _run(wide, images)
     error = np.abs(rounded - exact).max() / exact.std()
     assert 1e-4 < error < 0.5
-    assert sixteen_bit_types(widened(to_bf16(_load(small_v1_original, "fp32.onnx")))) == frozenset()
+    assert sixteen_bit_types(widened(to_bf16(graph(small_v1_original, "fp32.onnx")))) == frozenset()
 
 
 def test_peaks_are_the_largest_absolute_values() -> None:
-    graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "w"], ["y"]), helper.make_node("Relu", ["y"], ["z"])],
-        "small",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])],
-        [helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", 3])],
-        [numpy_helper.from_array(np.array([1, -2, 3], np.float32), "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    nodes = [helper.make_node("Mul", ["x", "w"], ["y"]), helper.make_node("Relu", ["y"], ["z"])]
+    weights = {"w": np.array([1, -2, 3], np.float32)}
+    model = small_graph(nodes, ["n", 3], weights, "z", ["n", 3])
     copy, outputs = with_peaks(model, ["y", "z"])
     onnx.checker.check_model(copy, full_check=True)
     session = ort.InferenceSession(copy.SerializeToString())

@@ -17,7 +17,7 @@ from rexdeploy.bundle.store import SIGNATURE, Bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.inference.classifier import load
 from rexdeploy.steps.verify import Verification
-from tests.helpers import assert_refused, folder_state, run_cli, run_python
+from tests.helpers import assert_refused, entry, folder_state, run_cli, run_python
 
 verifying = pytest.importorskip("model_signing.verifying", reason="the extra sign is missing")
 
@@ -94,8 +94,7 @@ def test_model_signing_itself_accepts_it(signed: Bundle, keys: Keys) -> None:
 
 def _replaced_with_its_manifest(bundle: Bundle) -> None:
     """What the hashes alone do not see: another graph, and a manifest that vouches for it."""
-    graph = bundle.manifest.find("onnx")
-    assert graph is not None
+    graph = entry(bundle, "fp32.onnx")
     forged = (bundle.path / graph.file).read_bytes() + b"\x1a\x00"
     (bundle.path / graph.file).write_bytes(forged)
     manifest = to_json(bundle.manifest).replace(graph.sha256.encode(), sha256(forged).encode())
@@ -146,10 +145,8 @@ def test_files_that_begin_with_a_dot_are_not_the_bundles(signed: Bundle, keys: K
 def test_a_file_replaced_after_the_check_is_refused(signed: Bundle, keys: Keys) -> None:
     checked = signing.check(signed.path, keys.public)
     _replaced_with_its_manifest(signed)
-    graph = checked.manifest.find("onnx")
-    assert graph is not None
     with pytest.raises(UsageError):
-        checked.read(graph)
+        checked.read(entry(checked, "fp32.onnx"))
 
 
 def test_keys_that_are_none_are_one_line(
@@ -210,10 +207,7 @@ class Killed(BaseException):
 
 
 def test_a_change_takes_the_signature_away_in_the_same_step(
-    small_lite_original: Bundle,
-    keys: Keys,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    small_lite_original: Bundle, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before any rename, deletion or sync: the old state with it, or the new one without."""
     data = b"new"

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from rexdeploy.backends import tensorrt_api, tensorrt_build
 from rexdeploy.backends.tensorrt_api import read_header
@@ -22,6 +22,7 @@ from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_fp16
 from rexdeploy.graphs.products import Product, products
 from rexdeploy.parity.proof import prove
+from tests.helpers import entry, small_graph
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -29,9 +30,7 @@ SETTINGS = EngineSettings("rtx", BatchRange(1, 2, 4), ("sm86", "sm89"))
 
 
 def _graph(bundle: Bundle, precision: Precision) -> bytes:
-    artifact = bundle.manifest.find("onnx", precision)
-    assert artifact is not None
-    return bundle.read(artifact)
+    return bundle.read(entry(bundle, f"{precision}.onnx"))
 
 
 def _products(model: bytes) -> list[Product]:
@@ -95,14 +94,9 @@ def test_one_float_convolution_among_half_ones_is_named() -> None:
             ),
             helper.make_node("Relu", [f"c{index}"], [f"h{index + 1}"], name=f"relu{index}"),
         ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 64, 64])],
-        [helper.make_tensor_value_info("h12", TensorProto.FLOAT16, ["n", 32, 38, 38])],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    model = small_graph(
+        nodes, ["n", 3, 64, 64], weights, "h12", ["n", 32, 38, 38], TensorProto.FLOAT16
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     built = tensorrt_build.build(model.SerializeToString(), SETTINGS)
     found = products(model)
     proof = prove(built.layers, found, "Half")
@@ -194,14 +188,7 @@ def test_int8_weights_make_an_int8_layer() -> None:
         helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["e"], name="e"),
         helper.make_node("Conv", ["d", "e"], ["y"], name="conv"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64, 32, 32])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 64, 30, 30])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model = small_graph(nodes, ["n", 64, 32, 32], weights, output_shape=["n", 64, 30, 30])
     found = products(model)
     assert found == [Product("conv", "Int8", 30 * 30 * 64 * 64 * 9)]
     built = tensorrt_build.build(model.SerializeToString(), SETTINGS)
@@ -220,14 +207,8 @@ def test_every_unsupported_operator_is_named() -> None:
         helper.make_node("Unknown1", ["x"], ["a"], name="first", domain="somebody"),
         helper.make_node("Unknown2", ["a"], ["y"], name="second", domain="somebody"),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3, 8, 8])],
-    )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("somebody", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    model = small_graph(nodes, ["n", 3, 8, 8], {}, output_shape=["n", 3, 8, 8])
+    model.opset_import.append(helper.make_opsetid("somebody", 1))
     with pytest.raises(RexdeployError, match=r"node Unknown1 first.*node Unknown2 second"):
         tensorrt_build.build(model.SerializeToString(), SETTINGS)
 
@@ -272,19 +253,13 @@ def test_foreign_graphs_convert_and_build_too() -> None:
         "m": rng.standard_normal((16, 10)).astype(np.float32),
         "axes": np.array([2, 3]),
     }
-    graph = helper.make_graph(
-        [
-            helper.make_node("Conv", ["x", "w"], ["c"], strides=[2, 2]),
-            helper.make_node("Relu", ["c"], ["r"]),
-            helper.make_node("ReduceMean", ["r", "axes"], ["p"], keepdims=0),
-            helper.make_node("MatMul", ["p", "m"], ["y"]),
-        ],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 32, 32])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10])],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], strides=[2, 2]),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("ReduceMean", ["r", "axes"], ["p"], keepdims=0),
+        helper.make_node("MatMul", ["p", "m"], ["y"]),
+    ]
+    model = small_graph(nodes, ["n", 3, 32, 32], weights, output_shape=["n", 10])
     built = tensorrt_build.build(to_fp16(model).SerializeToString(), SETTINGS)
     found = products(to_fp16(model))
     assert [product.name for product in found] == ["node_of_c", "node_of_y_fp16"]

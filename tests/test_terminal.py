@@ -15,7 +15,7 @@ from PIL import Image
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.cli.console import print_table, say
 from rexdeploy.text import STEERING, one_line, plain
-from tests.helpers import on_a_terminal, run_cli
+from tests.helpers import on_a_terminal, run_cli, run_program
 from tests.test_triton import with_labels
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202etxt.exe"
@@ -45,13 +45,8 @@ LOST = "error: output: No space left on device\n"
 
 def _shell(code: int, redirection: str) -> tuple[int, str, str]:
     """The exit code, stdout and stderr of the command behind a shell's redirection."""
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" work {code} {redirection}', sys.executable,
-         COMMAND],
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
+    line = f'"$0" -c "$1" work {code} {redirection}'
+    done = run_program("bash", "-o", "pipefail", "-c", line, sys.executable, COMMAND)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -80,7 +75,7 @@ def test_the_exit_code_is_the_works(
 def test_help_behind_a_closed_pipe_is_no_error() -> None:
     line = '"$0" -m rexdeploy --help | head -c 0'
     shell = ["bash", "-o", "pipefail", "-c", line, sys.executable]
-    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    done = run_program(*shell)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from onnx import ModelProto
 
 from rexdeploy import machine
 from rexdeploy.bundle.manifest import Preprocess
-from rexdeploy.bundle.store import Bundle, sha256
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.graphs.blocks import find_blocks
 from rexdeploy.graphs.cast import to_fp16
 from rexdeploy.graphs.products import precision_of, products
-from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import forms, unwrap
 from rexdeploy.images.sets import varied
 from rexdeploy.parity.localize import OWN_LIMITS, localize
@@ -27,8 +25,8 @@ from rexdeploy.parity.walk import GraphWalk
 from rexdeploy.steps.build_trt import build_trt
 from rexdeploy.steps.tune_precision import STATE, tune_precision
 from rexdeploy.steps.verify import verify
-from tests import test_verify as planted
-from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
+from tests import planted
+from tests.helpers import assert_refused, edit_weights, entry, graph, nodes_of, run_cli, with_file
 
 OPTIONS: dict[str, Any] = {"samples": 4}
 ENGINE: dict[str, Any] = {"fp16": True, "flavor": "rtx", "target": ("sm89",)}
@@ -56,12 +54,6 @@ def _overflowing_head(model: ModelProto) -> ModelProto:
     return _scaled(model, -2, -1, 2e6)
 
 
-def _file(bundle: Bundle, name: str) -> ModelProto:
-    artifact = bundle.manifest.find_file(name)
-    assert artifact is not None
-    return parse(bundle.read(artifact), name)
-
-
 def _kept(model: ModelProto) -> set[str]:
     """The convolutions and matrix products that are float32."""
     return {product.name for product in products(model) if product.precision == "Float"}
@@ -69,8 +61,8 @@ def _kept(model: ModelProto) -> set[str]:
 
 def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
     """In a graph that takes pixels and gives probabilities: its interface is left alone."""
-    bundle = planted._plant(small_pixels, "fp32", _overflowing_se)
-    model = unwrap(_file(bundle, "fp32.onnx"))
+    bundle = planted.plant(small_pixels, "fp32.onnx", _overflowing_se)
+    model = unwrap(graph(bundle, "fp32.onnx"))
     walked = localize(
         GraphWalk(model), GraphWalk(to_fp16(model)), varied(4, Preprocess(64, 64), seed=1),
         names=("float32", "float16"), limit=OWN_LIMITS["fp16"],
@@ -85,15 +77,14 @@ def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
     assert [block.name for block in result.ranges.blocks if block.verdict == "OVERFLOWS"] == [
         "block 10"
     ]
-    graph = result.bundle.manifest.find_file("fp16.onnx")
-    assert graph is not None
-    assert graph.built_with["float32"] == "block 10"
-    mixed = _file(result.bundle, "fp16.onnx")
-    assert precision_of(mixed) is graph.precision is None
+    half = entry(result.bundle, "fp16.onnx")
+    assert half.built_with["float32"] == "block 10"
+    mixed = graph(result.bundle, "fp16.onnx")
+    assert precision_of(mixed) is half.precision is None
     assert forms(mixed) == ("uint8", "probabilities")
     # Of the block's five convolutions the two at the squeezed vector, if an engine keeps those.
     assert len(_kept(mixed)) == (2 if result.best.nodes else 5)
-    assert not result.best.nodes or graph.built_with["float32_nodes"]
+    assert not result.best.nodes or half.built_with["float32_nodes"]
     assert result.bundle.manifest.find("engine") is None  # it was of the plain graph
     verified = verify(result.bundle, samples=4)
     assert verified.passed, verified.failures
@@ -101,7 +92,7 @@ def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
     assert verified.edges[-1].reference == "fp32.tensorrt.onnx, rounded"
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     built = build_trt(result.bundle, **ENGINE)
-    assert built.engine.parent_sha256 == graph.sha256
+    assert built.engine.parent_sha256 == half.sha256
     assert built.engine.file == "mixed.rtx-sm89.engine"
     assert built.engine.proof is not None
     assert built.engine.proof.holds
@@ -110,7 +101,7 @@ def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
 
 def test_an_interrupted_search_of_an_overflowing_head_goes_on(small_v1: Bundle) -> None:
     """Head and classifier: the tensor between them is what float16 cannot hold."""
-    bundle = planted._plant(small_v1, "fp32", _overflowing_head)
+    bundle = planted.plant(small_v1, "fp32.onnx", _overflowing_head)
 
     def interrupt(message: str) -> None:
         if message.startswith("trial 3"):
@@ -138,7 +129,7 @@ def test_an_interrupted_search_of_an_overflowing_head_goes_on(small_v1: Bundle) 
 def test_what_cannot_be_healed_ends_with_the_best_set_and_exit_3(
     small_v1: Bundle, tmp_path: Path
 ) -> None:
-    bundle = planted._plant(small_v1, "fp32", _overflowing_head)
+    bundle = planted.plant(small_v1, "fp32.onnx", _overflowing_head)
     result = run_cli(
         "tune-precision", "--samples", "3", "--max-blocks", "1", "--json", "out.json", cwd=tmp_path
     )
@@ -161,29 +152,24 @@ def test_a_sound_network_keeps_nothing(small_lite: Bundle, tmp_path: Path) -> No
         item.file for item in before.artifacts
     }
     # What an earlier search has mixed, on other images say, is not undone by images that pass.
-    half = after.manifest.find_file("fp16.onnx")
-    assert half is not None
-    full = _file(after, "fp32.tensorrt.onnx")
+    full = graph(after, "fp32.tensorrt.onnx")
     data = to_fp16(full, {nodes_of(full, "Conv")[3].name}).SerializeToString()
-    mixed = replace(half, sha256=sha256(data), precision=None, built_with={"float32": "block 1"})
-    after.update(mixed, files={half.file: data})
+    notes = {"float32": "block 1"}
+    mixed = with_file(after, "fp16.onnx", data, precision=None, built_with=notes)
     again = run_cli("tune-precision", "--samples", "2", cwd=tmp_path)
     assert again.code == 0
     assert "kept: the bundle's fp16.onnx, which an earlier search has mixed (block 1" in again.out
-    assert Bundle.open(small_lite.path).manifest.find_file("fp16.onnx") == mixed
+    assert entry(Bundle.open(small_lite.path), "fp16.onnx") == entry(mixed, "fp16.onnx")
 
 
 def test_an_engine_that_undoes_what_was_kept_is_refused(small_lite: Bundle) -> None:
     """TensorRT-RTX makes Half again of a lone convolution between casts."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    full = _file(small_lite, "fp32.tensorrt.onnx")
+    full = graph(small_lite, "fp32.tensorrt.onnx")
     single = nodes_of(full, "Conv")[20].name
     data = to_fp16(full, {single}).SerializeToString()
-    half = small_lite.manifest.find_file("fp16.onnx")
-    assert half is not None
-    mixed = replace(half, sha256=sha256(data), precision=None)
-    bundle = small_lite.update(mixed, files={half.file: data})
-    assert _kept(_file(bundle, half.file)) == {single}
+    bundle = with_file(small_lite, "fp16.onnx", data, precision=None)
+    assert _kept(graph(bundle, "fp16.onnx")) == {single}
     with pytest.raises(VerificationFailed, match="the engine is not in its graph's types"):
         build_trt(bundle, **ENGINE)
 
@@ -201,13 +187,13 @@ def test_unusable_requests_are_refused(small_lite: Bundle, tmp_path: Path) -> No
     assert_refused(
         run_cli("tune-precision", "--images", "nowhere", cwd=tmp_path), "expected a folder"
     )
-    half = planted._plant(small_lite, "fp32", lambda model: to_fp16(model))
+    half = planted.plant(small_lite, "fp32.onnx", lambda model: to_fp16(model))
     with pytest.raises(UsageError, match="is not a float32 graph"):
         tune_precision(half, **OPTIONS)
 
 
 def test_kept_nodes_are_float32_and_the_others_half(small_lite_original: Bundle) -> None:
-    full = planted._graph(small_lite_original, "fp32")
+    full = graph(small_lite_original)
     kept = {node.name for node in nodes_of(full, "Conv")[3:6]}
     mixed = to_fp16(full, kept)
     onnx.checker.check_model(mixed, full_check=True)
