@@ -39,12 +39,12 @@ from rexdeploy.machine import machine
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, RexNet, recalibrate_batch_norms
 from rexdeploy.models.zoo import published
+from rexdeploy.parity.block_by_block import GraphWalk, TorchWalk
 from rexdeploy.parity.candidates import Candidate
 from rexdeploy.parity.compare import Comparison, Limits, Signal
 from rexdeploy.parity.judge import Judge
 from rexdeploy.parity.limits import float32_noise, walk_room
 from rexdeploy.parity.localize import OWN_LIMITS, localize
-from rexdeploy.parity.walk import GraphWalk, TorchWalk
 
 PREPROCESS = Preprocess()
 SMALL = Preprocess(128, 128)  # of the defects: a third of the arithmetic, the same graphs

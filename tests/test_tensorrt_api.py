@@ -21,7 +21,7 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_fp16
 from rexdeploy.graphs.products import Product, products
-from rexdeploy.parity.proof import prove
+from rexdeploy.parity.layer_types import prove
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 

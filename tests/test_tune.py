@@ -22,8 +22,8 @@ from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import forms, unwrap
 from rexdeploy.images.sets import varied
+from rexdeploy.parity.block_by_block import GraphWalk
 from rexdeploy.parity.localize import OWN_LIMITS, localize
-from rexdeploy.parity.walk import GraphWalk
 from rexdeploy.steps.build_trt import build_trt
 from rexdeploy.steps.tune_precision import STATE, tune_precision
 from rexdeploy.steps.verify import verify

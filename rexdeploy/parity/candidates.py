@@ -28,7 +28,7 @@ from rexdeploy.graphs.emulate import sixteen_bit_types
 from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import NotOnnx, graph_inputs, parse, read_with_external_data, type_name
 from rexdeploy.graphs.wrapper import forms
-from rexdeploy.parity.proof import prove
+from rexdeploy.parity.layer_types import prove
 
 if TYPE_CHECKING:
     from rexdeploy.backends.trt import TensorRTBackend

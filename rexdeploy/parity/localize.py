@@ -14,8 +14,16 @@ import numpy as np
 from rexdeploy.arrays import Float32
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.errors import UsageError
+from rexdeploy.parity.block_by_block import (
+    GraphWalk,
+    Node,
+    Tensor,
+    Walk,
+    fitted,
+    own_error,
+    signal_error,
+)
 from rexdeploy.parity.compare import Comparison
-from rexdeploy.parity.walk import GraphWalk, Node, Tensor, Walk, fitted, own_error, signal_error
 
 OWN_LIMITS: dict[Precision, float] = {"fp32": 1e-5, "fp16": 2e-3}
 """A block's share: the largest `own_error` of a sound one.

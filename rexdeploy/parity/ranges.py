@@ -11,7 +11,7 @@ from rexdeploy.arrays import Float32, Images
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.graphs.emulate import Twin, with_peaks
-from rexdeploy.parity.walk import GraphWalk, Node
+from rexdeploy.parity.block_by_block import GraphWalk, Node
 
 FP16_MAX, BF16_MAX = PRECISIONS["fp16"].largest, PRECISIONS["bf16"].largest
 NEAR = 0.25

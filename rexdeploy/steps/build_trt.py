@@ -22,7 +22,7 @@ from rexdeploy.graphs.engine_graph import Source, engine_form
 from rexdeploy.graphs.products import products
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import interface_nodes
-from rexdeploy.parity.proof import PROOF_REVISION, prove
+from rexdeploy.parity.layer_types import PROOF_REVISION, prove
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import printable
 

@@ -14,7 +14,7 @@ from rexdeploy.bundle.precision import TYPE_NAMES, PrecisionProof
 from rexdeploy.bundle.store import Bundle, is_bundle, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.files import read_plain, sha256_of
-from rexdeploy.parity.proof import prove
+from rexdeploy.parity.layer_types import prove
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import one_line
 

@@ -29,12 +29,12 @@ from rexdeploy.graphs.read import node_name, parse
 from rexdeploy.graphs.wrapper import change_core, unwrap
 from rexdeploy.images import decode, sets
 from rexdeploy.parity.batches import run_batches
+from rexdeploy.parity.block_by_block import GraphWalk
 from rexdeploy.parity.compare import Limits, Signal, compare
+from rexdeploy.parity.layer_types import PROOF_REVISION, prove
 from rexdeploy.parity.limits import LIMITS, ceiling
 from rexdeploy.parity.localize import OWN_LIMITS, localize
-from rexdeploy.parity.proof import PROOF_REVISION, prove
 from rexdeploy.parity.ranges import Ranges, measure_ranges
-from rexdeploy.parity.walk import GraphWalk
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import printable
 

@@ -21,6 +21,7 @@ from rexdeploy.graphs.bounds import check_memory
 from rexdeploy.graphs.read import parse
 from rexdeploy.images import decode, sets
 from rexdeploy.parity.batches import run_batches
+from rexdeploy.parity.block_by_block import GraphWalk, TorchWalk, Walk
 from rexdeploy.parity.candidates import (
     Candidate,
     Skipped,
@@ -36,7 +37,6 @@ from rexdeploy.parity.limits import float32_noise, walk_room
 from rexdeploy.parity.localize import OWN_LIMITS, Localization, off_blocks, with_culprits
 from rexdeploy.parity.localize import localize as localized
 from rexdeploy.parity.ranges import Headroom
-from rexdeploy.parity.walk import GraphWalk, TorchWalk, Walk
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import one_line
 
