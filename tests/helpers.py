@@ -25,6 +25,7 @@ from onnx import ModelProto, numpy_helper
 from rexdeploy import cli
 from rexdeploy.arrays import Float32
 from rexdeploy.bundle.manifest import Preprocess
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.images.sets import varied
 from rexdeploy.models.rexnet import recalibrate_batch_norms
 
@@ -187,6 +188,13 @@ def edit_weights(
             old = numpy_helper.to_array(tensor)
             tensor.CopyFrom(numpy_helper.from_array(change(old).astype(old.dtype), tensor.name))
     return edited
+
+
+def graph_of(bundle: Bundle, file: str) -> ModelProto:
+    """The ONNX graph of that name in the bundle."""
+    artifact = bundle.manifest.find_file(file)
+    assert artifact is not None
+    return onnx.load_from_string(bundle.read(artifact))
 
 
 def nodes_of(model: ModelProto, op_type: str) -> list[onnx.NodeProto]:

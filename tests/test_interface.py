@@ -24,7 +24,7 @@ from rexdeploy.steps.verify import verify
 from rexdeploy.timing.competitors import BenchOptions
 from rexdeploy.timing.harness import time_subjects
 from rexdeploy.timing.networks import BundleSubject
-from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
+from tests.helpers import assert_refused, edit_weights, graph_of, nodes_of, run_cli
 
 FAST: dict[str, Any] = {"samples": 4}
 
@@ -32,12 +32,6 @@ FAST: dict[str, Any] = {"samples": 4}
 @pytest.fixture(scope="module")
 def pool(small_v1_original: Bundle) -> UInt8:
     return sets.synthetic_pixels(5, small_v1_original.manifest.model.preprocess, seed=9)
-
-
-def _graph(bundle: Bundle, file: str) -> ModelProto:
-    artifact = bundle.manifest.find_file(file)
-    assert artifact is not None
-    return onnx.load_from_string(bundle.read(artifact))
 
 
 def _with_graph(bundle: Bundle, file: str, model: ModelProto) -> Bundle:
@@ -51,7 +45,7 @@ def test_the_manifest_and_the_graph_say_what_goes_in_and_out(small_pixels_origin
     spec = small_pixels_original.manifest.model
     assert (spec.input, spec.input_shape, spec.output) == ("uint8", (64, 64, 3), "probabilities")
     for file in ("fp32.onnx", "fp32.tensorrt.onnx", "fp16.onnx"):
-        model = _graph(small_pixels_original, file)
+        model = graph_of(small_pixels_original, file)
         assert forms(model) == ("uint8", "probabilities")
         (given,), (answer,) = model.graph.input, model.graph.output
         assert (given.name, answer.name) == (spec.input_name, spec.output_name)
@@ -63,7 +57,7 @@ def test_the_manifest_and_the_graph_say_what_goes_in_and_out(small_pixels_origin
 def test_normalisation_and_softmax_stay_float32_in_a_float16_graph(
     small_pixels_original: Bundle,
 ) -> None:
-    model = _graph(small_pixels_original, "fp16.onnx")
+    model = graph_of(small_pixels_original, "fp16.onnx")
     types = element_types(onnx.shape_inference.infer_shapes(model).graph)
     (softmax_node,) = nodes_of(model, "Softmax")
     assert types[softmax_node.input[0]] == types[softmax_node.output[0]] == TensorProto.FLOAT
@@ -114,8 +108,8 @@ def test_the_core_is_the_float32_bundles_graph(
     small_v1_original: Bundle, small_pixels_original: Bundle
 ) -> None:
     core, plain = (
-        unwrap(_graph(small_pixels_original, "fp32.onnx")),
-        _graph(small_v1_original, "fp32.onnx"),
+        unwrap(graph_of(small_pixels_original, "fp32.onnx")),
+        graph_of(small_v1_original, "fp32.onnx"),
     )
     for field in ("node", "initializer", "input", "output"):
         ours, theirs = (list(getattr(model.graph, field)) for model in (core, plain))
@@ -127,7 +121,7 @@ def test_the_core_is_the_float32_bundles_graph(
 def test_a_change_that_changes_nothing_gives_the_graph_itself(
     small_pixels_original: Bundle,
 ) -> None:
-    model = _graph(small_pixels_original, "fp32.onnx")
+    model = graph_of(small_pixels_original, "fp32.onnx")
     assert change_core(model, lambda core: core) is model
     assert change_core(model, lambda core: edit_weights(core, [], abs)) is model
 
@@ -174,7 +168,7 @@ def test_a_defect_in_or_behind_the_interface_breaks_its_edge(
     small_pixels: Bundle, defect: object
 ) -> None:
     assert callable(defect)
-    changed = defect(_graph(small_pixels, "fp32.onnx"))
+    changed = defect(graph_of(small_pixels, "fp32.onnx"))
     result = verify(_with_graph(small_pixels, "fp32.onnx", changed), **FAST)
     assert "torch -> fp32.onnx" in result.failures[0]
 
@@ -194,8 +188,10 @@ def test_a_file_of_another_interface_is_judged_by_its_own(
 
 
 def test_localize_walks_the_core(small_pixels: Bundle) -> None:
-    weight = nodes_of(_graph(small_pixels, "fp32.onnx"), "Conv")[2].input[1]
-    changed = edit_weights(_graph(small_pixels, "fp32.onnx"), [weight], lambda values: 1.1 * values)
+    weight = nodes_of(graph_of(small_pixels, "fp32.onnx"), "Conv")[2].input[1]
+    changed = edit_weights(
+        graph_of(small_pixels, "fp32.onnx"), [weight], lambda values: 1.1 * values
+    )
     broken = _with_graph(small_pixels, "fp32.onnx", changed)
     result = verify(broken, **FAST | {"localize": True})
     (walk,) = (item for item in result.localizations if item.candidate == "fp32.onnx")
@@ -234,7 +230,7 @@ def test_a_graph_with_a_scope_of_our_name_is_not_cut_apart(
     small_v1_original: Bundle, small_pixels_original: Bundle
 ) -> None:
     """Somebody's own nodes may be called `interface/...`, a Softmax of theirs among them."""
-    model = _graph(small_v1_original, "fp32.onnx")
+    model = graph_of(small_v1_original, "fp32.onnx")
     for index, node in enumerate(model.graph.node[:40]):
         node.name = f"interface/{index}"
     model.graph.node[3].name = "interface/softmax"
@@ -244,7 +240,7 @@ def test_a_graph_with_a_scope_of_our_name_is_not_cut_apart(
     assert change_core(model, lambda core: core) == model
 
     # Inside our own interface, theirs are of the core.
-    ours = _graph(small_pixels_original, "fp32.onnx")
+    ours = graph_of(small_pixels_original, "fp32.onnx")
     inner = next(node for node in ours.graph.node if node.op_type == "Conv")
     inner.name = "interface/conv"
     core = unwrap(ours)
@@ -257,7 +253,7 @@ def test_a_graph_with_a_scope_of_our_name_is_not_cut_apart(
 def test_an_interface_of_another_structure_stays_in_the_core(
     small_pixels_original: Bundle, part: str
 ) -> None:
-    model = _graph(small_pixels_original, "fp32.onnx")
+    model = graph_of(small_pixels_original, "fp32.onnx")
     (node,) = (node for node in model.graph.node if node.name == f"interface/{part}")
     node.op_type = "Identity"
     assert interface_nodes(model) == {"interface/softmax"}

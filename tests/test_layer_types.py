@@ -15,6 +15,7 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.graphs.products import Product, products
 from rexdeploy.models import zoo
 from rexdeploy.parity.layer_types import prove
+from tests.helpers import graph_of
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,7 @@ def test_multiply_accumulates_of_one_image(
 
 
 def test_a_networks_arithmetic_is_the_published_one_and_its_padding(v1_original: Bundle) -> None:
-    graph = v1_original.manifest.find("onnx", "fp16")
-    assert graph is not None
-    found = products(onnx.load_from_string(v1_original.read(graph)))
+    found = products(graph_of(v1_original, "fp16.onnx"))
     total = sum(product.macs or 0 for product in found)
     published = zoo.cost("rexnet", 1.0).macs
     assert {product.precision for product in found} == {"Half"}

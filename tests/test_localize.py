@@ -25,13 +25,7 @@ from rexdeploy.parity.block_by_block import GraphWalk, TorchWalk, Walk
 from rexdeploy.parity.localize import OWN_LIMITS, Localization, localize
 from rexdeploy.steps.verify import verify
 from tests import test_verify as planted
-from tests.helpers import (
-    assert_refused,
-    edit_weights,
-    nodes_of,
-    reacting,
-    run_cli,
-)
+from tests.helpers import assert_refused, edit_weights, nodes_of, reacting, run_cli
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,20 @@ from rexdeploy.backends import tensorrt_build
 from rexdeploy.backends.tensorrt_build import EngineSettings
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.engine_graph import to_plain_adds
 from rexdeploy.images import sets
 from rexdeploy.models.rexnet import v1_config
 from rexdeploy.parity.compare import Signal
-from tests.helpers import nodes_of
+from tests.helpers import graph_of, nodes_of
 
 FORMATS = ["v1_original", "lite_original"]
-
-
-def _exported(bundle: Bundle) -> ModelProto:
-    artifact = bundle.manifest.find("onnx")
-    assert artifact is not None
-    return onnx.load_from_string(bundle.read(artifact))
 
 
 @pytest.fixture(scope="module", params=FORMATS)
 def graphs(request: pytest.FixtureRequest) -> tuple[ModelProto, ModelProto]:
     """An aligned graph as exported, and TensorRT's form of it."""
-    model = _exported(request.getfixturevalue(request.param))
+    model = graph_of(request.getfixturevalue(request.param), "fp32.onnx")
     before = model.SerializeToString(deterministic=True)
     plain = to_plain_adds(model)
     assert model.SerializeToString(deterministic=True) == before
@@ -144,16 +138,16 @@ def test_the_added_channels_are_zero_at_run_time(graphs: tuple[ModelProto, Model
 def test_tensorrt_makes_at_most_120_layers_of_v1_1_0(v1_original: Bundle, precision: str) -> None:
     """By the build's own report, at the default batch range and targets."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    model = to_plain_adds(_exported(v1_original))
+    model = to_plain_adds(graph_of(v1_original, "fp32.onnx"))
     if precision == "fp16":
-        model = to_fp16(model)
+        model = to_precision(model, "fp16")
     settings = EngineSettings("rtx", DEFAULT_BATCH)
     assert len(tensorrt_build.build(model.SerializeToString(), settings).layers) <= 120
 
 
 def test_it_is_the_network_that_torch_exports_with_wide_shortcuts(v1_original: Bundle) -> None:
     """Every tensor of a chain as wide as the widest after it: three lines in torch, ten seconds."""
-    model = _exported(v1_original)
+    model = graph_of(v1_original, "fp32.onnx")
     plain = to_plain_adds(model)
     sizes = {tensor.name: list(tensor.dims)[:1] for tensor in plain.graph.initializer}
     widths = {node.name: sizes[node.input[1]] for node in nodes_of(plain, "Conv")}
@@ -184,14 +178,14 @@ def _other_names(model: ModelProto) -> None:
 
 
 def test_a_graph_of_other_names_comes_back_as_it_was(v1_original: Bundle) -> None:
-    model = _exported(v1_original)
+    model = graph_of(v1_original, "fp32.onnx")
     _other_names(model)
     assert to_plain_adds(model) == model
 
 
 def test_biases_that_are_shared_or_dropped_as_zeros_are_no_hindrance(lite_original: Bundle) -> None:
     """As the simplifier leaves a squeeze-excitation that has never been trained."""
-    model = _exported(lite_original)
+    model = graph_of(lite_original, "fp32.onnx")
     convs = {node.input[1].removesuffix(".weight"): node for node in nodes_of(model, "Conv")}
     convs["features.6.project"].input[2] = convs["features.5.project"].input[2]
     del convs["features.9.project"].input[2]
@@ -204,5 +198,5 @@ def test_biases_that_are_shared_or_dropped_as_zeros_are_no_hindrance(lite_origin
 
 
 def test_again_it_changes_nothing(v1_original: Bundle) -> None:
-    plain = to_plain_adds(_exported(v1_original))
+    plain = to_plain_adds(graph_of(v1_original, "fp32.onnx"))
     assert to_plain_adds(plain) == plain

@@ -19,7 +19,7 @@ from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.products import Product, products
 from rexdeploy.parity.layer_types import prove
 
@@ -285,8 +285,8 @@ def test_foreign_graphs_convert_and_build_too() -> None:
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    built = tensorrt_build.build(to_fp16(model).SerializeToString(), SETTINGS)
-    found = products(to_fp16(model))
+    built = tensorrt_build.build(to_precision(model, "fp16").SerializeToString(), SETTINGS)
+    found = products(to_precision(model, "fp16"))
     assert [product.name for product in found] == ["node_of_c", "node_of_y_fp16"]
     assert prove(built.layers, found, "Half").holds, built.layers
 

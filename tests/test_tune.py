@@ -13,22 +13,24 @@ import pytest
 from onnx import ModelProto
 
 from rexdeploy import machine
+from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.graphs.blocks import find_blocks
-from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.products import precision_of, products
-from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import forms, unwrap
 from rexdeploy.images.sets import varied
+from rexdeploy.parity import block_by_block
 from rexdeploy.parity.block_by_block import GraphWalk
 from rexdeploy.parity.localize import OWN_LIMITS, localize
+from rexdeploy.parity.ranges import measure_ranges
 from rexdeploy.steps.build_trt import build_trt
 from rexdeploy.steps.tune_precision import STATE, tune_precision
 from rexdeploy.steps.verify import verify
 from tests import test_verify as planted
-from tests.helpers import assert_refused, edit_weights, nodes_of, run_cli
+from tests.helpers import assert_refused, edit_weights, graph_of, nodes_of, run_cli
 
 OPTIONS: dict[str, Any] = {"samples": 4}
 ENGINE: dict[str, Any] = {"fp16": True, "flavor": "rtx", "target": ("sm89",)}
@@ -56,12 +58,6 @@ def _overflowing_head(model: ModelProto) -> ModelProto:
     return _scaled(model, -2, -1, 2e6)
 
 
-def _file(bundle: Bundle, name: str) -> ModelProto:
-    artifact = bundle.manifest.find_file(name)
-    assert artifact is not None
-    return parse(bundle.read(artifact), name)
-
-
 def _kept(model: ModelProto) -> set[str]:
     """The convolutions and matrix products that are float32."""
     return {product.name for product in products(model) if product.precision == "Float"}
@@ -70,11 +66,14 @@ def _kept(model: ModelProto) -> set[str]:
 def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
     """In a graph that takes pixels and gives probabilities: its interface is left alone."""
     bundle = planted._plant(small_pixels, "fp32", _overflowing_se)
-    model = unwrap(_file(bundle, "fp32.onnx"))
+    model = unwrap(graph_of(bundle, "fp32.onnx"))
     walked = localize(
-        GraphWalk(model), GraphWalk(to_fp16(model)), varied(4, Preprocess(64, 64), seed=1),
-        names=("float32", "float16"), limit=OWN_LIMITS["fp16"],
-    )  # fmt: skip
+        GraphWalk(model),
+        GraphWalk(to_precision(model, "fp16")),
+        varied(4, Preprocess(64, 64), seed=1),
+        names=("float32", "float16"),
+        limit=OWN_LIMITS["fp16"],
+    )
     assert walked.culprit is not None  # the weights fit: it is what they make that does not
     assert walked.culprit.block == "block 10"
     result = tune_precision(bundle, **OPTIONS)
@@ -88,7 +87,7 @@ def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
     graph = result.bundle.manifest.find_file("fp16.onnx")
     assert graph is not None
     assert graph.built_with["float32"] == "block 10"
-    mixed = _file(result.bundle, "fp16.onnx")
+    mixed = graph_of(result.bundle, "fp16.onnx")
     assert precision_of(mixed) is graph.precision is None
     assert forms(mixed) == ("uint8", "probabilities")
     # Of the block's five convolutions the two at the squeezed vector, if an engine keeps those.
@@ -163,8 +162,8 @@ def test_a_sound_network_keeps_nothing(small_lite: Bundle, tmp_path: Path) -> No
     # What an earlier search has mixed, on other images say, is not undone by images that pass.
     half = after.manifest.find_file("fp16.onnx")
     assert half is not None
-    full = _file(after, "fp32.tensorrt.onnx")
-    data = to_fp16(full, {nodes_of(full, "Conv")[3].name}).SerializeToString()
+    full = graph_of(after, "fp32.tensorrt.onnx")
+    data = to_precision(full, "fp16", {nodes_of(full, "Conv")[3].name}).SerializeToString()
     mixed = replace(half, sha256=sha256(data), precision=None, built_with={"float32": "block 1"})
     after.update(mixed, files={half.file: data})
     again = run_cli("tune-precision", "--samples", "2", cwd=tmp_path)
@@ -176,14 +175,14 @@ def test_a_sound_network_keeps_nothing(small_lite: Bundle, tmp_path: Path) -> No
 def test_an_engine_that_undoes_what_was_kept_is_refused(small_lite: Bundle) -> None:
     """TensorRT-RTX makes Half again of a lone convolution between casts."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    full = _file(small_lite, "fp32.tensorrt.onnx")
+    full = graph_of(small_lite, "fp32.tensorrt.onnx")
     single = nodes_of(full, "Conv")[20].name
-    data = to_fp16(full, {single}).SerializeToString()
+    data = to_precision(full, "fp16", {single}).SerializeToString()
     half = small_lite.manifest.find_file("fp16.onnx")
     assert half is not None
     mixed = replace(half, sha256=sha256(data), precision=None)
     bundle = small_lite.update(mixed, files={half.file: data})
-    assert _kept(_file(bundle, half.file)) == {single}
+    assert _kept(graph_of(bundle, half.file)) == {single}
     with pytest.raises(VerificationFailed, match="the engine is not in its graph's types"):
         build_trt(bundle, **ENGINE)
 
@@ -201,15 +200,31 @@ def test_unusable_requests_are_refused(small_lite: Bundle, tmp_path: Path) -> No
     assert_refused(
         run_cli("tune-precision", "--images", "nowhere", cwd=tmp_path), "expected a folder"
     )
-    half = planted._plant(small_lite, "fp32", lambda model: to_fp16(model))
+    half = planted._plant(small_lite, "fp32", lambda model: to_precision(model, "fp16"))
     with pytest.raises(UsageError, match="is not a float32 graph"):
         tune_precision(half, **OPTIONS)
+
+
+def test_ranges_take_one_session_a_block_however_many_images(
+    small_lite_original: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bytes] = []
+
+    class Counted(GraphSession):
+        def __init__(self, model: bytes) -> None:
+            made.append(model)
+            super().__init__(model)
+
+    monkeypatch.setattr(block_by_block, "GraphSession", Counted)
+    walk = GraphWalk(planted._graph(small_lite_original, "fp32"))
+    ranges = measure_ranges(walk, varied(3, Preprocess(64, 64), seed=1))
+    assert len(made) == len(walk.blocks) == len(ranges.blocks) == 19
 
 
 def test_kept_nodes_are_float32_and_the_others_half(small_lite_original: Bundle) -> None:
     full = planted._graph(small_lite_original, "fp32")
     kept = {node.name for node in nodes_of(full, "Conv")[3:6]}
-    mixed = to_fp16(full, kept)
+    mixed = to_precision(full, "fp16", kept)
     onnx.checker.check_model(mixed, full_check=True)
     assert _kept(mixed) == kept
-    assert _kept(to_fp16(full)) == set()
+    assert _kept(to_precision(full, "fp16")) == set()

@@ -26,7 +26,7 @@ from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.blocks import find_blocks
-from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.emulate import with_peaks
 from rexdeploy.images import sets
 from rexdeploy.images.decode import normalise
@@ -744,7 +744,7 @@ def test_foreign_conversions_are_held_to_what_their_own_rounding_does(
     small_v1: Bundle, tmp_path: Path
 ) -> None:
     """Names of its own, and weights that round apart from ours: no twin, and no false alarm."""
-    model = _renamed(to_fp16(_graph(small_v1, "fp32")))
+    model = _renamed(to_precision(_graph(small_v1, "fp32"), "fp16"))
     sound, wrong = tmp_path / "sound.onnx", tmp_path / "wrong.onnx"
     sound.write_bytes(model.SerializeToString())
     wrong.write_bytes(_swapped_channels(model).SerializeToString())
@@ -927,8 +927,8 @@ def test_float16_that_rounds_too_much_fails(far_from_zero: Bundle, tmp_path: Pat
 def test_a_runtime_that_rounds_elsewhere_gets_the_room_that_it_needs(
     small_v1: Bundle, monkeypatch: pytest.MonkeyPatch, defect: Defect | None
 ) -> None:
-    """Without `literal`, onnxruntime as it is keeps float32 where the graph has float16."""
-    monkeypatch.setattr("rexdeploy.parity.judge.literal", lambda model: model)
+    """Without `as_typed`, onnxruntime as it is keeps float32 where the graph has float16."""
+    monkeypatch.setattr("rexdeploy.parity.judge.as_typed", lambda model: model)
     bundle = _plant(small_v1, "fp16", defect) if defect else small_v1
     result = verify(bundle, **FAST)
     twin = next(edge for edge in result.edges if ", rounded" in edge.reference)
@@ -1095,7 +1095,7 @@ def test_weights_beside_a_graph_are_covered_by_no_hash(
 def _rounded_gates(model: ModelProto) -> ModelProto:
     """In float16 but for gates and products, with what each sigmoid gives rounded once more."""
     kept = [node.name for node in model.graph.node if node.op_type in ("Sigmoid", "Mul")]
-    half = to_fp16(model, kept)
+    half = to_precision(model, "fp16", kept)
     nodes: list[onnx.NodeProto] = []
     renamed: dict[str, str] = {}
     for node in half.graph.node:
