@@ -31,7 +31,7 @@ from sklearn.datasets import load_sample_images
 from rexdeploy import arrays
 from rexdeploy.backends import open_backend
 from rexdeploy.bundle.manifest import BatchRange, ModelSpec, Preprocess, WeightsOrigin
-from rexdeploy.graphs.cast import to_bf16, to_fp16
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.engine_graph import to_plain_adds
 from rexdeploy.graphs.from_torch import MIN_OPSET, export_graph, simplify
 from rexdeploy.images import decode, sets
@@ -39,12 +39,12 @@ from rexdeploy.machine import machine
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, RexNet, recalibrate_batch_norms
 from rexdeploy.models.zoo import published
+from rexdeploy.parity.block_by_block import GraphWalk, TorchWalk
 from rexdeploy.parity.candidates import Candidate
 from rexdeploy.parity.compare import Comparison, Limits, Signal
 from rexdeploy.parity.judge import Judge
 from rexdeploy.parity.limits import float32_noise, walk_room
 from rexdeploy.parity.localize import OWN_LIMITS, localize
-from rexdeploy.parity.walk import GraphWalk, TorchWalk
 
 PREPROCESS = Preprocess()
 SMALL = Preprocess(128, 128)  # of the defects: a third of the arithmetic, the same graphs
@@ -87,8 +87,8 @@ class Network:
         self.graphs = {
             "fp32.onnx": (first, "torch"),
             "fp32.tensorrt.onnx": (tensorrt, "fp32.onnx"),
-            "fp16.onnx": (to_fp16(tensorrt), "fp32.tensorrt.onnx"),
-            "bf16.onnx": (to_bf16(tensorrt), "fp32.tensorrt.onnx"),
+            "fp16.onnx": (to_precision(tensorrt, "fp16"), "fp32.tensorrt.onnx"),
+            "bf16.onnx": (to_precision(tensorrt, "bf16"), "fp32.tensorrt.onnx"),
         }
         self.walk = TorchWalk(safetensors.torch.save(dict(self.model.state_dict())), self.spec)
 
@@ -99,7 +99,7 @@ class Network:
     def candidate(self, file: str, model: ModelProto | None = None) -> Candidate:
         graph, parent = self.graphs[file]
         data = (model or graph).SerializeToString()
-        return Candidate(file, data, "onnx", None, None, parent, ("onnxruntime",), self.spec)
+        return Candidate(file, data, "onnx", None, parent, ("onnxruntime",), self.spec)
 
 
 class Judged:

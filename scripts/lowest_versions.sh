@@ -31,7 +31,7 @@ export PATH="$venv/bin:$PATH"
 cd "$root"
 python -m pytest -q tests/test_manifest.py tests/test_bundle.py tests/test_checkpoints.py \
     tests/test_export.py tests/test_build.py tests/test_classify.py tests/test_images.py \
-    tests/test_proof.py tests/test_signing.py tests/test_precision.py
+    tests/test_layer_types.py tests/test_signing.py tests/test_precision.py
 # And what README shows, as a user would type it.
 folder=$(mktemp -d "$venv/artifacts.XXXX")
 photo=$(python -c 'import sklearn.datasets as d; print(*d.__path__)')/images/flower.jpg

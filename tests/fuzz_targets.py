@@ -130,7 +130,7 @@ def _graphs() -> list[bytes]:
         helper.make_node("Flatten", ["p"], ["logits"], "flat"),
     ]
     plain = _graph(nodes, {"w": weights})
-    half = cast.to_fp16(onnx.load_from_string(plain)).SerializeToString()
+    half = cast.to_precision(onnx.load_from_string(plain), "fp16").SerializeToString()
     then = helper.make_graph(
         [helper.make_node("Relu", ["c"], ["r"])],
         "then",

@@ -9,7 +9,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.cast import to_precision
 from tests.helpers import edit_weights, graph, nodes_of, with_file
 
 Defect = Callable[[ModelProto], ModelProto]
@@ -320,7 +320,7 @@ def half_convolution_of_zeros(model: ModelProto) -> ModelProto:
 def rounded_gates(model: ModelProto) -> ModelProto:
     """In float16 but for gates and products, with what each sigmoid gives rounded once more."""
     kept = [node.name for node in model.graph.node if node.op_type in ("Sigmoid", "Mul")]
-    half = to_fp16(model, kept)
+    half = to_precision(model, "fp16", kept)
     nodes: list[NodeProto] = []
     again: dict[str, str] = {}
     for node in half.graph.node:

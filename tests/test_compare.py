@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rexdeploy.arrays import softmax
+from rexdeploy.arrays import Array, softmax
 from rexdeploy.errors import UsageError
 from rexdeploy.parity.compare import Comparison, Limits, Signal, compare, correlation_text
 
@@ -21,10 +21,12 @@ def _limits(error: float) -> Limits:
     return Limits(error, float("inf"), -1.0)
 
 
-def _compare(candidate: npt.NDArray[np.float32], limit: float = 0.01) -> Comparison:
-    return compare(
-        LOGITS, candidate, names=("torch", "other"), signal=Signal.of(LOGITS), limits=_limits(limit)
-    )
+def _compare(
+    candidate: Array, limits: float | Limits = 0.01, reference: Array = LOGITS
+) -> Comparison:
+    if isinstance(limits, float):
+        limits = _limits(limits)
+    return compare(reference, candidate, signal=Signal.of(reference), limits=limits)
 
 
 def test_equal_logits_pass_with_perfect_numbers() -> None:
@@ -48,14 +50,8 @@ def test_the_error_is_in_units_of_signal() -> None:
 def test_the_error_does_not_depend_on_the_logits_scale(scale: float, noise: float) -> None:
     exact = LOGITS.astype(np.float64)
     candidate = exact + noise
-    plain = compare(exact, candidate, names=("a", "b"), signal=Signal.of(exact), limits=_limits(1))
-    scaled = compare(
-        exact * scale,
-        candidate * scale,
-        names=("a", "b"),
-        signal=Signal.of(exact * scale),
-        limits=_limits(1),
-    )
+    plain = _compare(candidate, reference=exact)
+    scaled = _compare(candidate * scale, reference=exact * scale)
     assert scaled.error == pytest.approx(plain.error, rel=1e-6)
 
 
@@ -63,7 +59,7 @@ def test_the_error_does_not_depend_on_the_logits_scale(scale: float, noise: floa
 def test_one_bad_logit_fails_whatever_the_limit(bad: float) -> None:
     candidate = LOGITS.copy()
     candidate[0, 0] = bad
-    result = _compare(candidate, limit=1e9)
+    result = _compare(candidate, 1e9)
     assert result.nonfinite == 1
     assert result.failures == ("1 logits are NaN or infinite",)
 
@@ -73,9 +69,7 @@ def test_a_constant_candidate_has_no_cosine_to_boast_of() -> None:
     offset = 20 * RNG.standard_normal(20).astype(np.float32)
     reference = LOGITS + offset
     constant = np.repeat(reference.mean(axis=0, keepdims=True), 8, axis=0)
-    result = compare(
-        reference, constant, names=("a", "b"), signal=Signal.of(reference), limits=_limits(0.5)
-    )
+    result = _compare(constant, 0.5, reference)
     assert result.cosine < 0.5
     assert result.failures
 
@@ -129,10 +123,7 @@ def test_the_root_mean_square_is_over_all_logits_in_units_of_signal() -> None:
     candidate[3, 7] += 0.5
     result = _compare(candidate)
     assert result.rms == pytest.approx(0.5 / np.sqrt(LOGITS.size) / result.signal, rel=1e-5)
-    strict = compare(
-        LOGITS, candidate, names=("a", "b"), signal=Signal.of(LOGITS),
-        limits=Limits(1e9, 0.9 * result.rms, -1.0),
-    )  # fmt: skip
+    strict = _compare(candidate, Limits(1e9, 0.9 * result.rms, -1.0))
     assert strict.failures == (
         f"root mean square error {result.rms:.2g} of the signal is over the limit "
         f"{0.9 * result.rms:.2g}",
@@ -142,9 +133,7 @@ def test_the_root_mean_square_is_over_all_logits_in_units_of_signal() -> None:
 def test_two_classes_that_change_places_are_found_by_their_correlation() -> None:
     candidate = LOGITS.copy()
     candidate[:, [4, 11]] = candidate[:, [11, 4]]
-    result = compare(
-        LOGITS, candidate, names=("a", "b"), signal=Signal.of(LOGITS), limits=Limits(1e9, 1e9, 0.9)
-    )
+    result = _compare(candidate, Limits(1e9, 1e9, 0.9))
     expected = np.corrcoef(LOGITS[:, 4], LOGITS[:, 11])[0, 1]
     assert result.correlation == pytest.approx(expected, rel=1e-5)
     assert result.least_class in (4, 11)
@@ -160,27 +149,21 @@ def test_a_class_that_hardly_varies_has_no_say_by_its_correlation() -> None:
     signal = Signal.of(reference)
     assert not signal.varying[2]
     assert signal.varying.sum() == 19
-    result = compare(
-        reference, candidate, names=("a", "b"), signal=signal, limits=_limits(float("inf"))
-    )
+    result = _compare(candidate, float("inf"), reference)
     assert result.correlation == pytest.approx(1)
 
 
 def test_a_constant_answer_has_the_numbers_that_the_signal_says() -> None:
     signal = Signal.of(LOGITS)
     constant = np.repeat(signal.mean[None], len(LOGITS), axis=0)
-    result = compare(
-        LOGITS, constant, names=("a", "b"), signal=signal, limits=_limits(float("inf"))
-    )
+    result = _compare(constant, float("inf"))
     assert result.numbers.error == pytest.approx(signal.constant.error)
     assert result.numbers.rms == pytest.approx(signal.constant.rms)
     assert result.correlation == signal.constant.correlation == 0
 
 
 def test_every_number_over_its_limit_is_a_failure_of_its_own() -> None:
-    result = compare(
-        LOGITS, -LOGITS, names=("a", "b"), signal=Signal.of(LOGITS), limits=Limits(0.1, 0.1, 0.99)
-    )
+    result = _compare(-LOGITS, Limits(0.1, 0.1, 0.99))
     assert [text.split()[0] for text in result.failures] == ["error", "root", "class"]
 
 
@@ -204,14 +187,13 @@ def test_classes_of_which_rounding_leaves_no_likeness_do_not_count() -> None:
     told = signal.under(exact, rounded)
     assert told.varying.tolist() == [True, True, False, True]
     limits = Limits(9, 9, 0.9)
-    names = ("a", "b")
-    before = compare(exact, rounded, names=names, signal=signal, limits=limits)
-    after = compare(exact, rounded, names=names, signal=told, limits=limits)
+    before = compare(exact, rounded, signal=signal, limits=limits)
+    after = compare(exact, rounded, signal=told, limits=limits)
     assert (before.least_class, before.correlation < 0.5) == (2, True)
     assert after.correlation > 0.999
     # Two that changed places are still found, as long as they count.
     swapped = rounded[:, [1, 0, 2, 3]]
-    found = compare(exact, swapped, names=names, signal=told, limits=limits)
+    found = compare(exact, swapped, signal=told, limits=limits)
     assert found.least_class in (0, 1)
     assert found.failures
 

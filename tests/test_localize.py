@@ -21,8 +21,8 @@ from rexdeploy.errors import UsageError
 from rexdeploy.graphs.blocks import find_blocks
 from rexdeploy.images import sets
 from rexdeploy.models.rexnet import LinearBottleneck, ReXNetV1
+from rexdeploy.parity.block_by_block import GraphWalk, TorchWalk, Walk
 from rexdeploy.parity.localize import OWN_LIMITS, Localization, localize
-from rexdeploy.parity.walk import GraphWalk, TorchWalk, Walk
 from rexdeploy.steps.verify import verify
 from tests import planted
 from tests.helpers import (

@@ -25,7 +25,7 @@ from rexdeploy.backends.onnxrt import load_session
 from rexdeploy.backends.pytorch import use_cuda
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.graphs.cast import to_bf16
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.read import parse
 from rexdeploy.steps.verify import verify
 from rexdeploy.timing.answers import inputs
@@ -263,7 +263,7 @@ class _BFloat16(BundleSubject):
         assert file is not None
         if backend != "onnxruntime-cuda":
             return file
-        narrow = to_bf16(parse(file.data, file.name)).SerializeToString()
+        narrow = to_precision(parse(file.data, file.name), "bf16").SerializeToString()
         return replace(file, data=narrow, precision="bf16")
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rexdeploy.arrays import Float32, Images
+from rexdeploy.bundle.precision import Precision
 from rexdeploy.errors import RexdeployError
 from rexdeploy.parity.batches import run_batches
 from rexdeploy.parity.compare import Limits, Signal
@@ -120,12 +121,10 @@ def test_limits_of_16_bits_follow_their_rounding_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_no_rounding_takes_a_limit_near_the_constant_answer(precision: str) -> None:
+def test_no_rounding_takes_a_limit_near_the_constant_answer(precision: Precision) -> None:
     rounding = Limits(error=50.0, rms=20.0, correlation=float("nan"))
-    limits = rounding_limits(
-        LIMITS["fp32"], rounding, ENGINE_MARGIN, "fp16" if precision == "fp16" else "bf16", CONSTANT
-    )
-    assert limits == ceiling(CONSTANT).at_most(LIMITS["fp16" if precision == "fp16" else "bf16"])
+    limits = rounding_limits(LIMITS["fp32"], rounding, ENGINE_MARGIN, precision, CONSTANT)
+    assert limits == ceiling(CONSTANT).at_most(LIMITS[precision])
     assert limits.error <= 3.0
     assert limits.rms <= 0.55
     assert limits.correlation >= 0.5

@@ -115,7 +115,7 @@ def test_products_that_no_layer_names_are_no_other_precision() -> None:
     with pytest.raises(VerificationFailed) as said:
         _check_precision(proof)
     assert str(said.value) == (
-        "the engine cannot be proven to be float32: of the graph's convolutions and matrix "
+        "the engine cannot be proven to be FP32: of the graph's convolutions and matrix "
         "products, 1 are in no layer that its build reported (first: node_conv); nothing was "
         "written"
     )

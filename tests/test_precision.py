@@ -17,8 +17,8 @@ from rexdeploy import arrays
 from rexdeploy.bundle.precision import PRECISIONS, Precision
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.graphs.cast import to_bf16, to_fp16
-from rexdeploy.graphs.emulate import emulate_bf16
+from rexdeploy.graphs.cast import to_precision
+from rexdeploy.graphs.emulate import as_typed
 from rexdeploy.graphs.products import precision_of
 from tests.helpers import edit_weights, graph, nodes_of, small_graph
 
@@ -50,14 +50,14 @@ def _assert_converted_inside(model: ModelProto, half: ModelProto) -> None:
 
 def test_our_graph_is_half_throughout_and_float32_outside(v1_original: Bundle) -> None:
     model = graph(v1_original)
-    half = to_fp16(model)
+    half = to_precision(model, "fp16")
     assert (precision_of(model), precision_of(half)) == ("fp32", "fp16")
     _assert_converted_inside(model, half)
 
 
 def test_a_converted_graph_rounds_and_no_more() -> None:
     model = _model([helper.make_node("Conv", ["x", "w"], ["y"], name="conv")], {"w": KERNEL})
-    half, exact = _run(to_fp16(model), X), _run(model, X)
+    half, exact = _run(to_precision(model, "fp16"), X), _run(model, X)
     assert half.dtype == np.float32
     assert 0 < np.abs(half - exact).max() < 2e-2
 
@@ -70,7 +70,7 @@ def test_an_operator_without_a_half_form_stays_float32() -> None:
         helper.make_node("Resize", ["c", "", "scales"], ["y"], name="resize", mode="nearest"),
     ]
     model = _model(nodes, {"w": KERNEL, "scales": scales})
-    half = to_fp16(model)
+    half = to_precision(model, "fp16")
     by_name = {tensor.name: tensor for tensor in half.graph.initializer}
     assert by_name["scales"].data_type == TensorProto.FLOAT
     assert _run(half, X).shape == (2, 4, 12, 12)
@@ -82,7 +82,7 @@ def test_a_tensor_needed_in_both_types_is_cast_once_for_each() -> None:
         helper.make_node("Sigmoid", ["x"], ["b"], name="b"),
         helper.make_node("Add", ["a", "b"], ["y"], name="add"),
     ]
-    half = to_fp16(_model(nodes, {}))
+    half = to_precision(_model(nodes, {}), "fp16")
     assert len(nodes_of(half, "Cast")) == 2
     np.testing.assert_allclose(_run(half, X), _run(_model(nodes, {}), X), atol=1e-2)
 
@@ -94,7 +94,7 @@ def test_casts_to_float32_inside_the_graph_are_kept() -> None:
         helper.make_node("Add", ["f", "x"], ["y"], name="add"),
     ]
     model = _model(nodes, {})
-    np.testing.assert_allclose(_run(to_fp16(model), X), _run(model, X), atol=1e-2)
+    np.testing.assert_allclose(_run(to_precision(model, "fp16"), X), _run(model, X), atol=1e-2)
 
 
 def test_weights_beyond_half_are_an_error_not_an_infinity(v1_original: Bundle) -> None:
@@ -102,20 +102,20 @@ def test_weights_beyond_half_are_an_error_not_an_infinity(v1_original: Bundle) -
     weight = nodes_of(model, "Conv")[3].input[1]
     broken = edit_weights(model, [weight], lambda values: values * 1e6)
     with pytest.raises(VerificationFailed, match="beyond float16's 65504"):
-        to_fp16(broken)
+        to_precision(broken, "fp16")
 
 
 def test_an_open_bound_stays_open() -> None:
     bounds: dict[str, object] = {"low": np.float32(0), "high": np.float32(np.inf)}
     node = helper.make_node("Clip", ["x", "low", "high"], ["y"], name="clip")
     np.testing.assert_allclose(
-        _run(to_fp16(_model([node], bounds)), X), np.maximum(X, 0), atol=1e-2
+        _run(to_precision(_model([node], bounds), "fp16"), X), np.maximum(X, 0), atol=1e-2
     )
 
 
 def test_our_graph_is_bfloat16_throughout_and_float32_outside(v1_original: Bundle) -> None:
     model = graph(v1_original)
-    half = to_bf16(model)
+    half = to_precision(model, "bf16")
     assert precision_of(half) == "bf16"
     assert [entry.version for entry in half.opset_import] == [22]
     _assert_converted_inside(model, half)
@@ -132,7 +132,7 @@ def test_bfloat16_weights_are_the_nearest_ones() -> None:
     values = np.concatenate([ties, ties | 0x80000000, bits]).view(np.float32)[:4800]
     values = values.reshape(600, 1, 1, 8, 1)  # beside x's [2, 3, 8, 8]
     node = helper.make_node("Mul", ["x", "w"], ["y"], name="mul")
-    half = to_bf16(_model([node], {"w": values}))
+    half = to_precision(_model([node], {"w": values}), "bf16")
     (weight,) = half.graph.initializer
     expected = torch.from_numpy(values).bfloat16().view(torch.int16)
     assert weight.raw_data == expected.numpy().tobytes()
@@ -142,7 +142,7 @@ def test_a_weight_beyond_bfloat16_is_an_error() -> None:
     node = helper.make_node("Mul", ["x", "w"], ["y"], name="mul")
     huge = np.array([np.finfo(np.float32).max], dtype=np.float32)
     with pytest.raises(VerificationFailed, match="beyond bfloat16's 3.3895e\\+38"):
-        to_bf16(_model([node], {"w": huge}))
+        to_precision(_model([node], {"w": huge}), "bf16")
 
 
 def test_the_emulation_rounds_every_tensor_to_bfloat16() -> None:
@@ -153,7 +153,7 @@ def test_the_emulation_rounds_every_tensor_to_bfloat16() -> None:
         helper.make_node("Mul", ["d", "x1"], ["y"], name="mul"),
     ]
     scale = np.full((1, 4, 1, 1), 1.0009765625, np.float32)  # 1 in bfloat16
-    emulated = emulate_bf16(to_bf16(_model(nodes, {"w": KERNEL, "x1": scale})))
+    emulated = as_typed(to_precision(_model(nodes, {"w": KERNEL, "x1": scale}), "bf16"))
     onnx.checker.check_model(emulated, full_check=True)
     got = torch.from_numpy(_run(emulated, X))
     assert torch.equal(got, got.bfloat16().float())
@@ -170,7 +170,7 @@ def test_a_graph_that_cannot_reach_bfloat16s_opset_is_refused() -> None:
     model = _model([helper.make_node("Upsample", ["x", "s"], ["y"], name="up")], {"s": scales})
     model.opset_import[0].version = 7
     with pytest.raises(UsageError, match="cannot be brought from opset 7 to 22, which bfloat16"):
-        to_bf16(model)
+        to_precision(model, "bf16")
 
 
 def test_control_flow_is_refused() -> None:
@@ -184,7 +184,7 @@ def test_control_flow_is_refused() -> None:
         "If", ["condition"], ["y"], name="choice", then_branch=branch, else_branch=branch
     )
     with pytest.raises(UsageError, match=r"'choice' is control flow \(If\)"):
-        to_fp16(_model([node], {"condition": np.array(True)}))
+        to_precision(_model([node], {"condition": np.array(True)}), "fp16")
 
 
 def test_mixed_precision_is_neither() -> None:
@@ -205,7 +205,7 @@ def test_names_that_the_graph_has_already_are_not_taken_again(taken: str) -> Non
     ]
     offset = np.full((1, 4, 1, 1), 7, dtype=np.float32)
     model = _model(nodes, {"w": KERNEL, taken: offset})
-    np.testing.assert_allclose(_run(to_fp16(model), X), _run(model, X), atol=5e-2)
+    np.testing.assert_allclose(_run(to_precision(model, "fp16"), X), _run(model, X), atol=5e-2)
 
 
 @pytest.mark.parametrize("name", PRECISIONS)

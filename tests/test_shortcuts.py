@@ -13,7 +13,7 @@ from rexdeploy.backends import tensorrt_build
 from rexdeploy.backends.tensorrt_build import EngineSettings
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, Preprocess
 from rexdeploy.bundle.store import Bundle
-from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.engine_graph import to_plain_adds
 from rexdeploy.images import sets
 from rexdeploy.models.rexnet import v1_config
@@ -140,7 +140,7 @@ def test_tensorrt_makes_at_most_120_layers_of_v1_1_0(v1_original: Bundle, precis
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     model = to_plain_adds(graph(v1_original))
     if precision == "fp16":
-        model = to_fp16(model)
+        model = to_precision(model, "fp16")
     settings = EngineSettings("rtx", DEFAULT_BATCH)
     assert len(tensorrt_build.build(model.SerializeToString(), settings).layers) <= 120
 

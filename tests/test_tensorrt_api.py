@@ -19,9 +19,9 @@ from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.products import Product, products
-from rexdeploy.parity.proof import prove
+from rexdeploy.parity.layer_types import prove
 from tests.helpers import entry, small_graph
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -260,8 +260,8 @@ def test_foreign_graphs_convert_and_build_too() -> None:
         helper.make_node("MatMul", ["p", "m"], ["y"]),
     ]
     model = small_graph(nodes, ["n", 3, 32, 32], weights, output_shape=["n", 10])
-    built = tensorrt_build.build(to_fp16(model).SerializeToString(), SETTINGS)
-    found = products(to_fp16(model))
+    built = tensorrt_build.build(to_precision(model, "fp16").SerializeToString(), SETTINGS)
+    found = products(to_precision(model, "fp16"))
     assert [product.name for product in found] == ["node_of_c", "node_of_y_fp16"]
     assert prove(built.layers, found, "Half").holds, built.layers
 

@@ -12,16 +12,19 @@ import pytest
 from onnx import ModelProto
 
 from rexdeploy import machine
+from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.graphs.blocks import find_blocks
-from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.wrapper import forms, unwrap
 from rexdeploy.images.sets import varied
+from rexdeploy.parity import block_by_block
+from rexdeploy.parity.block_by_block import GraphWalk
 from rexdeploy.parity.localize import OWN_LIMITS, localize
-from rexdeploy.parity.walk import GraphWalk
+from rexdeploy.parity.ranges import measure_ranges
 from rexdeploy.steps.build_trt import build_trt
 from rexdeploy.steps.tune_precision import STATE, tune_precision
 from rexdeploy.steps.verify import verify
@@ -64,9 +67,12 @@ def test_an_overflowing_se_is_healed_by_its_block(small_pixels: Bundle) -> None:
     bundle = planted.plant(small_pixels, "fp32.onnx", _overflowing_se)
     model = unwrap(graph(bundle, "fp32.onnx"))
     walked = localize(
-        GraphWalk(model), GraphWalk(to_fp16(model)), varied(4, Preprocess(64, 64), seed=1),
-        names=("float32", "float16"), limit=OWN_LIMITS["fp16"],
-    )  # fmt: skip
+        GraphWalk(model),
+        GraphWalk(to_precision(model, "fp16")),
+        varied(4, Preprocess(64, 64), seed=1),
+        names=("float32", "float16"),
+        limit=OWN_LIMITS["fp16"],
+    )
     assert walked.culprit is not None  # the weights fit: it is what they make that does not
     assert walked.culprit.block == "block 10"
     result = tune_precision(bundle, **OPTIONS)
@@ -153,7 +159,7 @@ def test_a_sound_network_keeps_nothing(small_lite: Bundle, tmp_path: Path) -> No
     }
     # What an earlier search has mixed, on other images say, is not undone by images that pass.
     full = graph(after, "fp32.tensorrt.onnx")
-    data = to_fp16(full, {nodes_of(full, "Conv")[3].name}).SerializeToString()
+    data = to_precision(full, "fp16", {nodes_of(full, "Conv")[3].name}).SerializeToString()
     notes = {"float32": "block 1"}
     mixed = with_file(after, "fp16.onnx", data, precision=None, built_with=notes)
     again = run_cli("tune-precision", "--samples", "2", cwd=tmp_path)
@@ -167,7 +173,7 @@ def test_an_engine_that_undoes_what_was_kept_is_refused(small_lite: Bundle) -> N
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     full = graph(small_lite, "fp32.tensorrt.onnx")
     single = nodes_of(full, "Conv")[20].name
-    data = to_fp16(full, {single}).SerializeToString()
+    data = to_precision(full, "fp16", {single}).SerializeToString()
     bundle = with_file(small_lite, "fp16.onnx", data, precision=None)
     assert _kept(graph(bundle, "fp16.onnx")) == {single}
     with pytest.raises(VerificationFailed, match="the engine is not in its graph's types"):
@@ -187,15 +193,31 @@ def test_unusable_requests_are_refused(small_lite: Bundle, tmp_path: Path) -> No
     assert_refused(
         run_cli("tune-precision", "--images", "nowhere", cwd=tmp_path), "expected a folder"
     )
-    half = planted.plant(small_lite, "fp32.onnx", lambda model: to_fp16(model))
+    half = planted.plant(small_lite, "fp32.onnx", lambda model: to_precision(model, "fp16"))
     with pytest.raises(UsageError, match="is not a float32 graph"):
         tune_precision(half, **OPTIONS)
+
+
+def test_ranges_take_one_session_a_block_however_many_images(
+    small_lite_original: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bytes] = []
+
+    class Counted(GraphSession):
+        def __init__(self, model: bytes) -> None:
+            made.append(model)
+            super().__init__(model)
+
+    monkeypatch.setattr(block_by_block, "GraphSession", Counted)
+    walk = GraphWalk(graph(small_lite_original, "fp32"))
+    ranges = measure_ranges(walk, varied(3, Preprocess(64, 64), seed=1))
+    assert len(made) == len(walk.blocks) == len(ranges.blocks) == 19
 
 
 def test_kept_nodes_are_float32_and_the_others_half(small_lite_original: Bundle) -> None:
     full = graph(small_lite_original)
     kept = {node.name for node in nodes_of(full, "Conv")[3:6]}
-    mixed = to_fp16(full, kept)
+    mixed = to_precision(full, "fp16", kept)
     onnx.checker.check_model(mixed, full_check=True)
     assert _kept(mixed) == kept
-    assert _kept(to_fp16(full)) == set()
+    assert _kept(to_precision(full, "fp16")) == set()

@@ -21,7 +21,7 @@ from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.blocks import find_blocks
-from rexdeploy.graphs.cast import to_fp16
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.emulate import with_peaks
 from rexdeploy.images import sets
 from rexdeploy.images.decode import normalise
@@ -442,7 +442,7 @@ def test_foreign_conversions_are_held_to_what_their_own_rounding_does(
     small_v1: Bundle, tmp_path: Path
 ) -> None:
     """Names of its own, and weights that round apart from ours: no twin, and no false alarm."""
-    model = planted.renamed(to_fp16(graph(small_v1)))
+    model = planted.renamed(to_precision(graph(small_v1), "fp16"))
     sound = saved(model, tmp_path / "sound.onnx")
     wrong = saved(planted.swapped_channels(model), tmp_path / "wrong.onnx")
     good = verify(small_v1, **FAST | {"candidate": sound})

@@ -187,8 +187,8 @@ def test_a_16_bit_graph_of_ours_must_be_that_of_its_parent(small_v1: Bundle) -> 
 def test_a_runtime_that_rounds_elsewhere_gets_the_room_that_it_needs(
     small_v1: Bundle, monkeypatch: pytest.MonkeyPatch, defect: Defect | None
 ) -> None:
-    """Without `literal`, onnxruntime as it is keeps float32 where the graph has float16."""
-    monkeypatch.setattr("rexdeploy.parity.judge.literal", lambda model: model)
+    """Without `as_typed`, onnxruntime as it is keeps float32 where the graph has float16."""
+    monkeypatch.setattr("rexdeploy.parity.judge.as_typed", lambda model: model)
     result = verify(plant(small_v1, "fp16.onnx", defect) if defect else small_v1, **FAST)
     twin = next(edge for edge in result.edges if ", rounded" in edge.reference)
     assert twin.error > 1e-2  # not to the bit

@@ -9,13 +9,14 @@ from typing import Literal, Protocol
 import numpy as np
 
 from rexdeploy.arrays import Float32, Images, softmax
+from rexdeploy.backends import tensorrt_api
 from rexdeploy.backends.tensorrt_api import Flavor
 from rexdeploy.bundle.manifest import Artifact, Manifest, ModelSpec
 from rexdeploy.errors import UsageError
 from rexdeploy.images.decode import normalise
 
 ONNX_BACKENDS = ("onnxruntime", "onnxruntime-cuda", "openvino")
-ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
+ENGINE_BACKENDS = tuple(tensorrt_api.BACKENDS.values())
 TORCH_BACKENDS = ("pytorch", "pytorch-compile", "pytorch-cuda", "pytorch-cuda-compile")
 """How PyTorch can run a network; "pytorch" is the reference, the others are for benchmarks."""
 GPU_BACKENDS = ("pytorch-cuda", "pytorch-cuda-compile", "onnxruntime-cuda", *ENGINE_BACKENDS)
@@ -43,6 +44,18 @@ def has_onnxruntime_cuda() -> bool:
 def engine_backend(engine: Artifact) -> str:
     """The name of the backend that runs an engine, by the flavour that built it."""
     return "tensorrt-rtx" if engine.built_with.get("flavor") == "rtx" else "tensorrt"
+
+
+def flavor_of(backend: str) -> Flavor:
+    """Whose engines one of ENGINE_BACKENDS runs."""
+    return next(flavor for flavor, name in tensorrt_api.BACKENDS.items() if name == backend)
+
+
+def backends_of(artifact: Artifact) -> tuple[str, ...]:
+    """The backends that run such a file, whether they are installed or not."""
+    if artifact.kind == "engine":
+        return (engine_backend(artifact),)
+    return {"onnx": ONNX_BACKENDS, "weights": ("pytorch",)}.get(artifact.kind, ())
 
 
 def engines(manifest: Manifest) -> list[Artifact]:
@@ -115,8 +128,7 @@ def open_backend(
     if name in ENGINE_BACKENDS:
         from rexdeploy.backends.trt import TensorRTBackend
 
-        flavor: Flavor = "rtx" if name == "tensorrt-rtx" else "tensorrt"
-        return TensorRTBackend(model, spec, flavor, kernels)
+        return TensorRTBackend(model, spec, flavor_of(name), kernels)
     known = ", ".join(("pytorch", *ONNX_BACKENDS, *ENGINE_BACKENDS))
     raise UsageError(f"backend: got '{name}', expected one of {known}")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,12 +45,8 @@ class OnnxRuntimeBackend:
                 f"the model takes batches of exactly {self._batch}, got {len(images)}; "
                 "export with --batch dynamic"
             )
-        try:
+        with _named_errors(f"{self.name} failed on a batch of {len(images)}"):
             outputs = self._session.run(None, {self._input: images})
-        except Exception as error:  # onnxruntime's errors share no public base class
-            raise RexdeployError(
-                f"{self.name} failed on a batch of {len(images)} ({first_line(error)})"
-            ) from None
         logits: Float32 = np.asarray(outputs[0], dtype=np.float32)
         return logits
 
@@ -61,28 +58,23 @@ class OnnxRuntimeBackend:
         import onnxruntime as ort
 
         outputs = np.full_like(self.run(images), np.nan)
-        try:
-            session = self._session
-            if cuda_graph:  # recorded at a session's first run, for its one shape
+        session = self._session
+        if cuda_graph:  # recorded at a session's first run, for its one shape
+            try:
                 session = load_session(self._model, cuda=True, cuda_graph=True)
+            except UsageError as error:  # the model has run without a CUDA graph
+                raise RexdeployError(f"it cannot be captured as a CUDA graph: {error}") from None
+        with _named_errors(f"{self.name} failed"):
             on_device = [
                 ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0) for array in (images, outputs)
             ]
             binding = session.io_binding()
             binding.bind_ortvalue_input(self._input, on_device[0])
             binding.bind_ortvalue_output(session.get_outputs()[0].name, on_device[1])
-        except UsageError as error:  # the model has run without a CUDA graph
-            raise RexdeployError(f"it cannot be captured as a CUDA graph: {error}") from None
-        except RexdeployError:
-            raise
-        except Exception as error:  # onnxruntime's errors share no public base class
-            raise RexdeployError(f"{self.name} failed ({first_line(error)})") from None
 
         def run() -> None:
-            try:
+            with _named_errors(f"{self.name} failed"):
                 session.run_with_iobinding(binding)  # waits for the GPU
-            except Exception as error:  # onnxruntime's errors share no public base class
-                raise RexdeployError(f"{self.name} failed ({first_line(error)})") from None
 
         return Resident(run, lambda: np.array(on_device[1].numpy(), np.float32))
 
@@ -159,15 +151,19 @@ class GraphSession:
                 value.name: feeds[value.name].astype(_NUMPY_TYPES[value.type])
                 for value in self._session.get_inputs()
             }
-        try:
+        with _named_errors("onnxruntime cannot run the graph"):
             values = self._session.run(list(outputs), typed)
-        except Exception as error:  # onnxruntime's errors share no public base class
-            raise RexdeployError(
-                f"onnxruntime cannot run the graph ({first_line(error)})"
-            ) from None
         return {
             name: np.asarray(value, np.float32) for name, value in zip(outputs, values, strict=True)
         }
+
+
+@contextmanager
+def _named_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime's errors share no public base class
+        raise RexdeployError(f"{what} ({first_line(error)})") from None
 
 
 def _check_signature(inputs: Sequence[Any], outputs: Sequence[Any], spec: ModelSpec) -> None:

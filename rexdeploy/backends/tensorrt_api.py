@@ -16,6 +16,8 @@ from rexdeploy.errors import BackendUnavailable, UsageError
 
 Flavor = Literal["tensorrt", "rtx"]
 FLAVORS: tuple[Flavor, ...] = ("tensorrt", "rtx")
+BACKENDS: dict[Flavor, str] = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
+"""The backend that runs each flavour's engines."""
 TITLES: dict[Flavor, str] = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
 RTX_MAGIC = b"vtrt"
 MIN_VERSION = (10, 13)  # of full TensorRT; the first release tested

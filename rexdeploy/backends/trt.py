@@ -10,7 +10,7 @@ import numpy as np
 from rexdeploy.arrays import Float32, Images
 from rexdeploy.backends import Kernels, Resident
 from rexdeploy.backends.cuda import Gpu
-from rexdeploy.backends.tensorrt_api import Flavor, Log, captured_log, load, start
+from rexdeploy.backends.tensorrt_api import BACKENDS, Flavor, Log, captured_log, load, start
 from rexdeploy.backends.trt_load import check_version, deserialize
 from rexdeploy.bundle.manifest import MAX_BATCH, BatchRange, ModelSpec
 from rexdeploy.errors import RexdeployError, UsageError
@@ -22,7 +22,7 @@ class TensorRTBackend:
     def __init__(
         self, plan: bytes, spec: ModelSpec, flavor: Flavor, kernels: Kernels = "lazy"
     ) -> None:
-        self.name = "tensorrt-rtx" if flavor == "rtx" else "tensorrt"
+        self.name = BACKENDS[flavor]
         self._trt = trt = load(flavor)
         check_version(plan, trt)
         self._gpu: Gpu | None = Gpu()

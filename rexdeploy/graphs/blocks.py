@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import onnx
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto
 
 from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.errors import UsageError
-from rexdeploy.graphs.read import element_types, graph_inputs
+from rexdeploy.graphs.read import graph_inputs
 
 FLOATING = tuple(kind.onnx for kind in PRECISIONS.values())
 # What may stand between a convolution and its activation's output, in any exporter's writing.
@@ -74,44 +72,6 @@ def find_blocks(model: ModelProto) -> tuple[Block, ...]:
         blocks.append(Block(name, start, end, tuple(sorted(nodes)), tuple(sorted(extra))))
         before |= nodes
     return tuple(blocks)
-
-
-def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
-    """A copy of the graph that also puts out the tensors `names`, as far as they are floating."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    types = element_types(onnx.shape_inference.infer_shapes(model).graph)
-    known = {value.name for value in copy.graph.output}
-    for name in dict.fromkeys(names):
-        if name not in known:
-            copy.graph.output.append(helper.make_tensor_value_info(name, types[name], None))
-    return copy
-
-
-def subgraph(model: ModelProto, block: Block, outputs: Sequence[str]) -> ModelProto:
-    """One block as a graph of its own, from its input (and extra inputs) to `outputs`."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    # With their shapes: `literal` has to know which tensors are scalars.
-    values = {
-        value.name: value for value in [*inferred.input, *inferred.value_info, *inferred.output]
-    }
-    nodes = [model.graph.node[position] for position in block.nodes]
-    used = {name for node in nodes for name in node.input}
-    graph = helper.make_graph(
-        nodes,
-        block.name,
-        [values[block.input], *(_of_any_shape(values[name]) for name in block.extra_inputs)],
-        [values[name] for name in outputs],
-        [tensor for tensor in model.graph.initializer if tensor.name in used],
-    )
-    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-
-
-def floating_outputs(model: ModelProto, block: Block) -> dict[str, NodeProto]:
-    """The block's floating-point tensors, with the node that makes each, in the graph's order."""
-    types = element_types(onnx.shape_inference.infer_shapes(model).graph)
-    nodes = (model.graph.node[position] for position in block.nodes)
-    return {name: node for node in nodes for name in node.output if types.get(name) in FLOATING}
 
 
 class _Graph:
@@ -223,13 +183,4 @@ def _data_inputs(node: NodeProto) -> list[str]:
 
 
 def _is_depthwise(node: NodeProto) -> bool:
-    return node.op_type == "Conv" and next(_attribute(node, "group"), 1) > 1
-
-
-def _attribute(node: NodeProto, name: str) -> Iterator[int]:
-    return (attribute.i for attribute in node.attribute if attribute.name == name)
-
-
-def _of_any_shape(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
-    """The same tensor where another is given in its place, of which only the batch size is read."""
-    return helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, None)
+    return node.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in node.attribute)

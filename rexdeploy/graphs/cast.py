@@ -10,44 +10,51 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from rexdeploy.bundle.precision import PRECISIONS, Precision
 from rexdeploy.errors import UsageError, VerificationFailed, first_line
-from rexdeploy.graphs.read import element_types, node_name
+from rexdeploy.graphs.read import element_types, node_name, put_nodes
 
 _FLOAT = TensorProto.FLOAT
 BF16_OPSET = 22  # the first in which ONNX defines Conv for bfloat16
-FP16_REVISION = "1"
-"""Of `to_fp16`: raise it with every change of what the conversion makes."""
-BF16_REVISION = "1"
-"""Of `to_bf16`, likewise."""
+REVISIONS: dict[Precision, str] = {"fp16": "1", "bf16": "1"}
+"""Of `to_precision`: raise one with every change of what the conversion to that type makes."""
 
 
-def to_fp16(model: ModelProto, keep: Collection[str] = ()) -> ModelProto:
-    """A copy of `model` in float16, but for its inputs and outputs, which stay float32.
+def to_precision(model: ModelProto, precision: Precision, keep: Collection[str] = ()) -> ModelProto:
+    """A copy of a float32 graph in "fp16" or "bf16", with inputs and outputs still in float32.
 
-    The nodes named in `keep` (see `node_name`) stay float32 as well, with casts around them.
+    The nodes named in `keep` (see `node_name`) stay float32 as well, with casts around them. So
+    does, behind casts, what ONNX does not define in that type: whole operators, and inputs such as
+    Resize's scales. A bfloat16 graph is of opset 22 or later.
 
-    Every operator that ONNX defines for float16 is converted; others (and inputs such as Resize's
-    scales) stay float32 behind casts. Raises UsageError for graphs with control flow and
-    VerificationFailed for weights beyond float16's range.
+    Raises UsageError for graphs with control flow and those that cannot be brought to that opset,
+    and VerificationFailed for weights beyond the type's range.
     """
-    return _converted(model, "fp16", keep)
+    if precision == "bf16":
+        model = _at_opset(model, BF16_OPSET)
+    converted = ModelProto()
+    converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    _Conversion(converted, precision, keep).run()
+    try:
+        onnx.checker.check_model(converted, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UsageError(
+            f"the graph's {precision} form is not valid ({first_line(error)}); are its "
+            "own types and shapes right?"
+        ) from None
+    return converted
 
 
-def to_bf16(model: ModelProto) -> ModelProto:
-    """A copy of `model` in bfloat16, like `to_fp16`, at opset 22 or later.
-
-    Raises UsageError, too, for graphs that cannot be brought to that opset.
-    """
+def _at_opset(model: ModelProto, least: int) -> ModelProto:
     opset = next((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), 0)
-    if opset < BF16_OPSET:
-        try:
-            model = onnx.version_converter.convert_version(model, BF16_OPSET)
-        except Exception as error:  # the converter's errors are RuntimeErrors and C++'s
-            reason = first_line(error, "no reason given")
-            raise UsageError(
-                f"the graph cannot be brought from opset {opset} to {BF16_OPSET}, which bfloat16 "
-                f"needs ({reason}); export it with --opset {BF16_OPSET}"
-            ) from None
-    return _converted(model, "bf16")
+    if opset >= least:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, least)
+    except Exception as error:  # the converter's errors are RuntimeErrors and C++'s
+        reason = first_line(error, "no reason given")
+        raise UsageError(
+            f"the graph cannot be brought from opset {opset} to {least}, which bfloat16 "
+            f"needs ({reason}); export it with --opset {least}"
+        ) from None
 
 
 def beyond_fp16(model: ModelProto) -> set[str]:
@@ -58,20 +65,6 @@ def beyond_fp16(model: ModelProto) -> set[str]:
         if tensor.data_type == _FLOAT and _largest(tensor) > PRECISIONS["fp16"].largest
     }
     return {node_name(node) for node in model.graph.node if large & set(node.input)}
-
-
-def _converted(model: ModelProto, low: Precision, keep: Collection[str] = ()) -> ModelProto:
-    converted = ModelProto()
-    converted.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    _Conversion(converted, low, keep).run()
-    try:
-        onnx.checker.check_model(converted, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise UsageError(
-            f"the graph's {low} form is not valid ({first_line(error)}); are its "
-            "own types and shapes right?"
-        ) from None
-    return converted
 
 
 class _Conversion:
@@ -95,8 +88,7 @@ class _Conversion:
         for name in outputs:
             if self.types.get(name) == self.low:
                 self._restore_output(name)
-        del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
+        put_nodes(self.graph, self.nodes)
         del self.graph.value_info[:]  # of float32 tensors; the checker infers them again
         used = {name for node in self.nodes for name in node.input} | set(outputs)
         kept = [tensor for tensor in self.weights.values() if tensor.name in used]

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 import onnx.version_converter
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.errors import BackendUnavailable
 from rexdeploy.graphs.cast import cast_node
-from rexdeploy.graphs.read import element_types, node_name
+from rexdeploy.graphs.read import element_types, node_name, put_nodes
 
 SIXTEEN_BITS = frozenset(kind.onnx for kind in PRECISIONS.values() if kind.size_bytes == 2)
 
@@ -87,9 +87,7 @@ def twin(parent: ModelProto, candidate: ModelProto) -> Twin | None:
         if not touched:
             untouched.append(node_name(node))
         nodes += [node, *after]
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
+    put_nodes(model.graph, nodes)
     del model.graph.value_info[:]
     return Twin(model, exact, frozenset(untouched))
 
@@ -194,25 +192,38 @@ def _widen(tensor: TensorProto) -> None:
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
-def literal(model: ModelProto) -> ModelProto:
-    """A copy of the graph that onnxruntime computes in the graph's own types.
+def as_typed(model: ModelProto) -> ModelProto:
+    """A copy that ONNX Runtime on a CPU computes in the graph's own types, with all types told.
+
+    Raises BackendUnavailable where it does not round float16 (`check_literal`).
+    """
+    copy = ModelProto()
+    copy.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    types = element_types(copy.graph).values()
+    if TensorProto.BFLOAT16 in types:
+        _emulate_bf16(copy.graph)
+    elif TensorProto.FLOAT16 in types:
+        check_literal()
+        _make_literal(copy.graph)
+    return copy
+
+
+def _make_literal(graph: GraphProto) -> None:
+    """Makes onnxruntime round every float16 tensor of the graph.
 
     Between float16 nodes that it has no float16 code for, onnxruntime (1.32, on x86, at every
     optimisation level) keeps float32 and rounds nothing: an overflow that an engine would have is
     not seen. Two Concats of one tensor, which it has in float16 and does not remove, make it round;
     a single one between other nodes it would do in float32 as well.
     """
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    inferred = onnx.shape_inference.infer_shapes(model).graph
     halves = {
         value.name
-        for value in [*inferred.value_info, *inferred.output]
+        for value in [*graph.value_info, *graph.output]
         if value.type.tensor_type.elem_type == TensorProto.FLOAT16
         and len(value.type.tensor_type.shape.dim)  # Concat takes no scalars
     }
     nodes = []
-    for node in copy.graph.node:
+    for node in graph.node:
         nodes.append(node)
         for index, name in enumerate(node.output):
             if name in halves:
@@ -222,14 +233,11 @@ def literal(model: ModelProto) -> ModelProto:
                     helper.make_node("Concat", [source], [target], axis=0)
                     for source, target in itertools.pairwise(stages)
                 ]
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del copy.graph.node[:]
-    copy.graph.node.extend(kept)
-    return copy
+    put_nodes(graph, nodes)
 
 
 def check_literal() -> None:
-    """Raises BackendUnavailable unless a graph made `literal` really is rounded here.
+    """Raises BackendUnavailable unless `_make_literal` really makes onnxruntime round here.
 
     Without that, no float16 graph that onnxruntime runs can be judged: 60000 + 60000 would be
     120000, where an engine has infinity. Cheap after the first call in a process.
@@ -258,27 +266,25 @@ def _literal_sum() -> float:
         [helper.make_tensor_value_info("x", half, [1])],
         [helper.make_tensor_value_info("y", half, [1])],
         [numpy_helper.from_array(np.array([0.5], np.float16), "half")],
+        value_info=[helper.make_tensor_value_info("sum", half, [1])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    _make_literal(model.graph)
     session = onnxruntime.InferenceSession(
-        literal(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     (result,) = session.run(None, {"x": np.array([60000], np.float16)})
     return 2 * float(result[0])
 
 
-def emulate_bf16(model: ModelProto) -> ModelProto:
-    """A copy of a bfloat16 graph that computes in float32 and rounds every tensor to bfloat16.
+def _emulate_bf16(graph: GraphProto) -> None:
+    """Makes a bfloat16 graph compute in float32 and round every tensor to bfloat16.
 
-    For runtimes that have bfloat16 casts and no bfloat16 arithmetic (onnxruntime 1.32 on a CPU).
-    It rounds what a GPU rounds, products accumulated in float32 included; an engine that fuses
-    nodes rounds less often.
+    onnxruntime (1.32) has bfloat16 casts and no bfloat16 arithmetic on a CPU. It rounds what a GPU
+    rounds, products accumulated in float32 included; an engine that fuses nodes rounds less often.
     """
-    emulated = ModelProto()
-    emulated.CopyFrom(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    graph = emulated.graph
     rounded = {name for name, kind in element_types(graph).items() if kind == TensorProto.BFLOAT16}
     nodes: list[NodeProto] = []
     widened: set[str] = set()
@@ -298,7 +304,4 @@ def emulate_bf16(model: ModelProto) -> ModelProto:
         for name, inner in zip(outputs, node.output, strict=True):
             if name != inner:
                 nodes.append(cast_node(inner, name, TensorProto.BFLOAT16))
-    del graph.node[:]
-    graph.node.extend(nodes)
-    del graph.value_info[:]
-    return emulated
+    put_nodes(graph, nodes)

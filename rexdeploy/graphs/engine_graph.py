@@ -10,6 +10,7 @@ but takes six to ten seconds more, in every export or on the machine that builds
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from rexdeploy.bundle.manifest import Artifact
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
-from rexdeploy.graphs.cast import BF16_REVISION, FP16_REVISION, to_bf16, to_fp16
+from rexdeploy.graphs.cast import REVISIONS, to_precision
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import change_core
 from rexdeploy.progress import Report
@@ -84,9 +85,8 @@ def engine_form(
                 f"{root.file} is a graph in {root.precision or 'mixed or other types'}; --{wanted} "
                 "needs one in float32"
             )
-        convert = to_fp16 if wanted == "fp16" else to_bf16
-        revision = FP16_REVISION if wanted == "fp16" else BF16_REVISION
-        steps.append(_Step(f"{wanted}.onnx", wanted, convert, {REVISION: revision}))
+        convert = functools.partial(to_precision, precision=wanted)
+        steps.append(_Step(f"{wanted}.onnx", wanted, convert, {REVISION: REVISIONS[wanted]}))
     artifact, data = root, source.read(root)
     made: list[Artifact] = []
     files: dict[str, bytes] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx.version_converter
@@ -132,6 +132,13 @@ def type_name(kind: int) -> str:
 def node_name(node: NodeProto) -> str:
     """A node's name; TensorRT's parser calls a nameless node after its first output."""
     return node.name or f"node_of_{node.output[0]}"
+
+
+def put_nodes(graph: GraphProto, nodes: Iterable[NodeProto]) -> None:
+    """Puts these in place of the graph's nodes, which may be among them."""
+    kept = list(nodes)
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def with_branches(graph: GraphProto) -> Iterator[GraphProto]:

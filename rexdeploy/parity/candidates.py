@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,11 @@ from onnx import ModelProto, TensorProto
 from rexdeploy.backends import (
     ENGINE_BACKENDS,
     ONNX_BACKENDS,
-    engine_backend,
+    backends_of,
     has_onnxruntime_cuda,
     open_backend,
 )
-from rexdeploy.backends.tensorrt_api import RTX_MAGIC, is_plan
+from rexdeploy.backends.tensorrt_api import BACKENDS, RTX_MAGIC, is_plan
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, MAX_BATCH, Artifact, BatchRange, ModelSpec
 from rexdeploy.bundle.metadata import preprocess_of
 from rexdeploy.bundle.precision import PRECISIONS, TYPE_NAMES, Precision, PrecisionProof
@@ -25,10 +26,10 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import read_plain
 from rexdeploy.graphs.emulate import sixteen_bit_types
-from rexdeploy.graphs.products import precision_of, products
+from rexdeploy.graphs.products import Product, products
 from rexdeploy.graphs.read import NotOnnx, graph_inputs, parse, read_with_external_data, type_name
 from rexdeploy.graphs.wrapper import forms
-from rexdeploy.parity.proof import prove
+from rexdeploy.parity.layer_types import prove
 
 if TYPE_CHECKING:
     from rexdeploy.backends.trt import TensorRTBackend
@@ -44,13 +45,11 @@ class Candidate:
     file: str
     model: bytes
     kind: str
-    precision: Precision | None  # None: mixed, or an engine that does not tell
     batch: BatchRange | None
     parent: str  # a file's name, or the reference's
     backends: tuple[str, ...]
     spec: ModelSpec  # with the candidate's own input and output
-    proof: PrecisionProof | None = None  # a graph's own types, or what an engine's build reported
-    proof_fault: str | None = None  # why a file of the bundle is not what its manifest claims
+    claimed: Artifact | None = None  # what its manifest says of it; None: a file from elsewhere
     is_ours: bool = True  # made by this tool: it rounds exactly where its parent is told to
     built_in: Precision | None = None  # the narrowest type of what cannot be asked for it
 
@@ -60,12 +59,49 @@ class Candidate:
         return parse(self.model, self.file)
 
     @cached_property
+    def products(self) -> list[Product]:
+        """The graph's convolutions and matrix products."""
+        return products(self.graph)
+
+    @cached_property
+    def narrow_types(self) -> frozenset[int]:
+        """The 16-bit types of the graph's tensors."""
+        return sixteen_bit_types(self.graph)
+
+    @cached_property
     def narrow(self) -> Precision | None:
         """The narrowest 16-bit type that it computes in; None for float32."""
         if self.kind != "onnx" or self.built_in is not None:
             return self.built_in if self.built_in != "fp32" else None
-        types = sixteen_bit_types(self.graph)
-        return next((name for name in _NARROWEST_FIRST if PRECISIONS[name].onnx in types), None)
+        return next(
+            (name for name in _NARROWEST_FIRST if PRECISIONS[name].onnx in self.narrow_types), None
+        )
+
+    @cached_property
+    def proof(self) -> PrecisionProof | None:
+        """A graph's own types, or what an engine's build reported."""
+        if self.kind == "engine":
+            return self.claimed.proof if self.claimed else None
+        wanted = self.claimed.precision if self.claimed else None
+        return prove(self.products, self.products, TYPE_NAMES[wanted] if wanted else None)
+
+    @cached_property
+    def fault(self) -> str | None:
+        """Why it is not in the precision that its manifest claims, whatever its logits.
+
+        What is rounded between float32 products is float32 by its products, and would be given the
+        room of 16 bits.
+        """
+        if self.claimed is None or self.kind == "engine":
+            return self.claimed.proof_fault if self.claimed else None
+        given = self.graph.graph.output[0].type.tensor_type.elem_type
+        if given != TensorProto.FLOAT:
+            return f"it gives {type_name(given)}, expected FLOAT"
+        allowed = self.claimed.precision or "fp16"  # what tune-precision mixes claims none
+        others = sorted(map(type_name, self.narrow_types - {PRECISIONS[allowed].onnx}))
+        if others:
+            return f"it rounds to {', '.join(others)} inside"
+        return None if self.proof is None or self.proof.holds else self.proof.summary
 
 
 @dataclass(frozen=True)
@@ -104,58 +140,47 @@ def own_candidates(
     Each with those of the `backends` (empty: all) that run its kind; those to `require` are tried
     also where they are not installed.
     """
-    files = {artifact.sha256: artifact.file for artifact in bundle.manifest.artifacts}
+    artifacts = bundle.manifest.artifacts
+    files = {artifact.sha256: artifact.file for artifact in artifacts if artifact.kind != "weights"}
     candidates: dict[str, Candidate] = {}
-    for kind in ("onnx", "engine"):
-        for artifact in bundle.manifest.artifacts:
-            if artifact.kind != kind:
-                continue
-            parent = files.get(artifact.parent_sha256 or "", reference_name)
+    for artifact in sorted(artifacts, key=lambda item: item.kind == "engine"):
+        if artifact.kind not in ("onnx", "engine"):
+            continue
+        parent = files.get(artifact.parent_sha256 or "", reference_name)
+        built_in = None  # a graph's types decide its limits, not what the manifest says of them
+        if artifact.kind == "engine":
+            # A mixed graph's engine has its graph's types, of which the narrowest counts.
             made_from = candidates.get(parent)
-            candidate = Candidate(
-                artifact.file,
-                bundle.read(artifact),
-                kind,
-                artifact.precision,
-                artifact.batch,
-                reference_name if parent.endswith(".safetensors") else parent,
-                _backends_of(artifact, backends, require),
-                bundle.manifest.model,
-                artifact.proof,
-                # A mixed graph's engine has its graph's types, of which the narrowest counts.
-                built_in=artifact.precision or (made_from.narrow if made_from else None),
-                proof_fault=artifact.proof_fault if kind == "engine" else None,
-            )
-            if kind == "onnx":  # its types decide its limits, not what the manifest says of them
-                candidate = replace(
-                    _by_its_types(candidate, artifact.precision, None),
-                    proof_fault=_types_fault(candidate.graph, artifact.precision),
-                )
-            candidates[artifact.file] = candidate
+            built_in = artifact.precision or (made_from.narrow if made_from else None)
+        candidate = candidates[artifact.file] = Candidate(
+            artifact.file,
+            bundle.read(artifact),
+            artifact.kind,
+            artifact.batch,
+            parent,
+            _backends_for(artifact, backends, require),
+            bundle.manifest.model,
+            artifact,
+            built_in=built_in,
+        )
+        if artifact.kind == "onnx":
+            _of_known_types(candidate, None)
     return list(candidates.values())
 
 
-def _by_its_types(
-    candidate: Candidate, wanted: Precision | None, told: Precision | None
-) -> Candidate:
-    """A graph with the precision and the proof that its own types give.
+def _of_known_types(candidate: Candidate, told: Precision | None) -> Candidate:
+    """The graph, with the type that a person has `told` where it has types without limits.
 
-    Raises UsageError for types without a limit of their own, unless a person has told one.
+    Raises UsageError where nobody has.
     """
-    found = products(candidate.graph)
-    unknown = sorted({item.precision for item in found} - set(TYPE_NAMES.values()))
+    unknown = sorted({item.precision for item in candidate.products} - set(TYPE_NAMES.values()))
     if unknown and told is None:
         raise UsageError(
             f"{candidate.file} computes in {', '.join(unknown)}, for which there are no limits; "
             f"expected {', '.join(TYPE_NAMES.values())}, or say with --precision (with "
             "--candidate) which one's limits are to hold"
         )
-    return replace(
-        candidate,
-        precision=precision_of(candidate.graph),
-        proof=prove(found, found, TYPE_NAMES[wanted] if wanted else None),
-        built_in=told if unknown else None,
-    )
+    return replace(candidate, built_in=told) if unknown else candidate
 
 
 def foreign_candidate(
@@ -182,12 +207,11 @@ def foreign_candidate(
             "build it again, or give a graph a name that ends in .onnx"
         )
     if is_plan(data):
-        backend = "tensorrt-rtx" if data[:4] == RTX_MAGIC else "tensorrt"
+        backend = BACKENDS["rtx" if data[:4] == RTX_MAGIC else "tensorrt"]
         return Candidate(
             path.name,
             data,
             "engine",
-            told_precision,
             _profile(data, backend, spec),
             reference_name,
             (backend,),
@@ -220,14 +244,13 @@ def foreign_candidate(
         path.name,
         data,
         "onnx",
-        None,
         _fixed_batch(model, path),
         reference_name,
         tuple(asked if backends else dict.fromkeys(["onnxruntime", *asked])),
         replace(spec, input=takes, output=gives),
         is_ours=False,
     )
-    return _by_its_types(candidate, None, told_precision)
+    return _of_known_types(candidate, told_precision)
 
 
 def _fixed_batch(model: ModelProto, path: Path) -> BatchRange | None:
@@ -249,48 +272,30 @@ def _profile(plan: bytes, backend: str, spec: ModelSpec) -> BatchRange | None:
     The judge, which runs it next, says why it cannot be.
     """
     try:
-        engine = open_backend(backend, plan, spec)
+        with closing(open_backend(backend, plan, spec)) as engine:
+            return cast("TensorRTBackend", engine).batch
     except RexdeployError:
         return None
-    try:
-        return cast("TensorRTBackend", engine).batch
-    finally:
-        engine.close()
 
 
-def _backends_of(
-    artifact: Artifact, backends: Sequence[str], require: Sequence[str]
+def _backends_for(
+    artifact: Artifact, asked: Sequence[str], require: Sequence[str]
 ) -> tuple[str, ...]:
-    """The backends to run an artifact on.
+    """The backends to run a file on: those `asked` for, or else those that are worth trying.
 
-    ONNX Runtime's CUDA is tried only where it is installed or asked for, OpenVINO only where it is
-    asked for: a line about them in every machine's table would say nothing.
+    ONNX Runtime's CUDA is tried only where it is installed or required, OpenVINO only where it is
+    required: a line about them in every machine's table would say nothing.
     """
-    if artifact.kind == "engine":
-        possible: tuple[str, ...] = (engine_backend(artifact),)
-        wanted = possible
-    else:
-        possible = ONNX_BACKENDS
-        is_there = {"onnxruntime": True, "onnxruntime-cuda": has_onnxruntime_cuda()}
-        wanted = tuple(name for name in possible if name in require or is_there.get(name, False))
-    if backends:
-        return tuple(name for name in possible if any(is_meant(asked, name) for asked in backends))
-    return wanted
-
-
-def _types_fault(graph: ModelProto, claimed: Precision | None) -> str | None:
-    """Why a graph's tensors are not of the types that its manifest claims.
-
-    What is rounded between float32 products is float32 by its products, and would be given the room
-    of 16 bits.
-    """
-    given = graph.graph.output[0].type.tensor_type.elem_type
-    if given != TensorProto.FLOAT:
-        return f"it gives {type_name(given)}, expected FLOAT"
-    allowed = claimed or "fp16"  # what tune-precision mixes claims none
-    others = sixteen_bit_types(graph) - {PRECISIONS[allowed].onnx}
-    names = sorted(map(type_name, others))
-    return f"it rounds to {', '.join(names)} inside" if names else None
+    missing = {"openvino"} if has_onnxruntime_cuda() else {"openvino", "onnxruntime-cuda"}
+    return tuple(
+        name
+        for name in backends_of(artifact)
+        if (
+            any(is_meant(wanted, name) for wanted in asked)
+            if asked
+            else name in require or name not in missing
+        )
+    )
 
 
 def range_of(candidates: Sequence[Candidate]) -> BatchRange:

@@ -178,7 +178,12 @@ class Signal:
 
 
 def compare(
-    reference: Array, candidate: Array, *, names: tuple[str, str], signal: Signal, limits: Limits
+    reference: Array,
+    candidate: Array,
+    *,
+    signal: Signal,
+    limits: Limits,
+    names: tuple[str, str] = ("", ""),
 ) -> Comparison:
     """Compares two `[N, classes]` arrays row by row.
 
@@ -193,39 +198,36 @@ def compare(
     expected = reference.astype(np.float64)
     got = candidate.astype(np.float64)
     finite = np.isfinite(got)
-    nonfinite = int(got.size - finite.sum())
-    if nonfinite:
-        return Comparison(
-            *names,
-            images=len(expected),
-            signal=signal.size,
-            error=float("inf"),
-            rms=float("inf"),
-            correlation=float("nan"),
-            least_class=int(np.argmin(finite.all(axis=0))),
-            cosine=float("nan"),
-            kl=float("nan"),
-            top1=0.0,
-            top5=0.0,
-            nonfinite=nonfinite,
-            limits=limits,
-        )
-    difference = got - expected
-    correlation, least_class = _least_correlation(expected, got, signal.varying)
-    return Comparison(
+    nan, inf = float("nan"), float("inf")
+    result = Comparison(
         *names,
         images=len(expected),
         signal=signal.size,
+        error=inf,
+        rms=inf,
+        correlation=nan,
+        least_class=int(np.argmin(finite.all(axis=0))),
+        cosine=nan,
+        kl=nan,
+        top1=0.0,
+        top5=0.0,
+        nonfinite=int(got.size - finite.sum()),
+        limits=limits,
+    )
+    if result.nonfinite:
+        return result
+    difference = got - expected
+    correlations = np.where(signal.varying, _correlations(expected, got), inf)
+    return replace(
+        result,
         error=float(np.abs(difference).max()) / signal.size,
         rms=float(np.sqrt(np.square(difference).mean())) / signal.size,
-        correlation=correlation,
-        least_class=least_class,
+        correlation=float(correlations.min()),
+        least_class=int(correlations.argmin()),
         cosine=_least_cosine(expected - signal.mean, got - signal.mean),
         kl=_mean_kl(expected, got),
         top1=float((expected.argmax(axis=1) == got.argmax(axis=1)).mean()),
         top5=_top_overlap(expected, got, min(5, expected.shape[1])),
-        nonfinite=0,
-        limits=limits,
     )
 
 
@@ -253,15 +255,6 @@ def comparable(outputs: Array, form: OutputForm, compared: Compared) -> Array:
         logs = np.log(np.maximum(probabilities.astype(np.float64), _FLOOR))
         centred: Array = logs - logs.mean(axis=-1, keepdims=True)
     return centred
-
-
-def _least_correlation(
-    expected: Array, got: Array, varying: npt.NDArray[np.bool_]
-) -> tuple[float, int]:
-    """Pearson's correlation over the rows, least over the classes that vary, and that class."""
-    values = _correlations(expected, got)
-    least = int(np.argmin(np.where(varying, values, np.inf)))
-    return float(values[least]), least
 
 
 def _correlations(expected: Array, got: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +13,8 @@ from rexdeploy.arrays import Array, Images
 from rexdeploy.backends import Kernels, open_backend
 from rexdeploy.bundle.manifest import BatchRange, InputForm, ModelSpec
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.graphs.cast import to_bf16, to_fp16
-from rexdeploy.graphs.emulate import Twin, check_literal, emulate_bf16, literal, twin, widened
+from rexdeploy.graphs.cast import to_precision
+from rexdeploy.graphs.emulate import Twin, as_typed, twin, widened
 from rexdeploy.graphs.wrapper import unwrap
 from rexdeploy.parity.batches import Rows, run_batches
 from rexdeploy.parity.candidates import MAX_GRAPH_BATCH, Candidate, Skipped, sizes
@@ -140,19 +141,18 @@ class Judge:
     def failures(self) -> list[str]:
         """Why the files that ran do not pass."""
         # Small errors along sound edges can add up to a broken total.
-        broken = [item for item in self.edges if item.failures]
-        broken = broken or [item for item in self.totals if item.failures]
-        named: set[str] = set()
+        failed = [item for item in self.edges if item.failures]
+        failed = failed or [item for item in self.totals if item.failures]
+        first: dict[str, Comparison] = {}  # of each candidate: one of its numbers is enough
+        for item in failed:
+            first.setdefault(item.candidate, item)
         failures = [
-            f"broken edge {item.reference} -> {item.candidate}: {item.reason}"
-            for item in self.broken
+            f"broken edge {reference} -> {candidate}: {reason}"
+            for reference, candidate, reason in (
+                *((item.reference, item.candidate, item.reason) for item in self.broken),
+                *((item.reference, item.candidate, item.failures[0]) for item in first.values()),
+            )
         ]
-        for item in broken:
-            if item.candidate not in named:  # the first of a candidate's numbers says it
-                named.add(item.candidate)
-                failures.append(
-                    f"broken edge {item.reference} -> {item.candidate}: {item.failures[0]}"
-                )
         if not self.edges and not self.broken:
             reasons = "; ".join(f"{skip.candidate}: {skip.reason}" for skip in self.skipped)
             failures.append(
@@ -162,18 +162,11 @@ class Judge:
 
     def _rows(self, candidate: Candidate, name: str, kernels: Kernels) -> Rows:
         model = candidate.model
-        if name == "onnxruntime" and candidate.narrow == "bf16":
-            # It has no bfloat16 arithmetic on a CPU (1.32), only casts.
-            model = emulate_bf16(candidate.graph).SerializeToString()
-        elif name == "onnxruntime" and candidate.narrow:
-            check_literal()
-            model = literal(candidate.graph).SerializeToString()
-        backend = open_backend(name, model, candidate.spec, kernels=kernels)
-        try:
-            wanted = self._sizes(candidate)
+        if name == "onnxruntime" and candidate.narrow:
+            model = as_typed(candidate.graph).SerializeToString()
+        wanted = self._sizes(candidate)
+        with closing(open_backend(name, model, candidate.spec, kernels=kernels)) as backend:
             rows = run_batches(backend, self._inputs[candidate.spec.input], wanted, self._most)
-        finally:
-            backend.close()
         self.batches.update(wanted)
         self.ran.add(name)
         if candidate.spec.output == "probabilities":
@@ -186,17 +179,12 @@ class Judge:
         Without one it would be held to the looser limits of somebody else's.
         """
         parent = self._candidates.get(candidate.parent)
-        return (
-            candidate.kind == "onnx"
-            and candidate.is_ours
-            # Of somebody's own graph, whose opset bfloat16 may have to raise, the nodes can differ.
-            and (candidate.spec.family != "onnx" or candidate.narrow == "fp16")
-            and parent is not None
-            and parent.kind == "onnx"
-            and parent.narrow is None
-            and rounding is not None
-            and rounding.logits is None
-        )
+        if parent is None or rounding is None or rounding.logits is not None:
+            return False
+        is_ours = candidate.kind == parent.kind == "onnx" and candidate.is_ours
+        # Of somebody's own graph, whose opset bfloat16 may have to raise, the nodes can differ.
+        is_like_it = candidate.spec.family != "onnx" or candidate.narrow == "fp16"
+        return is_ours and is_like_it and parent.narrow is None
 
     def _sizes(self, candidate: Candidate) -> list[int]:
         return sizes(candidate, self._default_range)
@@ -257,18 +245,17 @@ class Judge:
         parent = self._candidates[rounding.parent]
         found = twin(parent.graph, candidate.graph)
         assert found is not None
-        core, kept = unwrap(parent.graph), found.float32
-        converted = to_fp16(core, kept) if candidate.narrow == "fp16" else to_bf16(core)
+        assert candidate.narrow is not None
+        core = unwrap(parent.graph)
+        converted = to_precision(core, candidate.narrow, found.float32)
         # Against its own twin, not the candidate's: what a candidate rounds elsewhere is its own
         # doing, and says nothing of the runtime.
         sound = twin(core, converted)
         assert sound is not None
-        run = literal(converted) if candidate.narrow == "fp16" else emulate_bf16(converted)
         size = self._sizes(candidate)[-1]
         spread = compare(
             self._by_image(sound.model, parent.spec.core, size),
-            self._by_image(run, parent.spec.core, size),
-            names=("", ""),
+            self._by_image(as_typed(converted), parent.spec.core, size),
             signal=self.signal,
             limits=self._float32,
         )
@@ -302,22 +289,16 @@ class Judge:
                 if headroom:
                     self.headroom.append(replace(headroom, file=candidate.file))
                 return rounding
-        own = [
-            self._by_image(model, candidate.spec, self._sizes(candidate)[-1])
-            for model in (
-                widened(candidate.graph),
-                emulate_bf16(candidate.graph)
-                if candidate.narrow == "bf16"
-                else literal(candidate.graph),
-            )
-        ]
-        return self._rounded(*own)
+        models = (widened(candidate.graph), as_typed(candidate.graph))
+        size = self._sizes(candidate)[-1]
+        return self._rounded(*(self._by_image(model, candidate.spec, size) for model in models))
 
     def _of_conversion(self, candidate: Candidate) -> _Rounding | None:
         """Of an engine from elsewhere: what our own conversion to its type would do."""
-        convert = to_fp16 if candidate.narrow == "fp16" else to_bf16
+        assert candidate.narrow is not None
         for parent in self._float32_graphs(candidate):
-            found = twin(unwrap(parent.graph), convert(unwrap(parent.graph)))
+            core_graph = unwrap(parent.graph)
+            found = twin(core_graph, to_precision(core_graph, candidate.narrow))
             if found is not None:
                 core = replace(parent, spec=parent.spec.core)
                 return self._of_twin(core, found, self._default_range.samples()[-1])[0]
@@ -336,25 +317,19 @@ class Judge:
 
     def _rounded(self, expected: Array, got: Array) -> _Rounding:
         signal = self.signal.under(expected, got)
-        spread = compare(expected, got, names=("", ""), signal=signal, limits=self._float32)
+        spread = compare(expected, got, signal=signal, limits=self._float32)
         return _Rounding(spread.numbers, signal)
 
     def _float32_graphs(self, candidate: Candidate) -> list[Candidate]:
         """Graphs that a candidate may have been made from, its parent first."""
-        graphs = [
-            item
-            for item in self._candidates.values()
-            if item.kind == "onnx" and item.file != candidate.file and item.narrow is None
-        ]
+        others = (item for item in self._candidates.values() if item.file != candidate.file)
+        graphs = [item for item in others if item.kind == "onnx" and item.narrow is None]
         return sorted(graphs, key=lambda item: item.file != candidate.parent)
 
     def _by_image(self, model: ModelProto, spec: ModelSpec, size: int) -> Array:
         """A graph's logits by image, in batches of one size."""
-        backend = open_backend("onnxruntime", model.SerializeToString(), spec)
-        try:
+        with closing(open_backend("onnxruntime", model.SerializeToString(), spec)) as backend:
             rows = run_batches(backend, self._inputs[spec.input], [min(size, MAX_GRAPH_BATCH)])
-        finally:
-            backend.close()
         return comparable(rows.by_image(), spec.output, self._compared)
 
     def _compare(

@@ -1,4 +1,4 @@
-"""Runs a backend over images at several batch sizes, and holds the limits on its logits."""
+"""How far logits may be apart, from what rounding does in the network over these images."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def float32_noise(float32: Array, float64: Array, signal: Signal, compared: Comp
     The numbers of a comparison, in units of `signal`.
     """
     exact, rounded = (comparable(logits, "logits", compared) for logits in (float64, float32))
-    return compare(
-        exact, rounded, names=("float64", "float32"), signal=signal, limits=LIMITS["fp32"]
-    ).numbers
+    return compare(exact, rounded, signal=signal, limits=LIMITS["fp32"]).numbers
 
 
 def walk_room(noise: Limits) -> float:

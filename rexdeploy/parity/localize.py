@@ -14,8 +14,16 @@ import numpy as np
 from rexdeploy.arrays import Float32
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.errors import UsageError
+from rexdeploy.parity.block_by_block import (
+    GraphWalk,
+    Node,
+    Tensor,
+    Walk,
+    fitted,
+    own_error,
+    signal_error,
+)
 from rexdeploy.parity.compare import Comparison
-from rexdeploy.parity.walk import GraphWalk, Node, Tensor, Walk, fitted, own_error, signal_error
 
 OWN_LIMITS: dict[Precision, float] = {"fp32": 1e-5, "fp16": 2e-3}
 """A block's share: the largest `own_error` of a sound one.
@@ -84,7 +92,8 @@ def localize(
     `limit` is the share of each block, one of OWN_LIMITS as a rule. Raises UsageError where the two
     have not the same blocks.
     """
-    images = _as_many(images, candidate.batch)
+    # As many as the candidate takes: its fixed batch, or a few.
+    images = images[np.arange(candidate.batch or min(len(images), MAX_IMAGES)) % len(images)]
     expected = reference.outputs(images)
     got = candidate.outputs(images)
     if len(expected) != len(got):
@@ -97,26 +106,21 @@ def localize(
     inputs = [fitted(value, width) for value, width in zip(given, widths, strict=True)]
     blocks = tuple(
         BlockError(
-            candidate.blocks[index].name,
+            block.name,
             signal_error(expected[index], got[index]),
             own_error(expected[index], candidate.output(index, inputs[index])),
         )
-        for index in range(len(expected))
+        for index, block in enumerate(candidate.blocks)
     )
     culprit = None
     for index, block in enumerate(blocks):
         if not block.own <= limit:
-            tensors = candidate.tensors(index, inputs[index])
+            tensors = next(candidate.tensors(index, inputs[index]))
             known = [given[index], *reference.inside(index, given[index]), expected[index]]
             node = _first_wrong(tensors, known, _INSIDE * limit, candidate.blocks[index].output)
             culprit = Culprit(block.name, node)
             break
     return Localization(*names, len(images), limit, blocks, culprit)
-
-
-def _as_many(images: Float32, batch: int) -> Float32:
-    """As many images as the candidate takes: its fixed batch, or a few."""
-    return images[np.arange(batch or min(len(images), MAX_IMAGES)) % len(images)]
 
 
 def _first_wrong(tensors: list[Tensor], known: list[Float32], limit: float, output: str) -> Node:
@@ -181,13 +185,10 @@ def off_blocks(edges: Sequence[Comparison], walked: Sequence[Localization]) -> l
 
 def with_culprits(failures: Sequence[str], walked: Sequence[Localization]) -> list[str]:
     """The failures, each with the node that a walk of its file has found."""
-    named = []
-    for failure in failures:
-        walk = next(
-            (w for w in walked if f" -> {w.candidate} (" in failure and w.culprit is not None), None
-        )
-        named.append(failure + _culprit(walk) if walk else failure)
-    return named
+    return [
+        failure + "".join(_culprit(walk) for walk in walked if f" -> {walk.candidate} (" in failure)
+        for failure in failures
+    ]
 
 
 def _culprit(walk: Localization) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto
 
 from rexdeploy.arrays import Float32, Images
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.graphs.emulate import Twin, with_peaks
-from rexdeploy.parity.walk import GraphWalk, Node
+from rexdeploy.parity.block_by_block import GraphWalk, Node
 
 FP16_MAX, BF16_MAX = PRECISIONS["fp16"].largest, PRECISIONS["bf16"].largest
 NEAR = 0.25
@@ -46,38 +45,26 @@ class Ranges:
     bf16_max: float = BF16_MAX
 
 
-def measure_ranges(model: ModelProto, images: Float32) -> Ranges:
-    """Runs a float32 graph block by block over all images (float32 `[N, 3, H, W]`).
-
-    Raises UsageError for a graph without
-    ReXNet's blocks, RexdeployError where it cannot be run.
-    """
-    walk = GraphWalk(model)
+def measure_ranges(walk: GraphWalk, images: Float32) -> Ranges:
+    """Runs a float32 graph block by block over all images (float32 `[N, 3, H, W]`)."""
     size = walk.batch or 1  # one image at a time: all of a block's tensors are kept
-    found: dict[int, BlockRange] = {}
-    for start in range(0, len(images), size):
-        x = images[np.arange(start, start + size) % len(images)]
-        for index, block in enumerate(walk.blocks):
-            tensors = walk.tensors(index, x)
-            x = next(tensor.value for tensor in tensors if tensor.name == block.output)
-            peaks = [_peak(tensor.value) for tensor in tensors]
-            top = int(np.argmax(peaks))
-            over = tuple(
-                tensor.node.name
-                for tensor, peak in zip(tensors, peaks, strict=True)
-                if peak > FP16_MAX
-            )
-            now = BlockRange(block.name, _peak(x), peaks[top], tensors[top].node, over)
-            before = found.get(index, now)
-            larger = now if now.inside > before.inside else before
-            found[index] = BlockRange(
-                block.name,
-                max(now.output, before.output),
-                larger.inside,
-                larger.node,
-                tuple(dict.fromkeys((*before.over, *now.over))),
-            )
-    return Ranges(len(images), tuple(found.values()))
+    batches = [
+        images[np.arange(start, start + size) % len(images)]
+        for start in range(0, len(images), size)
+    ]
+    found = []
+    for index, block in enumerate(walk.blocks):
+        outputs: list[Float32] = []
+        peaks: dict[Node, float] = {}
+        for tensors in walk.tensors(index, *batches):
+            outputs += [tensor.value for tensor in tensors if tensor.name == block.output]
+            for tensor in tensors:
+                peaks[tensor.node] = max(_peak(tensor.value), peaks.get(tensor.node, 0.0))
+        top = max(peaks, key=peaks.__getitem__)
+        over = tuple(node.name for node, peak in peaks.items() if peak > FP16_MAX)
+        found.append(BlockRange(block.name, max(map(_peak, outputs)), peaks[top], top, over))
+        batches = outputs
+    return Ranges(len(images), tuple(found))
 
 
 def _peak(value: Float32) -> float:

@@ -15,19 +15,18 @@ from rexdeploy.backends import tensorrt_api, tensorrt_build
 from rexdeploy.backends.tensorrt_api import FLAVORS, Flavor
 from rexdeploy.backends.tensorrt_build import BUILD_REVISION, EngineSettings
 from rexdeploy.bundle.manifest import DEFAULT_BATCH, Artifact, BatchRange
-from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
+from rexdeploy.bundle.precision import PRECISIONS, TYPE_NAMES, Precision, PrecisionProof
 from rexdeploy.bundle.store import Bundle, commit, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.graphs.engine_graph import Source, engine_form
 from rexdeploy.graphs.products import products
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import interface_nodes
-from rexdeploy.parity.proof import PROOF_REVISION, prove
+from rexdeploy.parity.layer_types import PROOF_REVISION, prove
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import printable
 
 MAX_WORKSPACE_MIB = 1 << 20
-_PRECISION_TITLES = {"Half": "FP16", "BFloat16": "BF16", "Float": "float32"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,12 +80,13 @@ def build_trt(
     if fp16 and bf16:
         raise UsageError("got --fp16 and --bf16, expected one of them")
     source = bundle if isinstance(bundle, Source) else Source(Bundle.find(bundle))
-    bundle, asked = source.bundle, _parsed(batch)
+    bundle = source.bundle
     flavor = _choose_flavor(flavor, target, workspace)
     trt = tensorrt_api.load(flavor)
     root_graph = bundle.manifest.find("onnx")
     if root_graph is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
+    sizes = batch_range(batch, root_graph.batch)
     wanted: Precision | None = "fp16" if fp16 else "bf16" if bf16 else None
     form = engine_form(source, root_graph, wanted, command, report, force)
     graph_artifact, data = form.artifact, form.data
@@ -94,7 +94,7 @@ def build_trt(
     graph = parse(data, graph_artifact.file)
     settings = EngineSettings(
         flavor,
-        _batch(asked, graph_artifact.batch),
+        sizes,
         tuple(sorted(set(target), key=tensorrt_api.target_names().index)),
         workspace,
     )
@@ -172,22 +172,16 @@ def _can_load(flavor: Flavor) -> bool:
     return True
 
 
-def _parsed(batch: BatchRange | str | None) -> BatchRange | None:
-    return BatchRange.parse(batch) if isinstance(batch, str) else batch
-
-
-def _batch(asked: BatchRange | None, fixed: BatchRange | None) -> BatchRange:
-    """The engine's batch range; a graph with a fixed batch leaves no choice."""
-    if fixed is None:
-        batch = asked or DEFAULT_BATCH
-    elif asked in (None, fixed):
-        batch = fixed
-    else:
+def batch_range(asked: BatchRange | str | None, fixed: BatchRange | None) -> BatchRange:
+    """An engine's batch range; a graph with a `fixed` batch leaves no choice."""
+    if isinstance(asked, str):
+        asked = BatchRange.parse(asked)
+    if fixed is not None and asked not in (None, fixed):
         raise UsageError(
             f"batch range: got {asked}, but the ONNX graph has a fixed batch of {fixed.opt}; "
             "export it with --batch dynamic"
         )
-    return batch
+    return fixed or asked or DEFAULT_BATCH
 
 
 def _built_with(settings: EngineSettings, version: str) -> dict[str, str]:
@@ -247,7 +241,8 @@ def _check_precision(proof: PrecisionProof) -> None:
     others = [kind for kind, count in proof.layers.items() if count and kind != proof.wanted]
     if proof.holds and not (proof.wanted == "Float" and others):
         return
-    asked = _PRECISION_TITLES.get(proof.wanted or "", "in its graph's types")
+    titles = {kind.rtx: kind.tensorrt for kind in PRECISIONS.values()}
+    asked = titles.get(proof.wanted or "", "in its graph's types")
     if not others and not proof.differing and proof.not_found:
         raise VerificationFailed(
             f"the engine cannot be proven to be {asked}: of the graph's convolutions and matrix "

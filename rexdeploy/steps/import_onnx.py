@@ -26,7 +26,7 @@ from rexdeploy.graphs.bounds import check_memory
 from rexdeploy.graphs.engine_graph import Source
 from rexdeploy.graphs.products import precision_of
 from rexdeploy.graphs.read import graph_inputs, parse, read_with_external_data, type_name
-from rexdeploy.steps.build_trt import _batch, _parsed
+from rexdeploy.steps.build_trt import batch_range
 from rexdeploy.text import printable
 
 _OUTPUT_TYPES = frozenset(
@@ -66,7 +66,7 @@ def import_onnx(
             f"ONNX graph {path}: its types and shapes contradict each other ({first_line(error)})"
         ) from None
     shapes = _check_classifier(model, path)
-    rows = shapes[0][0] or _batch(_parsed(batch), None).opt
+    rows = shapes[0][0] or batch_range(batch, None).opt
     check_memory(model, rows, shapes[0][1:], f"ONNX graph {path}")
     artifact = Artifact(
         "onnx",

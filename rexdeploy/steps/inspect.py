@@ -14,7 +14,7 @@ from rexdeploy.bundle.precision import TYPE_NAMES, PrecisionProof
 from rexdeploy.bundle.store import Bundle, is_bundle, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.files import read_plain, sha256_of
-from rexdeploy.parity.proof import prove
+from rexdeploy.parity.layer_types import prove
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import one_line
 
@@ -145,17 +145,10 @@ def _engine(path: Path, data: bytes, place: Place | None) -> Inspection:
             "skipped: an engine tells its layers to the GPU it runs on only, and no bundle's "
             "manifest holds what its build reported"
         )
+    kind = f"{tensorrt_api.TITLES[header.flavor]} engine"
+    runners = (_engine_runner(data, header, place),)
     return Inspection(
-        file=str(path),
-        kind=f"{tensorrt_api.TITLES[header.flavor]} engine",
-        size_bytes=len(data),
-        sha256=sha256(data),
-        header=header,
-        graph=None,
-        place=place,
-        proof=proof,
-        proof_of=proof_of,
-        runners=(_engine_runner(data, header, place),),
+        str(path), kind, len(data), sha256(data), header, None, place, proof, proof_of, runners
     )
 
 
@@ -216,7 +209,7 @@ def _graph_runners(data: bytes, model: ModelProto, report: Report) -> list[Runne
 def _engine_runner(plan: bytes, header: PlanHeader, place: Place | None) -> Runner:
     """Whether the version, the GPU and the bindings that the engine needs are here."""
     title = tensorrt_api.TITLES[header.flavor]
-    name = "tensorrt-rtx" if header.flavor == "rtx" else "tensorrt"
+    name = tensorrt_api.BACKENDS[header.flavor]
     again = "build it again: rexdeploy build-trt"
     try:
         installed = tensorrt_api.load(header.flavor).__version__

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,25 @@ from onnx import ModelProto
 
 from rexdeploy import machine
 from rexdeploy.arrays import Float32
-from rexdeploy.backends import ENGINE_BACKENDS, Backend, open_backend, tensorrt_api, tensorrt_build
+from rexdeploy.backends import ENGINE_BACKENDS, Backend, flavor_of, open_backend, tensorrt_build
+from rexdeploy.backends.tensorrt_api import Flavor
 from rexdeploy.bundle.manifest import Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.bundle.store import Bundle, check_writable, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
-from rexdeploy.graphs.cast import FP16_REVISION, beyond_fp16, to_fp16
-from rexdeploy.graphs.emulate import check_literal, literal
+from rexdeploy.graphs.cast import REVISIONS, beyond_fp16, to_precision
+from rexdeploy.graphs.emulate import as_typed
 from rexdeploy.graphs.engine_graph import REVISION, TUNED, Source, engine_form
 from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import node_name, parse
 from rexdeploy.graphs.wrapper import change_core, unwrap
 from rexdeploy.images import decode, sets
 from rexdeploy.parity.batches import run_batches
+from rexdeploy.parity.block_by_block import GraphWalk
 from rexdeploy.parity.compare import Limits, Signal, compare
+from rexdeploy.parity.layer_types import PROOF_REVISION, prove
 from rexdeploy.parity.limits import LIMITS, ceiling
 from rexdeploy.parity.localize import OWN_LIMITS, localize
-from rexdeploy.parity.proof import PROOF_REVISION, prove
 from rexdeploy.parity.ranges import Ranges, measure_ranges
-from rexdeploy.parity.walk import GraphWalk
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import printable
 
@@ -60,6 +62,10 @@ class Trial:
         """The share of its limits, with logits that are not finite behind all others."""
         return float("inf") if self.share is None else self.share
 
+    @property
+    def passes(self) -> bool:
+        return self.rank <= 1
+
 
 @dataclass(frozen=True, repr=False)
 class Tuning(Result):
@@ -83,7 +89,7 @@ class Tuning(Result):
     @property
     def healed(self) -> bool:
         """Whether the best graph is within the limit."""
-        return self.best.rank <= 1
+        return self.best.passes
 
     def __repr__(self) -> str:
         kept = ", ".join(self.best.float32) or "nothing"
@@ -153,17 +159,18 @@ def tune_precision(
     if precision_of(model) != "fp32":
         raise UsageError(f"{root.file} is not a float32 graph, so it leaves nothing to choose")
     report("measuring the blocks' ranges")
-    ranges = measure_ranges(model, pool)
-    search = _Search(bundle, root, model, pool, backend, max_blocks, report)
+    walk = GraphWalk(model)
+    ranges = measure_ranges(walk, pool)
+    search = _Search(bundle, root, model, walk.node_names, pool, backend, max_blocks, report)
     plain = search.judge(())
     best = plain
-    if not search.passes(plain):
+    if not plain.passes:
         report("measuring each block in float16 alone")
-        best = _minimal(search, _by_sensitivity(model, pool), max_blocks)
-        if search.passes(best):
+        best = _minimal(search, _by_sensitivity(model, walk, pool), max_blocks)
+        if best.passes:
             best = _fewer_nodes(search, best, _nodes_at_fault(model, ranges))
     written = None
-    if best.float32 and search.passes(best):
+    if best.float32 and best.passes:
         written = search.write(best, whole, command)
     return Tuning(
         search.bundle,
@@ -178,26 +185,17 @@ def tune_precision(
     )
 
 
-def _by_sensitivity(model: ModelProto, pool: Float32) -> list[str]:
+def _by_sensitivity(model: ModelProto, walk: GraphWalk, pool: Float32) -> list[str]:
     """The blocks' names, worst in float16 first: those that overflow, in the graph's order."""
     # Nodes whose very weights pass float16's limit stay float32 here; their block comes first.
     unfit = beyond_fp16(model)
-    half = GraphWalk(to_fp16(model, unfit))
-    result = localize(
-        GraphWalk(model), half, pool, names=("float32", "float16"), limit=OWN_LIMITS["fp16"]
-    )
-    nodes = _nodes_by_block(model)
+    half = GraphWalk(to_precision(model, "fp16", unfit))
+    result = localize(walk, half, pool, names=("float32", "float16"), limit=OWN_LIMITS["fp16"])
     errors = {
-        block.name: float("inf") if nodes[block.name] & unfit else block.own
+        block.name: float("inf") if walk.node_names[block.name] & unfit else block.own
         for block in result.blocks
     }
     return sorted(errors, key=lambda name: -errors[name])
-
-
-def _nodes_by_block(model: ModelProto) -> dict[str, set[str]]:
-    nodes = [node_name(node) for node in model.graph.node]
-    walk = GraphWalk(model)
-    return {block.name: {nodes[position] for position in block.nodes} for block in walk.blocks}
 
 
 def _minimal(search: _Search, ranked: list[str], most: int) -> Trial:
@@ -206,22 +204,22 @@ def _minimal(search: _Search, ranked: list[str], most: int) -> Trial:
     trial = search.judge(ranked[:1])
     tried = [trial]
     most = min(most, len(ranked))
-    while not search.passes(trial) and high < most:
+    while not trial.passes and high < most:
         low, high = high, min(2 * high, most)
         trial = search.judge(ranked[:high])
         tried.append(trial)
-    if not search.passes(trial):
+    if not trial.passes:
         return min(tried, key=lambda item: item.rank)
     while high - low > 1:
         middle = (low + high) // 2
         found = search.judge(ranked[:middle])
-        if search.passes(found):
+        if found.passes:
             high, trial = middle, found
         else:
             low = middle
     for name in reversed(ranked[: high - 1]):  # without its last one, the set was found to fail
         without = search.judge(kept for kept in trial.float32 if kept != name)
-        if search.passes(without):
+        if without.passes:
             trial = without
     return trial
 
@@ -241,7 +239,7 @@ def _fewer_nodes(search: _Search, blocks: Trial, nodes: set[str]) -> Trial:
     if not nodes or not nodes < search.nodes_of(blocks):
         return blocks  # rounding, not overflow, or more than the blocks that are enough
     fewer = search.judge(blocks.float32, tuple(sorted(nodes)))
-    return fewer if search.passes(fewer) and search.is_kept(fewer) else blocks
+    return fewer if fewer.passes and search.is_kept(fewer) else blocks
 
 
 def _most_trials(most: int) -> int:
@@ -258,6 +256,7 @@ class _Search:
         bundle: Bundle,
         root: Artifact,
         model: ModelProto,
+        blocks: dict[str, set[str]],
         pool: Float32,
         trials_on: str,
         max_blocks: int,
@@ -267,28 +266,21 @@ class _Search:
         self._backend, self._most = trials_on, _most_trials(max_blocks)
         self._root, self._model, self._pool, self._report = root, model, pool, report
         self._spec: ModelSpec = bundle.manifest.model.core
-        self._blocks = _nodes_by_block(model)
-        self._order = {name: index for index, name in enumerate(self._blocks)}
+        self._blocks = blocks  # the names of each one's nodes
+        self._order = {name: index for index, name in enumerate(blocks)}
         self._seconds: list[float] = []
-        backend = open_backend("onnxruntime", model.SerializeToString(), self._spec)
-        try:
-            size = root.batch.opt if root.batch else _BATCH
-            self._size = size
-            self._reference = run_batches(backend, pool, [size]).by_image()
-        finally:
-            backend.close()
+        self._size = root.batch.opt if root.batch else _BATCH
+        with closing(open_backend("onnxruntime", model.SerializeToString(), self._spec)) as backend:
+            self._reference = run_batches(backend, pool, [self._size]).by_image()
         self._signal = Signal.of(self._reference)
         self.limits = LIMITS["fp16"].at_most(ceiling(self._signal.constant))
         key = hashlib.sha256(
             f"{root.sha256} {self.limits} {onnx.__version__} {trials_on} "
-            f"{FP16_REVISION} {PROOF_REVISION} {tensorrt_build.BUILD_REVISION}".encode()
+            f"{REVISIONS['fp16']} {PROOF_REVISION} {tensorrt_build.BUILD_REVISION}".encode()
             + pool.tobytes()
         ).hexdigest()
         self._state = _read_state(bundle, key)
         self.resumed = len(self._state.trials)
-
-    def passes(self, trial: Trial) -> bool:
-        return trial.rank <= 1
 
     def nodes_of(self, trial: Trial) -> set[str]:
         """The names of all nodes of the trial's blocks."""
@@ -330,16 +322,15 @@ class _Search:
             return False  # nobody knows without TensorRT-RTX: whole blocks are the safe choice
         return prove(built.layers, products(mixed)).holds
 
-    def _settings(self, flavor: tensorrt_api.Flavor) -> tensorrt_build.EngineSettings:
+    def _settings(self, flavor: Flavor) -> tensorrt_build.EngineSettings:
         batch = BatchRange(self._size, self._size, self._size)
         return tensorrt_build.EngineSettings(flavor, batch, (), None)
 
     def _open(self, mixed: ModelProto) -> Backend:
         if self._backend == "onnxruntime":
-            check_literal()
-            return open_backend(self._backend, literal(mixed).SerializeToString(), self._spec)
-        flavor: tensorrt_api.Flavor = "rtx" if self._backend == "tensorrt-rtx" else "tensorrt"
-        built = tensorrt_build.build(mixed.SerializeToString(), self._settings(flavor))
+            return open_backend(self._backend, as_typed(mixed).SerializeToString(), self._spec)
+        settings = self._settings(flavor_of(self._backend))
+        built = tensorrt_build.build(mixed.SerializeToString(), settings)
         return open_backend(self._backend, built.plan, self._spec)
 
     def _run(self, trial: Trial) -> Trial:
@@ -348,18 +339,10 @@ class _Search:
             mixed = self._mixed(trial)
         except VerificationFailed:  # a weight that float16 cannot hold, outside these blocks
             return trial
-        backend = self._open(mixed)
-        try:
+        with closing(self._open(mixed)) as backend:
             rows = run_batches(backend, self._pool, [self._size])
-        finally:
-            backend.close()
-        comparison = compare(
-            self._reference[rows.images],
-            rows.logits,
-            names=(self._root.file, MIXED),
-            signal=self._signal,
-            limits=self.limits,
-        )
+        reference = self._reference[rows.images]
+        comparison = compare(reference, rows.logits, signal=self._signal, limits=self.limits)
         if comparison.nonfinite:
             return trial
         return replace(trial, error=comparison.error, share=comparison.share)
@@ -369,7 +352,7 @@ class _Search:
         mixed = change_core(whole, lambda _: self._mixed(trial))
         data = mixed.SerializeToString(deterministic=True)
         kept = ", ".join(trial.float32)
-        notes = {REVISION: FP16_REVISION, TUNED: kept, "error": f"{trial.error:.2g}"}
+        notes = {REVISION: REVISIONS["fp16"], TUNED: kept, "error": f"{trial.error:.2g}"}
         notes |= {"float32_nodes": ", ".join(trial.nodes)} if trial.nodes else {}
         artifact = Artifact(
             "onnx",
@@ -385,7 +368,7 @@ class _Search:
         return artifact.file
 
     def _mixed(self, trial: Trial) -> ModelProto:
-        return to_fp16(self._model, trial.nodes or self.nodes_of(trial))
+        return to_precision(self._model, "fp16", trial.nodes or self.nodes_of(trial))
 
 
 def _read_state(bundle: Bundle, key: str) -> _State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rexdeploy.graphs.bounds import check_memory
 from rexdeploy.graphs.read import parse
 from rexdeploy.images import decode, sets
 from rexdeploy.parity.batches import run_batches
+from rexdeploy.parity.block_by_block import GraphWalk, TorchWalk, Walk
 from rexdeploy.parity.candidates import (
     Candidate,
     Skipped,
@@ -36,7 +38,6 @@ from rexdeploy.parity.limits import float32_noise, walk_room
 from rexdeploy.parity.localize import OWN_LIMITS, Localization, off_blocks, with_culprits
 from rexdeploy.parity.localize import localize as localized
 from rexdeploy.parity.ranges import Headroom
-from rexdeploy.parity.walk import GraphWalk, TorchWalk, Walk
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import one_line
 
@@ -132,7 +133,8 @@ def verify(
             raise UsageError(f"backend: got '{name}', expected one of {', '.join(known)}")
     bundle = find(bundle, require_signature)
     spec = bundle.manifest.model
-    _check_preprocess(bundle)
+    if (graph := bundle.manifest.find("onnx")) is not None:
+        check_preprocess(bundle, graph, bundle.read(graph))
     read_labels(bundle)  # for what is wrong with them
     reference_name = _reference_artifact(bundle).file if spec.family == "onnx" else REFERENCE
     candidates = own_candidates(bundle, reference_name, backend, require)
@@ -193,7 +195,11 @@ def verify(
             *with_culprits(judge.failures(), walked),
             *off_blocks(judge.edges, walked),
             *_not_run(judge, require),
-            *_unproven(candidates),
+            *(
+                f"{item.file} is not in the precision that the manifest says: {item.fault}"
+                for item in candidates
+                if item.fault is not None
+            ),
         ),
         headroom=tuple(judge.headroom),
         localizations=walked,
@@ -215,7 +221,7 @@ def _walk(
 
     What a limit on logits hides, a block's own error shows: given the parent's own input, a block
     of 1 % off in a single channel stands out from float32's rounding a hundred times. 16-bit graphs
-    are walked `with_rounding` only: the twins of `rounding.py` hold them to the bit.
+    are walked `with_rounding` only: their twins (`graphs/emulate.py`) hold them to the bit.
     """
     walks: dict[str, Walk] = {}
     found, unable = [], []
@@ -243,15 +249,9 @@ def _walk(
                 graph = next((item for item in files if item.file == parent), None)
                 walks[parent] = GraphWalk(graph.graph) if graph else walks[reference_name]
             walks[candidate.file] = walk = GraphWalk(candidate.graph)
-            found.append(
-                localized(
-                    walks[parent],
-                    walk,
-                    pool,
-                    names=(parent, candidate.file),
-                    limit=OWN_LIMITS[candidate.narrow] if candidate.narrow else float32_limit,
-                )
-            )
+            limit = OWN_LIMITS[candidate.narrow] if candidate.narrow else float32_limit
+            names = (parent, candidate.file)
+            found.append(localized(walks[parent], walk, pool, names=names, limit=limit))
         except RexdeployError as error:
             unable.append(f"{candidate.file}: {error}")
     return tuple(found), tuple(unable)
@@ -322,13 +322,10 @@ def _reference(bundle: Bundle, pool: Float32) -> Float32:
     """The reference's logits of normalised images."""
     artifact, spec = _reference_artifact(bundle), bundle.manifest.model
     name = "onnxruntime" if spec.family == "onnx" else "pytorch"
-    backend = open_backend(name, bundle.read(artifact), spec.core)
-    try:
-        size = artifact.batch.opt if artifact.batch else _REFERENCE_BATCH
+    size = artifact.batch.opt if artifact.batch else _REFERENCE_BATCH
+    with closing(open_backend(name, bundle.read(artifact), spec.core)) as backend:
         logits: Float32 = run_batches(backend, pool, [size]).by_image().astype(np.float32)
-        return logits
-    finally:
-        backend.close()
+    return logits
 
 
 def _noise(
@@ -344,20 +341,9 @@ def _noise(
 
     model = reference(bundle.read(_reference_artifact(bundle)), spec).double()
     with torch.inference_mode():
-        exact = np.concatenate(
-            [
-                model(torch.from_numpy(pool[start : start + 4]).double()).numpy()
-                for start in range(0, len(pool), 4)
-            ]
-        )
+        batches = torch.split(torch.from_numpy(pool).double(), 4)
+        exact = torch.cat([model(batch) for batch in batches]).numpy()
     return float32_noise(logits, exact, signal, compared)
-
-
-def _check_preprocess(bundle: Bundle) -> None:
-    """Raises UsageError if the manifest's preprocessing is not the one that the graph was given."""
-    graph = bundle.manifest.find("onnx")
-    if graph is not None:
-        check_preprocess(bundle, graph, bundle.read(graph))
 
 
 def _not_run(judge: Judge, required: Sequence[str]) -> list[str]:
@@ -377,19 +363,3 @@ def _not_run(judge: Judge, required: Sequence[str]) -> list[str]:
             reasons = "; ".join(skip.reason for skip in missed)
             failures.append(f"required backend {asked} did not run: {reasons or 'no file for it'}")
     return failures
-
-
-def _unproven(candidates: Sequence[Candidate]) -> list[str]:
-    """Files that are not in the precision that their manifest says, whatever their logits."""
-    return [
-        f"{item.file} is not in the precision that the manifest says: {fault}"
-        for item in candidates
-        if (fault := _proof_fault(item)) is not None
-    ]
-
-
-def _proof_fault(item: Candidate) -> str | None:
-    """Why a file's proof does not show its precision; a candidate from elsewhere claims none."""
-    if item.kind == "engine" or item.proof_fault is not None:
-        return item.proof_fault
-    return None if item.proof is None or item.proof.holds else item.proof.summary

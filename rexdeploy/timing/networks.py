@@ -113,10 +113,10 @@ class PeerSubject:
         name = f"{self.network} exported"
         if not fp16:
             return ModelFile(name, self._graph, "fp32", None)
-        from rexdeploy.graphs.cast import to_fp16
+        from rexdeploy.graphs.cast import to_precision
         from rexdeploy.graphs.read import parse
 
-        data = to_fp16(parse(self._graph, name)).SerializeToString()
+        data = to_precision(parse(self._graph, name), "fp16").SerializeToString()
         return ModelFile(name, data, "fp16", None)
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from onnx import ModelProto
+from onnx.utils import Extractor
 
 from rexdeploy.arrays import Float32, Float64
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.backends.pytorch import reference
 from rexdeploy.bundle.manifest import ModelSpec
-from rexdeploy.graphs.blocks import Block, find_blocks, floating_outputs, subgraph, with_outputs
-from rexdeploy.graphs.emulate import literal
-from rexdeploy.graphs.read import node_name
+from rexdeploy.errors import UsageError
+from rexdeploy.graphs.blocks import FLOATING, find_blocks
+from rexdeploy.graphs.emulate import as_typed
+from rexdeploy.graphs.read import element_types, node_name
 from rexdeploy.graphs.wrapper import unwrap
 
 if TYPE_CHECKING:
@@ -56,57 +58,78 @@ class Walk(Protocol):
 
 
 class GraphWalk:
-    """An ONNX graph in ONNX Runtime, in copies with more outputs; the graph itself stays.
+    """An ONNX graph in ONNX Runtime, cut into its blocks; the graph itself stays.
 
     Raises UsageError for a graph without ReXNet's blocks, BackendUnavailable without onnxruntime.
     """
 
     def __init__(self, model: ModelProto) -> None:
-        self.model = model = unwrap(model)  # so that both walks begin with the same images
+        model = unwrap(model)  # so that both walks begin with the same images
         self.blocks = find_blocks(model)
-        self.weights = {tensor.name for tensor in model.graph.initializer}
+        typed = as_typed(model)
+        self._nodes = model.graph.node
+        self.node_names = {
+            block.name: {node_name(self._nodes[position]) for position in block.nodes}
+            for block in self.blocks
+        }
+        self._types = element_types(typed.graph)
+        self._weights = {tensor.name for tensor in model.graph.initializer}
+        self._parts = Extractor(typed)
         dims = model.graph.input[0].type.tensor_type.shape.dim
         self.batch: int = dims[0].dim_value if dims else 0  # 0: any
 
     def outputs(self, images: Float32) -> list[Float32]:
         names = [block.output for block in self.blocks]
-        copy = literal(with_outputs(self.model, names))
-        session = GraphSession(copy.SerializeToString())
-        values = session.run({self.blocks[0].input: images}, names)
-        return [values[name] for name in names]
+        run = self._runner([self.blocks[0].input], names)
+        return list(run(images).values())
 
     def inside(self, index: int, x: Float32) -> list[Float32]:
-        return [tensor.value for tensor in self.tensors(index, x)]
+        return [tensor.value for tensor in next(self.tensors(index, x))]
 
     def output(self, index: int, x: Float32) -> Float32:
         """What one block makes of `x`."""
         block = self.blocks[index]
-        return self._run(block, [block.output], x)[block.output]
+        return self._runner([block.input, *block.extra_inputs], [block.output])(x)[block.output]
 
-    def tensors(self, index: int, x: Float32) -> list[Tensor]:
-        """Every floating-point tensor that one block makes of `x`, in the graph's order."""
+    def tensors(self, index: int, *batches: Float32) -> Iterator[list[Tensor]]:
+        """Every floating-point tensor that one block makes of each batch, in the graph's order."""
         block = self.blocks[index]
-        makers = floating_outputs(self.model, block)
-        values = self._run(block, list(makers), x)
-        return [
-            Tensor(
-                name,
-                Node(
-                    node_name(node),
-                    node.op_type,
-                    next((given for given in node.input if given in self.weights), None),
-                ),
-                tuple(node.input),
-                values[name],
+        makers = {
+            name: node
+            for node in (self._nodes[position] for position in block.nodes)
+            for name in node.output
+            if self._types.get(name) in FLOATING
+        }
+        nodes = {
+            name: Node(
+                node_name(node),
+                node.op_type,
+                next((given for given in node.input if given in self._weights), None),
             )
             for name, node in makers.items()
-        ]
+        }
+        run = self._runner([block.input, *block.extra_inputs], list(makers))
+        for x in batches:
+            values = run(x)
+            yield [
+                Tensor(name, nodes[name], tuple(node.input), values[name])
+                for name, node in makers.items()
+            ]
 
-    def _run(self, block: Block, outputs: list[str], x: Float32) -> dict[str, Float32]:
-        # Only shapes are read of the extra inputs, and of these the batch size is what varies.
-        feeds = dict.fromkeys((block.input, *block.extra_inputs), x)
-        graph = literal(subgraph(self.model, block, outputs))
-        return GraphSession(graph.SerializeToString()).run(feeds, outputs)
+    def _runner(
+        self, inputs: list[str], outputs: list[str]
+    ) -> Callable[[Float32], dict[str, Float32]]:
+        """Loads what lies between these tensors: returns how to run it on the first input."""
+        try:
+            part = self._parts.extract_model(inputs, outputs)
+        except ValueError as error:  # a tensor of unknown type, sparse weights
+            raise UsageError(f"the graph cannot be cut into its blocks ({error})") from None
+        del part.graph.value_info[:]
+        # Of the other inputs only the batch size is read, so the first stands in for them.
+        for value in part.graph.input[1:]:
+            value.type.tensor_type.ClearField("shape")
+        session = GraphSession(part.SerializeToString())
+        return lambda x: session.run(dict.fromkeys(inputs, x), outputs)
 
 
 class TorchWalk:

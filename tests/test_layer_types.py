@@ -14,7 +14,7 @@ from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.graphs.products import Product, products
 from rexdeploy.models import zoo
-from rexdeploy.parity.proof import prove
+from rexdeploy.parity.layer_types import prove
 from tests.helpers import graph, small_graph
 
 
