@@ -33,6 +33,8 @@ def sign(bundle: Bundle | Path | str | None = None, *, private_key: Path | str) 
     `private_key` is an EC key's PEM file. Raises UsageError for a key that cannot be used, and for
     a bundle with files that are changed, missing or not its own; BackendUnavailable without
     model-signing.
+
+    Example: `rexdeploy.sign("rexnet_1.5", private_key="key.pem")`
     """
     path, private_key = Bundle.find(bundle).path, Path(private_key)
     signing, _, hashing = _library()

@@ -111,7 +111,7 @@ def rexdeploy(
         say(*context.get_help().split("\n"))
 
 
-_COMMANDS = (  # in the order of --help
+COMMANDS = (  # in the order of --help
     export,
     build_trt,
     verify,
@@ -126,5 +126,5 @@ _COMMANDS = (  # in the order of --help
     models,
     doctor,
 )
-for _command in _COMMANDS:
+for _command in COMMANDS:
     app.command(_command.__name__.replace("_", "-"))(_command)

@@ -192,6 +192,8 @@ def load(
     backend may use, and lets none of them spin while it waits; None leaves both to the library.
     `require_signature` is the public key that must have signed the bundle ('rexdeploy sign').
     Raises UsageError or BackendUnavailable with every reason.
+
+    Example: `with rexdeploy.load("rexnet_1.5") as classifier: classifier.classify(["cat.jpg"])`
     """
     bundle = find(bundle, require_signature)
     labels = read_labels(bundle)

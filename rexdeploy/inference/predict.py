@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError
 from rexdeploy.inference.classifier import Classifier, load
 from rexdeploy.inference.results_file import Header, Results, check_out
 from rexdeploy.inference.stream import Row, classify_files, expand
-from rexdeploy.progress import Result
+from rexdeploy.progress import Result, several
 from rexdeploy.text import printable
 
 
@@ -37,10 +35,10 @@ class Predictions(Result):
         what = f"{self.rows} images{where}, {self.errors} errors"
         return f"<Predictions of {self.model} on {self.backend}: {what}>"
 
-    def to_dict(self) -> dict[str, Any]:
+    def _document(self) -> dict[str, Any]:
         names = ["images"] if self.out is None else ["out", "rows", "errors"]
         names = ["model", "backend", "passed_over", *names]
-        return {name: msgspec.to_builtins(getattr(self, name)) for name in names}
+        return {name: getattr(self, name) for name in names}
 
 
 def predict(
@@ -68,6 +66,8 @@ def predict(
 
     An image that cannot be read is a row with its error. Raises UsageError, BackendUnavailable
     where nothing can run, and RexdeployError where the model fails or `out` cannot be written.
+
+    Example: `rexdeploy.predict(["cat.jpg", "photos"], "rexnet_1.5", top=1)`
     """
     if force and out is None:
         raise UsageError("--force is about the file that --out names: give both")
@@ -76,7 +76,7 @@ def predict(
     if out is not None:
         out = Path(out)
         check_out(out)
-    images = [Path(one) for one in ([image] if isinstance(image, Path | str) else image)]
+    images = [Path(one) for one in several(image)]
     files = expand(images)
     kept: list[Row] = []
     rows = errors = before = 0

@@ -121,7 +121,10 @@ class Model(Result):
 
 
 def published_models() -> list[Model]:
-    """The published networks beside what our own cost."""
+    """The published networks beside what our own cost.
+
+    Example: `all(model.agrees for model in rexdeploy.published_models())`
+    """
     return [Model(row, cost(row.family, row.width)) for row in published()]
 
 

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from rexdeploy import machine
 from rexdeploy.backends import engines
 from rexdeploy.bundle.manifest import (
@@ -80,7 +78,7 @@ class Deployment(Result):
         what = f"version {self.version}, {self.backend} backend: {how}"
         return f"<Deployment {self.repository / self.name}: {what}>"
 
-    def to_dict(self) -> dict[str, Any]:
+    def _document(self) -> dict[str, Any]:
         return {
             "repository": printable(str(self.repository)),
             "network": self.name,
@@ -88,7 +86,7 @@ class Deployment(Result):
             "version": self.version,
             "added": self.added,
             "backend": self.backend,
-            "batch": msgspec.to_builtins(self.batch),
+            "batch": self.batch,
         }
 
     def inference_service(
@@ -119,6 +117,8 @@ def triton(
 
     Raises UsageError where the bundle lacks what was asked for or the name is another model's,
     RexdeployError where the repository cannot be written.
+
+    Example: `rexdeploy.triton("rexnet_1.5", backend="onnxruntime")`
     """
     bundle, repository = Bundle.find(bundle), Path(repository)
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import RexdeployError, UsageError
-from rexdeploy.progress import Report, silent
+from rexdeploy.progress import Report, several, silent
 from rexdeploy.serving.deploy import backend_here, deploy, servable
 from rexdeploy.serving.front import SOCKETS, Address, Front, check_ports
 from rexdeploy.serving.health import Watch, ask
@@ -290,7 +290,7 @@ def serve(
     host: str = Address.host,
     port: int = Address.port,
     max_request: int | None = None,
-    open: Sequence[str] = (),  # noqa: A002 - the command's name for it
+    open: str | Sequence[str] = (),  # noqa: A002 - the command's name for it
     require_signature: Path | str | None = None,
     report: Report = silent,
 ) -> Iterator[Service]:
@@ -300,25 +300,26 @@ def serve(
     to an empty repository, the latest. `backend` is the bundle's there. `tritonserver` is the
     program, else the one on PATH or nvidia-pytriton's. HTTP is at `port`, gRPC and metrics at the
     next two. `max_request` is in MiB, `open` names APIs that every client may use (CLOSED_APIS),
-    and `require_signature` is the public key that must have signed the bundle. To be called in the
-    main thread; a server that fails is not started again, as the command does.
+    and `require_signature` is the public key that must have signed the bundle. Call it in the main
+    thread; a server that fails is not started again, as the command does.
 
     Raises UsageError, BackendUnavailable where there is no server, and RexdeployError, with the
     server's own reason, where it does not become ready.
+
+    Example: `with rexdeploy.serve("rexnet_1.5") as service: print(service.url)`
     """
+    repository, address = Path(repository), Address(host, port)
     service = prepare(
         bundle,
-        Path(repository),
+        repository,
         backend,
         tritonserver,
-        Address(host, port),
+        address,
         max_request,
-        open,
+        several(open),
         require_signature,
     )
-    with running(
-        service.binary, service.repository, service.address, guard=service.guard
-    ) as server:
+    with running(service.binary, repository, address, guard=service.guard) as server:
         report("starting tritonserver")
         server.wait_until_ready(service.names)
         yield service

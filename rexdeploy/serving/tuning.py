@@ -85,7 +85,7 @@ class Sweep(Result):
         verdict = describe(self.kept, self.batch) if self.kept else "NONE is within it"
         return f"<Sweep of {len(self.rows)} ways within {self.bound_ms:g} ms: {verdict}>"
 
-    def to_dict(self) -> dict[str, Any]:
+    def _document(self) -> dict[str, Any]:
         plain: dict[str, Any] = msgspec.to_builtins(replace(self, deployment=None))
         return plain | {"deployment": self.deployment.to_dict() if self.deployment else None}
 
@@ -111,6 +111,8 @@ def tune_serving(
     repository is touched once, at the end, and not at all where nothing is within the bound:
     then `kept` is None. Raises UsageError for what cannot be measured, BackendUnavailable where
     there is no server, and RexdeployError where none could be measured.
+
+    Example: `rexdeploy.tune_serving("rexnet_1.5", p99=50)`
     """
     bundle, repository = Bundle.find(bundle), Path(repository)
     server = find_server(tritonserver)

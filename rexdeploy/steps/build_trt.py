@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from onnx import ModelProto
 
 from rexdeploy import machine
@@ -23,7 +22,7 @@ from rexdeploy.graphs.products import products
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import interface_nodes
 from rexdeploy.parity.layer_types import PROOF_REVISION, prove
-from rexdeploy.progress import Report, Result, silent
+from rexdeploy.progress import Report, Result, several, silent
 from rexdeploy.text import printable
 
 MAX_WORKSPACE_MIB = 1 << 20
@@ -43,12 +42,9 @@ class BuildResult(Result):
         summary = f"; {proof.summary}" if proof else ""
         return f"<BuildResult {self.bundle.path / self.engine.file}: {how}{summary}>"
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "bundle": printable(str(self.bundle.path)),
-            "engine": msgspec.to_builtins(self.engine),
-            "reused": self.reused,
-        }
+    def _document(self) -> dict[str, Any]:
+        path = printable(str(self.bundle.path))
+        return {"bundle": path, "engine": self.engine, "reused": self.reused}
 
 
 def build_trt(
@@ -58,7 +54,7 @@ def build_trt(
     bf16: bool = False,
     batch: BatchRange | str | None = None,
     flavor: str = "auto",
-    target: Sequence[str] = (),
+    target: str | Sequence[str] = (),
     workspace: int | None = None,
     force: bool = False,
     command: str = "rexdeploy build-trt",
@@ -68,20 +64,22 @@ def build_trt(
 
     `bundle` is one, its folder, its name in artifacts/, None (the latest one there), or what
     `import_onnx` gives. `batch` are the sizes to accept, such as "1:8:64", which it is unless the
-    graph's is fixed. `flavor` is "tensorrt", "rtx" or "auto", `target` the compute capabilities of
-    an RTX engine, such as "sm89", and `workspace` bounds its scratch memory, in MiB. `force` builds
-    even if nothing has changed. `command` is what the manifest says that made it.
+    graph's is fixed. `flavor` is "tensorrt", "rtx" or "auto", `target` one compute capability of
+    an RTX engine, such as "sm89", or several, and `workspace` bounds its scratch memory, in MiB.
+    `force` builds even if nothing has changed. `command` is what the manifest says that made it.
 
     It first makes the graph that TensorRT gets: of our own aligned graphs the form with plain
     shortcuts (`to_plain_adds`), with `fp16` or `bf16` the typed one. Raises UsageError,
     BackendUnavailable where TensorRT or its GPU is missing, and VerificationFailed if the built
     engine does not compute in the precision that was asked for; then it has written nothing.
+
+    Example: `rexdeploy.build_trt("rexnet_1.5", fp16=True, flavor="rtx", target="sm89")`
     """
     if fp16 and bf16:
         raise UsageError("got --fp16 and --bf16, expected one of them")
     source = bundle if isinstance(bundle, Source) else Source(Bundle.find(bundle))
-    bundle = source.bundle
-    flavor = _choose_flavor(flavor, target, workspace)
+    bundle, targets = source.bundle, several(target)
+    flavor = _choose_flavor(flavor, targets, workspace)
     trt = tensorrt_api.load(flavor)
     root_graph = bundle.manifest.find("onnx")
     if root_graph is None:
@@ -95,7 +93,7 @@ def build_trt(
     settings = EngineSettings(
         flavor,
         sizes,
-        tuple(sorted(set(target), key=tensorrt_api.target_names().index)),
+        tuple(sorted(set(targets), key=tensorrt_api.target_names().index)),
         workspace,
     )
     built_with = _built_with(settings, trt.__version__)
@@ -116,10 +114,10 @@ def build_trt(
     proof = prove(built.layers, products(graph), kind, free)
     _check_precision(proof)
 
-    targets = built_with["targets"].replace(" and newer", "plus").replace(" ", "-")
+    built_for = built_with["targets"].replace(" and newer", "plus").replace(" ", "-")
     engine = Artifact(
         "engine",
-        f"{precision}.{flavor}-{targets}.engine",
+        f"{precision}.{flavor}-{built_for}.engine",
         sha256(built.plan),
         parent_sha256=graph_artifact.sha256,
         precision=graph_artifact.precision,

@@ -54,7 +54,10 @@ class Finding(Result):
 
 
 def doctor() -> list[Finding]:
-    """Everything that rexdeploy can use on this machine, in the order of a deployment."""
+    """Everything that rexdeploy can use on this machine, in the order of a deployment.
+
+    Example: `[one.fix for one in rexdeploy.doctor() if one.status == "missing"]`
+    """
     findings = [
         Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}", ""),
         *_packages(),

@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import msgspec
 import onnx
 import safetensors.torch
 import torch
@@ -77,11 +76,11 @@ class ExportResult(Result):
             "the signal: ok>"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def _document(self) -> dict[str, Any]:
         return {
             "bundle": printable(str(self.bundle.path)),
-            "manifest": msgspec.to_builtins(self.bundle.manifest),
-            "comparisons": msgspec.to_builtins(self.comparisons),
+            "manifest": self.bundle.manifest,
+            "comparisons": self.comparisons,
         }
 
 
@@ -114,6 +113,8 @@ def export(
 
     Raises UsageError for what cannot be used, BackendUnavailable where a library is missing, and
     VerificationFailed where the graph's logits are not the network's; then it has written nothing.
+
+    Example: `rexdeploy.export(weights="rexnetv1_1.5.pth", labels="classes.txt")`
     """
     fixed = _fixed_batch(batch)
     if width is not None:

@@ -49,6 +49,8 @@ def import_onnx(
     engine is to accept, `force` replaces another such bundle of its name, and `command` is what the
     manifest says that made it. Raises UsageError unless the graph has one float32 image input
     `[N, 3, H, W]` and one output of logits `[N, classes]`, or where another model has its name.
+
+    Example: `rexdeploy.build_trt(rexdeploy.import_onnx("model.onnx"), fp16=True)`
     """
     path, root = Path(path), Path(out)
     check_writable(root)

@@ -81,6 +81,8 @@ def inspect(file: Path | str, *, report: Report = silent) -> Inspection:
 
     Raises UsageError for any other file, and for one of a bundle that is not what its manifest
     describes; VerificationFailed for an engine whose proof is of another rexdeploy's rules.
+
+    Example: `rexdeploy.inspect("artifacts/rexnet_1.5/fp16.onnx").proof`
     """
     path = Path(file)
     data = _read(path)

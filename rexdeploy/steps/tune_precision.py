@@ -96,9 +96,9 @@ class Tuning(Result):
         verdict = f"{kept} in float32" if self.healed else "NOT healed"
         return f"<Tuning of {self.bundle.path}: {verdict}, {self.trials} trials>"
 
-    def to_dict(self) -> dict[str, Any]:
+    def _document(self) -> dict[str, Any]:
         names = ("images", "healed", "limits", "plain", "best", "written", "ranges")
-        values = {name: msgspec.to_builtins(getattr(self, name)) for name in names}
+        values = {name: getattr(self, name) for name in names}
         return {"bundle": printable(str(self.bundle.path)), **values}
 
 
@@ -134,6 +134,8 @@ def tune_precision(
     Raises UsageError where the bundle has no float32 graph of ReXNet's blocks, or where nothing can
     be judged, and BackendUnavailable where the backend cannot run. Without a cure nothing is
     written: the result's `healed` is False.
+
+    Example: `rexdeploy.tune_precision("rexnet_1.5", images="photos")`
     """
     if not MIN_SAMPLES <= samples <= MAX_SAMPLES:
         raise UsageError(f"samples: got {samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
@@ -162,16 +164,14 @@ def tune_precision(
     walk = GraphWalk(model)
     ranges = measure_ranges(walk, pool)
     search = _Search(bundle, root, model, walk.node_names, pool, backend, max_blocks, report)
-    plain = search.judge(())
-    best = plain
+    best = plain = search.judge(())
     if not plain.passes:
         report("measuring each block in float16 alone")
         best = _minimal(search, _by_sensitivity(model, walk, pool), max_blocks)
         if best.passes:
             best = _fewer_nodes(search, best, _nodes_at_fault(model, ranges))
-    written = None
-    if best.float32 and best.passes:
-        written = search.write(best, whole, command)
+    is_cured = best.float32 and best.passes
+    written = search.write(best, whole, command) if is_cured else None
     return Tuning(
         search.bundle,
         described,

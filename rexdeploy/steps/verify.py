@@ -38,7 +38,7 @@ from rexdeploy.parity.limits import float32_noise, walk_room
 from rexdeploy.parity.localize import OWN_LIMITS, Localization, off_blocks, with_culprits
 from rexdeploy.parity.localize import localize as localized
 from rexdeploy.parity.ranges import Headroom
-from rexdeploy.progress import Report, Result, silent
+from rexdeploy.progress import Report, Result, several, silent
 from rexdeploy.text import one_line
 
 REFERENCE = "torch"
@@ -104,8 +104,8 @@ def verify(
     images: Path | str | None = None,
     samples: int = 16,
     candidate: Path | str | None = None,
-    backend: Sequence[str] = (),
-    require: Sequence[str] = (),
+    backend: str | Sequence[str] = (),
+    require: str | Sequence[str] = (),
     localize: bool = False,
     precision: str | None = None,
     require_signature: Path | str | None = None,
@@ -116,19 +116,23 @@ def verify(
     `bundle` is one, its folder, its name in artifacts/, or None: the latest one there. At most
     `samples` `images` of a folder are compared, or synthetic ones. `candidate` is an ONNX graph or
     an engine to judge instead of the bundle's own files, as `precision` where it does not tell it.
-    `backend` leaves out all other backends, and the absence of a `require`d one is a failure.
+    `backend` (one name or several) leaves out all other backends, and the absence of a `require`d
+    one is a failure.
     `localize` walks the blocks of 16-bit graphs, too. `require_signature` is the public key that
     must have signed the bundle.
 
     What does not pass is in the result's `failures`. Raises UsageError where nothing can be judged:
     unusable options or files, or a reference whose logits do not vary over the images;
     BackendUnavailable where the reference cannot run.
+
+    Example: `rexdeploy.verify("rexnet_1.5", images="photos", require="tensorrt").failures`
     """
     asked = None if precision is None else _precision(precision, candidate)
     if not MIN_SAMPLES <= samples <= MAX_SAMPLES:
         raise UsageError(f"samples: got {samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
     known = (*ONNX_BACKENDS, *ENGINE_BACKENDS)
-    for name in (*backend, *require):
+    backends, required = several(backend), several(require)
+    for name in (*backends, *required):
         if name not in known:
             raise UsageError(f"backend: got '{name}', expected one of {', '.join(known)}")
     bundle = find(bundle, require_signature)
@@ -137,11 +141,11 @@ def verify(
         check_preprocess(bundle, graph, bundle.read(graph))
     read_labels(bundle)  # for what is wrong with them
     reference_name = _reference_artifact(bundle).file if spec.family == "onnx" else REFERENCE
-    candidates = own_candidates(bundle, reference_name, backend, require)
+    candidates = own_candidates(bundle, reference_name, backends, required)
     files = candidates
     if candidate is not None:
         candidates = [
-            foreign_candidate(Path(candidate), spec, reference_name, backend, require, asked)
+            foreign_candidate(Path(candidate), spec, reference_name, backends, required, asked)
         ]
         files = [*candidates, *(item for item in files if item.kind == "onnx")]
     else:
@@ -173,7 +177,7 @@ def verify(
             report(f"running {item.file} ({name})")
             judge.run(item, name)
         if not item.backends:
-            reason = f"left out: --backend {', '.join(backend)} does not run it"
+            reason = f"left out: --backend {', '.join(backends)} does not run it"
             judge.skipped.append(Skipped(item.parent, item.file, "", reason, by_choice=True))
     limit = OWN_LIMITS["fp32"] * (1 if noise is None else walk_room(noise))
     walked, not_walked = _walk(
@@ -194,7 +198,7 @@ def verify(
         failures=(
             *with_culprits(judge.failures(), walked),
             *off_blocks(judge.edges, walked),
-            *_not_run(judge, require),
+            *_not_run(judge, required),
             *(
                 f"{item.file} is not in the precision that the manifest says: {item.fault}"
                 for item in candidates

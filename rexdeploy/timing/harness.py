@@ -14,7 +14,7 @@ from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.machine import machine
-from rexdeploy.progress import Report, Result, silent
+from rexdeploy.progress import Report, Result, several, silent
 from rexdeploy.text import one_line
 from rexdeploy.timing import probes
 from rexdeploy.timing.competitors import BenchOptions, Competitor, Latency, Opening
@@ -54,24 +54,25 @@ class Benchmark(Result):
     failures: tuple[str, ...] = ()  # competitors whose outputs are not their network's: no rows
 
     def __repr__(self) -> str:
-        fastest = min(self.latencies, key=lambda row: -row.images_per_s)
-        verdict = f"FAILED, {self.failures[0]}" if self.failures else "interrupted"
-        return one_line(
-            f"<Benchmark of {len(self.latencies)} rows, {self.rounds} rounds: most images a second "
-            f"{fastest.images_per_s:.0f}, {fastest.network} on {fastest.backend}"
-            + f"; {verdict}" * (self.interrupted or bool(self.failures))
-            + ">",
-            240,
-        )
+        parts = [f"<Benchmark of {len(self.latencies)} rows, {self.rounds} rounds"]
+        fastest = max(self.latencies, key=lambda row: row.images_per_s, default=None)
+        if fastest is not None:
+            what = f"{fastest.images_per_s:.0f}, {fastest.network} on {fastest.backend}"
+            parts.append(f"most images a second {what}")
+        if self.failures:
+            parts.append(f"FAILED, {self.failures[0]}")
+        elif self.interrupted:
+            parts.append("interrupted")
+        return one_line("; ".join(parts) + ">", 240)
 
 
 def bench(
     bundles: Bundle | Path | str | Sequence[Bundle | Path | str] | None = None,
     *,
-    backend: Sequence[str] = BenchOptions.backends,
-    compare: Sequence[str] = (),
-    batch: Sequence[int] = BenchOptions.batches,
-    threads: Sequence[int] = BenchOptions.threads,
+    backend: str | Sequence[str] = BenchOptions.backends,
+    compare: str | Sequence[str] = (),
+    batch: int | Sequence[int] = BenchOptions.batches,
+    threads: int | Sequence[int] = BenchOptions.threads,
     rounds: int = BenchOptions.rounds,
     fp16: bool = BenchOptions.fp16,
     table: str | None = None,
@@ -86,8 +87,10 @@ def bench(
 
     What is wrong is in the result's `failures`. Raises UsageError for unusable options,
     BackendUnavailable where nothing can run, and VerificationFailed where all that runs is wrong.
+
+    Example: `rexdeploy.bench("rexnet_1.5", compare="plain", batch=[1, 16]).latencies`
     """
-    options = BenchOptions(tuple(backend), tuple(batch), tuple(threads), rounds, fp16)
+    options = BenchOptions(several(backend), several(batch), several(threads), rounds, fp16)
     if table not in (None, "paper"):
         raise UsageError(f"table: got '{table}', expected paper")
     if table is not None:
@@ -97,8 +100,8 @@ def bench(
                 "--compare and --batch"
             )
         return bench_published_table(options, report)
-    named = [bundles] if bundles is None or isinstance(bundles, Bundle | Path | str) else bundles
-    return time_subjects(compared([Bundle.find(one) for one in named], compare), options, report)
+    found = [Bundle.find(one) for one in several(bundles) or (None,)]
+    return time_subjects(compared(found, several(compare)), options, report)
 
 
 def time_subjects(
@@ -209,10 +212,10 @@ def _check_options(options: BenchOptions) -> None:
         raise UsageError(f"rounds: got {options.rounds}, expected 1 to {MAX_ROUNDS}")
     cores = os.cpu_count() or 1
     for threads in options.threads:
-        if not 1 <= threads <= cores:
+        if not (isinstance(threads, int) and 1 <= threads <= cores):
             raise UsageError(f"threads: got {threads}, expected 1 to this machine's {cores}")
     for batch in options.batches:
-        if batch < 1:
+        if not (isinstance(batch, int) and batch >= 1):
             raise UsageError(f"batch: got {batch}, expected 1 or more")
 
 
