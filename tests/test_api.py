@@ -19,7 +19,7 @@ from rexdeploy.serving.config import Settings
 from rexdeploy.serving.tuning import Row, Sweep
 from rexdeploy.steps.build_trt import BuildResult
 from rexdeploy.steps.export import ExportResult
-from rexdeploy.timing.competitors import Latency
+from rexdeploy.timing.configurations import Latency
 from rexdeploy.timing.harness import Benchmark
 from tests.helpers import ROOT, run_cli, run_python
 

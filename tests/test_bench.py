@@ -17,11 +17,11 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.models.zoo import cost
 from rexdeploy.progress import silent
-from rexdeploy.timing.competitors import BenchOptions, Latency
-from rexdeploy.timing.harness import bench_published_table, time_subjects
-from rexdeploy.timing.networks import BundleSubject, compared
+from rexdeploy.timing.configurations import BenchOptions, Latency
+from rexdeploy.timing.harness import bench_published_table, time_networks
+from rexdeploy.timing.interleaved import WARMUP_ROUNDS, Task, time_rounds
+from rexdeploy.timing.networks import BundleNetwork, compared
 from rexdeploy.timing.ratios import paired_ratio
-from rexdeploy.timing.rounds import WARMUP_ROUNDS, Task, time_rounds
 from tests.helpers import assert_refused, entry, run_cli
 
 QUICK = BenchOptions(rounds=2)
@@ -90,8 +90,8 @@ def test_every_combination_is_timed_and_the_machine_is_named(
     small_v1_original: Bundle, small_lite_original: Bundle
 ) -> None:
     options = BenchOptions(("onnxruntime", "pytorch", "openvino", "tensorrt"), (1, 3), (1,), 2)
-    result = time_subjects(
-        [BundleSubject(small_v1_original), BundleSubject(small_lite_original)], options
+    result = time_networks(
+        [BundleNetwork(small_v1_original), BundleNetwork(small_lite_original)], options
     )
     expected = {
         (network, "plain" if backend == "pytorch" else "16", backend, batch)
@@ -113,8 +113,8 @@ def test_every_combination_is_timed_and_the_machine_is_named(
 
 
 def test_each_row_is_held_against_the_rates_of_its_own_threads(small_v1_original: Bundle) -> None:
-    result = time_subjects(
-        [BundleSubject(small_v1_original)], BenchOptions(batches=(1, 2), rounds=2)
+    result = time_networks(
+        [BundleNetwork(small_v1_original)], BenchOptions(batches=(1, 2), rounds=2)
     )
     (product,) = (probe for probe in result.probes if probe.what == "matrix product")
     one, two = result.latencies
@@ -140,8 +140,8 @@ def test_onnxruntimes_threads_spin_within_a_timed_run_only(
         opened.append(_settings(backend, within, ever))
         return backend
 
-    monkeypatch.setattr("rexdeploy.timing.competitors.open_backend", recorded)
-    time_subjects([BundleSubject(small_v1)], BenchOptions(threads=(1, 2), rounds=1))
+    monkeypatch.setattr("rexdeploy.timing.configurations.open_backend", recorded)
+    time_networks([BundleNetwork(small_v1)], BenchOptions(threads=(1, 2), rounds=1))
     assert opened == [{within: "1", ever: ""}] * 2
     # A server's network shares its cores with those that decode images.
     graph = entry(small_v1, "fp32.onnx")
@@ -163,7 +163,7 @@ def _settings(backend: Any, *names: str) -> dict[str, str]:
 
 def test_peers_take_part_in_the_same_run(small_v1_original: Bundle) -> None:
     subjects = compared([small_v1_original], ["published", "plain", "mobilenetv3_small_050"])
-    result = time_subjects(subjects, BenchOptions(("pytorch",), rounds=1))
+    result = time_networks(subjects, BenchOptions(("pytorch",), rounds=1))
     assert [(row.network, row.form) for row in result.latencies] == [
         ("small_v1", "plain"),  # once, though the PyTorch code of two forms is the same
         ("small_v1", "published"),
@@ -176,9 +176,9 @@ def test_bundles_of_one_name_and_the_float16_of_a_cpu(small_v1: Bundle, tmp_path
     other = tmp_path / "other" / "small_v1"
     shutil.copytree(small_v1.path, other)
     subjects = compared([small_v1, Bundle.open(other)], ["16"])  # 16 is the bundles' own form
-    result = time_subjects(subjects, BenchOptions(rounds=1))
+    result = time_networks(subjects, BenchOptions(rounds=1))
     assert [row.network for row in result.latencies] == [str(small_v1.path), str(other)]
-    half = time_subjects(
+    half = time_networks(
         subjects[:1], BenchOptions(("pytorch", "onnxruntime"), rounds=1, fp16=True)
     )
     assert [(row.backend, row.precision) for row in half.latencies] == [("pytorch", "fp16")]
@@ -192,7 +192,7 @@ def test_gpu_backends_are_skipped_with_a_reason_where_there_is_none(
     if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
     options = BenchOptions(("onnxruntime", "pytorch-cuda", "pytorch-cuda-compile"), rounds=1)
-    result = time_subjects([BundleSubject(small_v1_original)], options)
+    result = time_networks([BundleNetwork(small_v1_original)], options)
     assert [row.backend for row in result.latencies] == ["onnxruntime"]
     assert all("PyTorch finds no NVIDIA GPU" in reason for reason in result.skipped)
     assert len(result.skipped) == 2
@@ -215,12 +215,12 @@ def test_unusable_options_are_refused(
     change: dict[str, object], message: str, small_v1_original: Bundle
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        time_subjects([BundleSubject(small_v1_original)], replace(QUICK, **change))  # type: ignore[arg-type]
+        time_networks([BundleNetwork(small_v1_original)], replace(QUICK, **change))  # type: ignore[arg-type]
 
 
 def test_nothing_to_time_is_an_error_with_the_reason(small_v1_original: Bundle) -> None:
     with pytest.raises(BackendUnavailable, match="nothing to time: small_v1 .16. has no file"):
-        time_subjects([BundleSubject(small_v1_original)], replace(QUICK, backends=("tensorrt",)))
+        time_networks([BundleNetwork(small_v1_original)], replace(QUICK, backends=("tensorrt",)))
 
 
 def test_the_table_has_ratios_to_the_first_row_with_intervals(
@@ -250,7 +250,7 @@ def test_a_table_keeps_the_cpus_rows_where_no_gpu_is(
     if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(
-        "rexdeploy.timing.harness.published_table", lambda: [BundleSubject(small_v1_original)]
+        "rexdeploy.timing.harness.published_table", lambda: [BundleNetwork(small_v1_original)]
     )
     options = replace(QUICK, backends=("pytorch-cuda", "onnxruntime"))
     result = bench_published_table(options)

@@ -21,7 +21,7 @@ from rexdeploy.steps.build_trt import build_trt, float32_nodes
 from rexdeploy.steps.import_onnx import import_onnx
 from rexdeploy.steps.inspect import inspect
 from rexdeploy.steps.verify import verify
-from rexdeploy.timing.networks import BundleSubject
+from rexdeploy.timing.networks import BundleNetwork
 from tests.helpers import (
     copied,
     edit_weights,
@@ -458,7 +458,7 @@ def test_an_engine_whose_proof_is_of_another_type_is_nowhere_taken(small_v1: Bun
     with load(bundle) as classifier:
         assert any(fault in line for line in classifier.passed_over)
     with pytest.raises(BackendUnavailable, match=fault):
-        BundleSubject(bundle).file("tensorrt-rtx", fp16=False)
+        BundleNetwork(bundle).file("tensorrt-rtx", fp16=False)
     assert not build_trt(bundle, **OPTIONS).reused
 
 

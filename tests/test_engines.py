@@ -25,10 +25,10 @@ from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
 from rexdeploy.steps.verify import Verification, verify
-from rexdeploy.timing.answers import inputs
-from rexdeploy.timing.competitors import BenchOptions
-from rexdeploy.timing.harness import Benchmark, time_subjects
-from rexdeploy.timing.networks import BundleSubject
+from rexdeploy.timing.configurations import BenchOptions
+from rexdeploy.timing.harness import Benchmark, time_networks
+from rexdeploy.timing.networks import BundleNetwork
+from rexdeploy.timing.outputs import inputs
 from tests.cuda_standin import CUresult, Driver
 from tests.helpers import run_cli
 from tests.trt_standin import EngineInvalidityDiagnostics, EngineValidity, Module, plan
@@ -367,7 +367,7 @@ def test_a_refused_engine_fails_and_one_for_another_gpu_is_skipped(
 
 
 def test_every_mode_of_an_engine_is_timed(rtx: Module, bundle: Bundle) -> None:
-    result = time_subjects([BundleSubject(bundle)], RTX)
+    result = time_networks([BundleNetwork(bundle)], RTX)
     assert _rows(result) == {
         ("tensorrt-rtx", mode, batch)
         for mode in ("host", "device", "cuda graph")
@@ -384,7 +384,7 @@ def test_every_mode_of_an_engine_is_timed(rtx: Module, bundle: Bundle) -> None:
 def test_a_capture_that_fails_is_one_line_and_loses_no_row(rtx: Module, bundle: Bundle) -> None:
     data = plan(_graph(bundle, "fp16"), is_capturable=False)
     options = replace(RTX, backends=("tensorrt-rtx", "onnxruntime"))
-    result = time_subjects([BundleSubject(_with_engine(bundle, data))], options)
+    result = time_networks([BundleNetwork(_with_engine(bundle, data))], options)
     assert _rows(result) == {
         *(("tensorrt-rtx", mode, batch) for mode in ("host", "device") for batch in (1, 3)),
         *(("onnxruntime", "host", batch) for batch in (1, 3)),
@@ -414,7 +414,7 @@ def test_an_error_in_the_rounds_loses_what_it_breaks_only(
     breaks.__name__ = "cuGraphLaunch"
     monkeypatch.setattr(rtx.driver, "cuGraphLaunch", breaks)
     options = replace(RTX, backends=("tensorrt-rtx", "onnxruntime"), batches=(1,))
-    result = time_subjects([BundleSubject(bundle)], options)
+    result = time_networks([BundleNetwork(bundle)], options)
     assert _rows(result) == {("onnxruntime", "host", 1)}
     lost = [reason for reason in result.skipped if "CUDA_ERROR_ILLEGAL_ADDRESS" in reason]
     assert len(lost) == 3
@@ -434,13 +434,13 @@ def test_a_row_of_wrong_outputs_is_a_failure_and_no_row(
     assert [row["backend"] for row in written["latencies"]] == ["onnxruntime"]
     assert len(written["failures"]) == 3
     with pytest.raises(VerificationFailed, match="its outputs are off by"):
-        time_subjects([BundleSubject(bundle)], RTX)
+        time_networks([BundleNetwork(bundle)], RTX)
 
 
 def test_a_graph_that_does_nothing_is_no_row(rtx: Module, bundle: Bundle) -> None:
     """The outputs of the run before it lay in the very memory that it should have written."""
     rtx.driver.launches_do_nothing = True
-    result = time_subjects([BundleSubject(bundle)], replace(RTX, batches=(1,)))
+    result = time_networks([BundleNetwork(bundle)], replace(RTX, batches=(1,)))
     assert {mode for _, mode, _ in _rows(result)} == {"host", "device"}
     assert result.failures == (
         "small_v1 (16) on tensorrt-rtx, batch 1, cuda graph: its outputs are off by nan of how "
@@ -451,7 +451,7 @@ def test_a_graph_that_does_nothing_is_no_row(rtx: Module, bundle: Bundle) -> Non
 def test_an_engine_that_is_refused_loses_no_other_row(rtx: Module, bundle: Bundle) -> None:
     rtx.driver.fail["cuMemHostAlloc"] = OUT_OF_MEMORY
     options = replace(RTX, backends=("tensorrt-rtx", "onnxruntime"), batches=(1,))
-    result = time_subjects([BundleSubject(bundle)], options)
+    result = time_networks([BundleNetwork(bundle)], options)
     assert _rows(result) == {("onnxruntime", "host", 1)}
     assert "cuMemHostAlloc failed: CUDA_ERROR_OUT_OF_MEMORY" in result.skipped[0]
 

@@ -20,9 +20,9 @@ from rexdeploy.images import decode, sets
 from rexdeploy.inference.classifier import load
 from rexdeploy.parity.compare import comparable
 from rexdeploy.steps.verify import verify
-from rexdeploy.timing.competitors import BenchOptions
-from rexdeploy.timing.harness import time_subjects
-from rexdeploy.timing.networks import BundleSubject
+from rexdeploy.timing.configurations import BenchOptions
+from rexdeploy.timing.harness import time_networks
+from rexdeploy.timing.networks import BundleNetwork
 from tests.helpers import assert_refused, edit_weights, entry, graph, nodes_of, run_cli, with_file
 
 FAST: dict[str, Any] = {"samples": 4}
@@ -190,7 +190,7 @@ def test_localize_walks_the_core(small_pixels: Bundle) -> None:
 
 def test_bench_feeds_each_form_what_it_takes(small_pixels_original: Bundle) -> None:
     options = BenchOptions(backends=("onnxruntime", "pytorch"), rounds=1, batches=(2,))
-    result = time_subjects([BundleSubject(small_pixels_original)], options)
+    result = time_networks([BundleNetwork(small_pixels_original)], options)
     assert {row.backend for row in result.latencies} == {"onnxruntime", "pytorch"}
     assert result.skipped == ()
 

@@ -28,10 +28,11 @@ from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.read import parse
 from rexdeploy.steps.verify import verify
-from rexdeploy.timing.answers import inputs
-from rexdeploy.timing.competitors import BenchOptions
-from rexdeploy.timing.harness import time_subjects
-from rexdeploy.timing.networks import BundleSubject, ModelFile
+from rexdeploy.timing.configurations import BenchOptions
+from rexdeploy.timing.harness import time_networks
+from rexdeploy.timing.model_file import ModelFile
+from rexdeploy.timing.networks import BundleNetwork
+from rexdeploy.timing.outputs import inputs
 from tests.helpers import small_graph
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -226,7 +227,7 @@ def test_an_onnxruntime_that_cannot_tell_is_used_as_it_is(
 
 
 def test_every_mode_is_timed_and_compared(cuda: Behaviour, small_v1_original: Bundle) -> None:
-    result = time_subjects([BundleSubject(small_v1_original)], BENCH)
+    result = time_networks([BundleNetwork(small_v1_original)], BENCH)
     rows = {(row.backend, row.mode, row.batch) for row in result.latencies}
     assert rows == {
         *(
@@ -244,7 +245,7 @@ def test_an_exception_at_the_first_captured_run_loses_no_row(
     cuda: Behaviour, small_v1_original: Bundle
 ) -> None:
     cuda.captured_run_fails = True
-    result = time_subjects([BundleSubject(small_v1_original)], replace(BENCH, batches=(1,)))
+    result = time_networks([BundleNetwork(small_v1_original)], replace(BENCH, batches=(1,)))
     assert {(row.backend, row.mode) for row in result.latencies} == {
         ("onnxruntime-cuda", "host"),
         ("onnxruntime-cuda", "device"),
@@ -255,7 +256,7 @@ def test_an_exception_at_the_first_captured_run_loses_no_row(
     assert "operation not permitted" in told[0]
 
 
-class _BFloat16(BundleSubject):
+class _BFloat16(BundleNetwork):
     """A network whose graph on the GPU is in bfloat16."""
 
     def file(self, backend: str, fp16: bool) -> ModelFile | None:
@@ -271,7 +272,7 @@ def test_types_without_a_kernel_are_skipped_and_lose_no_row(
     cuda: Behaviour, small_v1_original: Bundle
 ) -> None:
     """A CPU has no bfloat16 convolution either: the error is ONNX Runtime's own."""
-    result = time_subjects([_BFloat16(small_v1_original)], BENCH)
+    result = time_networks([_BFloat16(small_v1_original)], BENCH)
     assert [row.backend for row in result.latencies] == ["onnxruntime", "onnxruntime"]
     assert "onnxruntime has no CUDA kernel for it" in result.skipped[0]
 
@@ -284,7 +285,7 @@ def test_pytorch_that_cannot_use_its_gpu_loses_no_row(
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options = BenchOptions(("pytorch-cuda", "pytorch-cuda-compile", "onnxruntime"), rounds=1)
-    result = time_subjects([BundleSubject(small_v1_original)], options)
+    result = time_networks([BundleNetwork(small_v1_original)], options)
     assert [row.backend for row in result.latencies] == ["onnxruntime"]
     assert [reason.partition(" failed")[0] for reason in result.skipped] == [
         f"small_v1 (plain) on {name}: {name}" for name in ("pytorch-cuda", "pytorch-cuda-compile")

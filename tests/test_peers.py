@@ -14,13 +14,13 @@ from rexdeploy.graphs.products import precision_of
 from rexdeploy.images import sets
 from rexdeploy.models.rexnet import RexNet
 from rexdeploy.parity.compare import Signal
-from rexdeploy.timing.networks import BundleSubject, PeerSubject, compared
-from rexdeploy.timing.other_networks import own_peer, timm_peer
+from rexdeploy.timing.networks import BundleNetwork, compared
+from rexdeploy.timing.other_networks import own_network, timm_network
 from tests.helpers import nodes_of
 
 
 def _network(bundle: Bundle) -> RexNet:
-    module = BundleSubject(bundle).module
+    module = BundleNetwork(bundle).module
     assert isinstance(module, RexNet)
     return module
 
@@ -30,11 +30,11 @@ def test_the_published_form_is_the_network_bit_for_bit_and_exports_its_scatters(
     small_v1_original: Bundle,
 ) -> None:
     network, spec = _network(small_v1_original), small_v1_original.manifest.model
-    subject = PeerSubject(own_peer("published", "v1", network, spec))
+    subject = own_network("published", "v1", network, spec)
     pool = sets.synthetic(3, spec.preprocess, seed=5)
     with torch.inference_mode():
         expected = network(torch.from_numpy(pool))
-        assert torch.equal(subject.peer.module(torch.from_numpy(pool)), expected)
+        assert torch.equal(subject.module(torch.from_numpy(pool)), expected)
     file = subject.file("onnxruntime", fp16=False)
     assert file is not None
     graph = onnx.load_from_string(file.data)
@@ -52,7 +52,7 @@ def test_timms_form_has_the_networks_cost_and_lite_has_none(
     small_v1_original: Bundle, small_lite_original: Bundle
 ) -> None:
     network, spec = _network(small_v1_original), small_v1_original.manifest.model
-    peer = own_peer("timm", "v1", network, spec)
+    peer = own_network("timm", "v1", network, spec)
     ours, theirs = (
         sum(parameter.numel() for parameter in module.parameters())
         for module in (network, peer.module)
@@ -63,8 +63,8 @@ def test_timms_form_has_the_networks_cost_and_lite_has_none(
 
 
 def test_a_timm_network_is_timed_at_its_own_size_or_at_the_one_given() -> None:
-    assert timm_peer("mobilenetv2_035").spec.preprocess.height == 224
-    peer = timm_peer("efficientnet_lite0", size=64)
+    assert timm_network("mobilenetv2_035").spec.preprocess.height == 224
+    peer = timm_network("efficientnet_lite0", size=64)
     assert (peer.spec.preprocess.height, peer.spec.num_classes) == (64, 1000)
     with torch.inference_mode():
         logits = peer.module(torch.zeros(1, 3, 64, 64))

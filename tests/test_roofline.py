@@ -10,7 +10,7 @@ from torch import nn
 
 from rexdeploy.bundle.precision import PRECISIONS, Precision
 from rexdeploy.models.layers import Layer, layers
-from rexdeploy.timing import probes
+from rexdeploy.timing import machine_rates
 from rexdeploy.timing.roofline import Rates, copy, matrix_ms, product, roofline_ms
 
 RATES = Rates(flops_per_s=100e9, bytes_per_s=10e9)
@@ -58,17 +58,17 @@ def test_the_probes_do_the_work_that_their_rate_is_computed_from(precision: Prec
 
 
 def test_every_precision_has_a_rate_of_its_own() -> None:
-    made = probes.make({(1, "fp32"), (1, "fp16")}, [])
+    made = machine_rates.make({(1, "fp32"), (1, "fp16")}, [])
     assert [(probe.what, probe.threads, probe.precision) for probe, _ in made] == [
         ("matrix product", 1, "fp16"),
         ("matrix product", 1, "fp32"),
         ("copy", 1, None),
     ]
     timed = [replace(probe, samples_ms=(2.0**n,)) for n, (probe, _) in enumerate(made)]
-    rates = probes.rates(timed)
+    rates = machine_rates.rates(timed)
     assert rates[1, "fp16"].flops_per_s == 2 * rates[1, "fp32"].flops_per_s
     assert rates[1, "fp16"].bytes_per_s == rates[1, "fp32"].bytes_per_s
-    assert probes.rates(timed[:2]) == {}  # the copy failed
+    assert machine_rates.rates(timed[:2]) == {}  # the copy failed
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_every_precision_has_a_rate_of_its_own() -> None:
 def test_limits_are_of_the_type_that_is_computed_in(
     threads: int | None, precision: str, kind: Precision, size: int
 ) -> None:
-    assert probes.computes_in(threads, precision) == kind
+    assert machine_rates.computes_in(threads, precision) == kind
     assert PRECISIONS[kind].size_bytes == size
 
 
@@ -94,11 +94,11 @@ def test_a_gpu_that_pytorch_cannot_use_has_no_roofline(monkeypatch: pytest.Monke
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     skipped: list[str] = []
-    assert probes.make({(None, "fp16")}, skipped) == []
+    assert machine_rates.make({(None, "fp16")}, skipped) == []
     assert skipped == [
         "the roofline on the GPU: PyTorch finds no NVIDIA GPU, or this is its CPU build"
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    made = probes.make({(None, "bf16"), (1, "fp32")}, skipped)
+    made = machine_rates.make({(None, "bf16"), (1, "fp32")}, skipped)
     assert {probe.threads for probe, _ in made} == {1}
     assert skipped[1].startswith("the roofline on the GPU: PyTorch failed on the GPU (")

@@ -15,7 +15,7 @@ from rexdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from rexdeploy.models.zoo import PaperRow
-    from rexdeploy.timing.competitors import Latency
+    from rexdeploy.timing.configurations import Latency
     from rexdeploy.timing.harness import Benchmark
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rexdeploy.parity.localize import Localization
     from rexdeploy.serving.tuning import Sweep
-    from rexdeploy.timing.competitors import Latency
+    from rexdeploy.timing.configurations import Latency
     from rexdeploy.timing.harness import Benchmark
 
 

@@ -16,11 +16,11 @@ from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, Ver
 from rexdeploy.machine import machine
 from rexdeploy.progress import Report, Result, several, silent
 from rexdeploy.text import one_line
-from rexdeploy.timing import probes
-from rexdeploy.timing.competitors import BenchOptions, Competitor, Latency, Opening
-from rexdeploy.timing.networks import Subject, compared, published_table
-from rexdeploy.timing.probes import Probe, computes_in
-from rexdeploy.timing.rounds import Rounds, Task, time_rounds
+from rexdeploy.timing import machine_rates
+from rexdeploy.timing.configurations import BenchOptions, Configuration, Latency, Loader
+from rexdeploy.timing.interleaved import Rounds, Task, time_rounds
+from rexdeploy.timing.machine_rates import Probe, computes_in
+from rexdeploy.timing.networks import Network, compared, published_table
 
 if TYPE_CHECKING:
     from rexdeploy.models.layers import Layer
@@ -35,7 +35,7 @@ __all__ = [
     "bench",
     "bench_published_table",
     "machine",
-    "time_subjects",
+    "time_networks",
 ]
 BACKENDS = (*TORCH_BACKENDS, *ONNX_BACKENDS, *ENGINE_BACKENDS)
 MAX_ROUNDS = 100_000
@@ -49,9 +49,9 @@ class Benchmark(Result):
     rounds: int
     latencies: tuple[Latency, ...]
     probes: tuple[Probe, ...]
-    skipped: tuple[str, ...]  # competitors that cannot run here, with the reason
+    skipped: tuple[str, ...]  # configurations that cannot run here, with the reason
     interrupted: bool  # by Ctrl-C: the rounds so far are kept
-    failures: tuple[str, ...] = ()  # competitors whose outputs are not their network's: no rows
+    failures: tuple[str, ...] = ()  # configurations whose outputs are not their network's: no rows
 
     def __repr__(self) -> str:
         parts = [f"<Benchmark of {len(self.latencies)} rows, {self.rounds} rounds"]
@@ -101,17 +101,17 @@ def bench(
             )
         return bench_published_table(options, report)
     found = [Bundle.find(one) for one in several(bundles) or (None,)]
-    return time_subjects(compared(found, several(compare)), options, report)
+    return time_networks(compared(found, several(compare)), options, report)
 
 
-def time_subjects(
-    subjects: Sequence[Subject], options: BenchOptions, report: Report = silent
+def time_networks(
+    networks: Sequence[Network], options: BenchOptions, report: Report = silent
 ) -> Benchmark:
     """Times every network on every backend, batch size and number of threads.
 
-    Each round times every competitor once, so that a machine that drifts hits all of them alike,
+    Each round times every configuration once, so that a machine that drifts hits all of them alike,
     and after an untimed run, as a server that runs one network would find its caches. A GPU's row
-    counts only after its outputs were downloaded and compared with the network's own (`answers`).
+    counts only after its outputs were downloaded and compared with the network's own (`outputs`).
     Ctrl-C ends it with the rounds that are complete. Raises UsageError for unusable options,
     BackendUnavailable where nothing can run, and VerificationFailed where all that runs is wrong.
     """
@@ -119,24 +119,28 @@ def time_subjects(
     skipped: list[str] = []
     failures: list[str] = []
     with ExitStack() as stack:
-        competitors: list[Competitor] = []
+        configurations: list[Configuration] = []
         opened: set[tuple[int, str]] = set()
-        for subject in subjects:
-            opening = Opening(subject, options, stack, skipped, failures)
+        for network in networks:
+            loader = Loader(network, options, stack, skipped, failures)
             for name in options.backends:
                 # The PyTorch code of two forms of a network can be the very same module.
-                owner = subject.module if name in TORCH_BACKENDS else subject
+                owner = network.module if name in TORCH_BACKENDS else network
                 if owner is None or (id(owner), name) not in opened:
                     opened.add((id(owner), name))
-                    report(f"loading {opening.title(name)} on {name}")
-                    competitors += opening.competitors(name)
-        _check_any(competitors, skipped, failures)
-        probed = probes.make({competitor.place for competitor in competitors}, skipped)
-        tasks = [task for _, task in probed] + [competitor.task for competitor in competitors]
+                    report(f"loading {loader.title(name)} on {name}")
+                    configurations += loader.configurations(name)
+        _check_any(configurations, skipped, failures)
+        probed = machine_rates.make(
+            {configuration.place for configuration in configurations}, skipped
+        )
+        tasks = [task for _, task in probed] + [
+            configuration.task for configuration in configurations
+        ]
         timed = time_rounds(tasks, options.rounds, report)
         # Everything is put together before anything is closed.
         measured = _probes(probed, timed, skipped)
-        rows = _rows(competitors, timed, len(probed), measured, skipped)
+        rows = _rows(configurations, timed, len(probed), measured, skipped)
         _check_any(rows, skipped, failures)
         return Benchmark(
             machine=_machine_for(rows),
@@ -154,12 +158,12 @@ def bench_published_table(options: BenchOptions, report: Report = silent) -> Ben
 
     ReXNets' graphs are in our aligned form, EfficientNets are timm's.
 
-    Raises what `time_subjects` raises where nothing of it can run, and BackendUnavailable where
+    Raises what `time_networks` raises where nothing of it can run, and BackendUnavailable where
     timm is missing.
     """
     _check_options(options)
     report("making the networks of the published tables")
-    subjects = published_table()
+    networks = published_table()
     on_gpu = tuple(name for name in options.backends if name in GPU_BACKENDS)
     on_cpu = tuple(name for name in options.backends if name not in GPU_BACKENDS)
     results: list[Benchmark] = []
@@ -168,7 +172,7 @@ def bench_published_table(options: BenchOptions, report: Report = silent) -> Ben
         if backends and not (results and results[-1].interrupted):
             here = replace(options, backends=backends, batches=(batch,))
             try:
-                results.append(time_subjects(subjects, here, report))
+                results.append(time_networks(networks, here, report))
             except (BackendUnavailable, VerificationFailed) as error:
                 faults.append(error)  # of the CPUs or of the GPU: the other half stays
     if not results:
@@ -231,26 +235,26 @@ def _probes(probed: Sequence[tuple[Probe, Task]], timed: Rounds, skipped: list[s
 
 
 def _rows(
-    competitors: Sequence[Competitor],
+    configurations: Sequence[Configuration],
     timed: Rounds,
     first: int,
     measured: Sequence[Probe],
     skipped: list[str],
 ) -> list[Latency]:
-    """The competitors' rows with their samples and limits, less those that failed."""
-    rates = probes.rates(measured)
+    """The configurations' rows with their samples and limits, less those that failed."""
+    rates = machine_rates.rates(measured)
     layers: dict[int, list[Layer] | None] = {}
     rows = []
-    for place, competitor in enumerate(competitors, first):
+    for place, configuration in enumerate(configurations, first):
         if place in timed.faults:
-            skipped.append(f"{competitor.title}: {timed.faults[place]}")
+            skipped.append(f"{configuration.title}: {timed.faults[place]}")
             continue
-        row = replace(competitor.row, samples_ms=timed.samples_ms[place])
-        subject = competitor.subject
-        if rates and id(subject) not in layers:
-            layers[id(subject)] = _layers(subject)
-        found = layers.get(id(subject))
-        rows.append(_with_limits(row, found, rates.get(competitor.place)))
+        row = replace(configuration.row, samples_ms=timed.samples_ms[place])
+        network = configuration.network
+        if rates and id(network) not in layers:
+            layers[id(network)] = _layers(network)
+        found = layers.get(id(network))
+        rows.append(_with_limits(row, found, rates.get(configuration.place)))
     return rows
 
 
@@ -268,10 +272,10 @@ def _with_limits(row: Latency, layers: list[Layer] | None, rates: Rates | None) 
     )
 
 
-def _layers(subject: Subject) -> list[Layer] | None:
-    module = subject.module
+def _layers(network: Network) -> list[Layer] | None:
+    module = network.module
     if module is None:
         return None
     from rexdeploy.models.layers import layers
 
-    return layers(module, subject.spec.preprocess.height)
+    return layers(module, network.spec.preprocess.height)

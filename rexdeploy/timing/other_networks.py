@@ -5,16 +5,23 @@ from __future__ import annotations
 import copy
 import difflib
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rexdeploy.backends import ONNX_BACKENDS
 from rexdeploy.bundle.manifest import ModelSpec, Preprocess, WeightsOrigin
 from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.from_torch import MIN_OPSET, export_graph, simplify
 from rexdeploy.models.align import AUTO_MULTIPLE, align
 from rexdeploy.models.rexnet import CONFIGS, Family, LinearBottleneck, RexNet
+from rexdeploy.timing.model_file import ModelFile
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 OWN_FORMS = ("plain", "published", "timm", "8", "16")
 """Forms of a bundle's own network: `plain` is our graph without alignment; `published` adds the
@@ -23,48 +30,57 @@ number is the multiple that channels are padded to."""
 
 
 @dataclass(frozen=True)
-class Peer:
-    """A PyTorch network in evaluation mode, and the ONNX graph that it exports to."""
+class OtherNetwork:
+    """A PyTorch network in evaluation mode, exported when an ONNX backend asks for its graph."""
 
-    network: str  # such as "rexnet_1.0", "efficientnet_b0"
+    name: str  # such as "rexnet_1.0", "efficientnet_b0"
     form: str  # one of OWN_FORMS, or a multiple that channels are padded to
     spec: ModelSpec
     module: nn.Module
     exported: nn.Module | None = None  # what the graph is made from, if not from `module`
 
-    def export(self) -> bytes:
-        """Its simplified ONNX graph, float32, any batch size."""
+    @cached_property
+    def _graph(self) -> ModelProto:
         module = self.exported or self.module
-        graph = simplify(export_graph(module, self.spec, batch=None, opset=MIN_OPSET))
-        return bytes(graph.SerializeToString())
+        return simplify(export_graph(module, self.spec, batch=None, opset=MIN_OPSET))
+
+    def file(self, backend: str, fp16: bool) -> ModelFile | None:
+        """Its simplified ONNX graph, of any batch size."""
+        if backend not in ONNX_BACKENDS:
+            return None
+        graph = to_precision(self._graph, "fp16") if fp16 else self._graph
+        precision = "fp16" if fp16 else "fp32"
+        return ModelFile(f"{self.name} exported", graph.SerializeToString(), precision, None)
 
 
-def own_peer(form: str, network: str, model: RexNet, spec: ModelSpec) -> Peer:
+def own_network(form: str, name: str, model: RexNet, spec: ModelSpec) -> OtherNetwork:
     """The bundle's network in another form; raises UsageError where there is no such form."""
     if form == "plain":
-        return Peer(network, form, spec, model)
+        return OtherNetwork(name, form, spec, model)
     if form.isdigit():
-        return Peer(network, form, spec, model, exported=align(model, int(form)))
+        return OtherNetwork(name, form, spec, model, exported=align(model, int(form)))
     if form == "published":
-        return Peer(network, form, spec, _with_published_shortcuts(model))
+        return OtherNetwork(name, form, spec, _with_published_shortcuts(model))
     if spec.family != "rexnet" or spec.width is None:
         raise UsageError("timm has no ReXNet-lite")
     timm = _timm()
     module = timm.models.rexnet.RexNet(width_mult=spec.width, num_classes=spec.num_classes)
-    return Peer(network, form, spec, module.eval())
+    return OtherNetwork(name, form, spec, module.eval())
 
 
-def rexnet_peer(family: Family, width: float) -> Peer:
+def rexnet_network(family: Family, width: float) -> OtherNetwork:
     """A fresh network of ours, exported with its channels padded."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = RexNet(CONFIGS[family](width, 1000)).eval()
     name = f"{family}_{width:.1f}"
     spec = _spec(name, 1000, Preprocess())
-    return Peer(name, str(AUTO_MULTIPLE), spec, module, exported=align(module, AUTO_MULTIPLE))
+    return OtherNetwork(
+        name, str(AUTO_MULTIPLE), spec, module, exported=align(module, AUTO_MULTIPLE)
+    )
 
 
-def timm_peer(name: str, size: int | None = None) -> Peer:
+def timm_network(name: str, size: int | None = None) -> OtherNetwork:
     """A timm model with fresh weights at `size` pixels, or at its own size.
 
     Raises UsageError, with near matches, for a name that timm does not have.
@@ -83,7 +99,7 @@ def timm_peer(name: str, size: int | None = None) -> Peer:
     config: dict[str, Any] = module.default_cfg  # type: ignore[assignment]
     size = size or config["input_size"][1]
     spec = _spec(name, config["num_classes"], Preprocess(height=size, width=size))
-    return Peer(name, "timm", spec, module)
+    return OtherNetwork(name, "timm", spec, module)
 
 
 def _spec(name: str, num_classes: int, preprocess: Preprocess) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""How many times as fast one competitor is as another, with an interval, from the same rounds."""
+"""How many times as fast one configuration is as another, with an interval, from equal rounds."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rexdeploy.bundle.precision import PRECISIONS, Precision
 from rexdeploy.errors import RexdeployError, first_line
 from rexdeploy.models.layers import Layer
-from rexdeploy.timing.rounds import Task
+from rexdeploy.timing.interleaved import Task
 
 MATRIX_SIZE = 1024
 GPU_MATRIX_SIZE = 8192

@@ -1,4 +1,4 @@
-"""What a benchmark feeds its networks, and whether what comes out on a GPU is their answer."""
+"""What a benchmark feeds its networks, and whether what comes out on a GPU is theirs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOM = {"fp32": LIMITS["fp32"].rms, "fp16": LIMITS["fp16"].rms, "bf16": CONSTANT
 
 In units of how its outputs vary over images and classes, so that untrained networks, whose logits
 hardly vary over images, can be timed too. The limits are those that no difference may exceed in
-`verify` (bfloat16 has none there: half of what no answer at all has). This tells a row that
+`verify` (bfloat16 has none there: half of what outputs of nothing have). This tells a row that
 computes something else, or nothing; what a file really owes its network `verify` judges.
 """
 
@@ -38,14 +38,14 @@ def inputs(spec: ModelSpec, batch: int) -> Images:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ExpectedOutputs:
     """A network's own outputs `[8, classes]`, computed on the CPU in float32."""
 
     outputs: Array
     compared: Compared
 
     @classmethod
-    def of(cls, outputs: Float32, spec: ModelSpec) -> Answers:
+    def of(cls, outputs: Float32, spec: ModelSpec) -> ExpectedOutputs:
         """From outputs in the form of the spec."""
         compared: Compared = "logits" if spec.output == "logits" else "log-probabilities"
         return cls(comparable(outputs, spec.output, compared), compared)
@@ -68,10 +68,10 @@ class Answers:
         return f"its outputs are off by {error:.2g} of how the network's vary (limit {room:g})"
 
 
-def answers(
+def expected_outputs(
     spec: ModelSpec, module: nn.Module | None, graph: Callable[[], bytes | None]
-) -> Answers | None:
-    """The answers of a network: its PyTorch code's, or the ones of its float32 graph.
+) -> ExpectedOutputs | None:
+    """The outputs of a network: its PyTorch code's, or the ones of its float32 graph.
 
     None where neither can run on this CPU.
     """
@@ -81,11 +81,13 @@ def answers(
         outputs = PyTorchBackend(module).run(inputs(spec.core, _POOL))
         if spec.output == "probabilities":
             outputs = softmax(outputs).astype(np.float32)
-        return Answers.of(outputs, spec)
+        return ExpectedOutputs.of(outputs, spec)
     try:
         data = graph()
         if data is None:
             return None
-        return Answers.of(open_backend("onnxruntime", data, spec).run(inputs(spec, _POOL)), spec)
+        return ExpectedOutputs.of(
+            open_backend("onnxruntime", data, spec).run(inputs(spec, _POOL)), spec
+        )
     except RexdeployError:  # such as bfloat16, or a fixed batch
         return None

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from rexdeploy.backends import GPU_BACKENDS, TORCH_BACKENDS, Backend, DeviceBackend, open_backend
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.timing.answers import Answers, answers, inputs
-from rexdeploy.timing.networks import ModelFile, Subject
-from rexdeploy.timing.probes import Place, computes_in
-from rexdeploy.timing.rounds import Task
+from rexdeploy.timing.interleaved import Task
+from rexdeploy.timing.machine_rates import Place, computes_in
+from rexdeploy.timing.model_file import ModelFile
+from rexdeploy.timing.networks import Network
+from rexdeploy.timing.outputs import ExpectedOutputs, expected_outputs, inputs
 
 FLOAT32_ONLY = ("onnxruntime", "openvino")
 """Backends that keep float32 inside a float16 graph on a CPU: its time is not float16's."""
@@ -27,7 +28,7 @@ as one launch of a CUDA graph."""
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to time; every combination is a competitor, and all take turns in every round."""
+    """What to time; every combination is a configuration, and all take turns in every round."""
 
     backends: tuple[str, ...] = ("onnxruntime",)
     batches: tuple[int, ...] = (1,)
@@ -38,9 +39,9 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Latency:
-    """Samples of one competitor, in the order they were taken."""
+    """Samples of one configuration, in the order they were taken."""
 
-    network: str  # a bundle's or a peer's name
+    network: str  # a bundle's name, or another network's
     model: str
     form: str  # multiple that the graph's channels are padded to, or plain, published, timm, own
     file: str
@@ -70,10 +71,10 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Competitor:
+class Configuration:
     """One row to be, and how to run it once."""
 
-    subject: Subject
+    network: Network
     row: Latency
     task: Task = field(repr=False)
 
@@ -89,28 +90,28 @@ class Competitor:
         return f"{row.network} ({row.form}) on {row.backend}, batch {row.batch}{mode}"
 
 
-class Opening:
-    """Opens one subject's competitors; what cannot run, or runs wrongly, is told with a reason."""
+class Loader:
+    """Opens one network's configurations; what cannot run, or runs wrongly, has a reason."""
 
     def __init__(
         self,
-        subject: Subject,
+        network: Network,
         options: BenchOptions,
         stack: ExitStack,
         skipped: list[str],
         failures: list[str],
     ) -> None:
-        self.subject, self.options, self.stack = subject, options, stack
+        self.network, self.options, self.stack = network, options, stack
         self.skipped, self.failures = skipped, failures
 
     def title(self, name: str) -> str:
-        return f"{self.subject.network} ({_form(self.subject, name)})"
+        return f"{self.network.name} ({_form(self.network, name)})"
 
-    def competitors(self, name: str) -> Iterator[Competitor]:
+    def configurations(self, name: str) -> Iterator[Configuration]:
         """Of one backend, in every mode, at every batch size and number of threads."""
         for threads in (None,) if name in GPU_BACKENDS else self.options.threads:
             try:
-                file = _file(self.subject, name, self.options)
+                file = _file(self.network, name, self.options)
             except UsageError:
                 raise
             except RexdeployError as error:
@@ -120,7 +121,7 @@ class Opening:
                 self.skipped.append(f"{self.title(name)} has no file for {name}")
                 return
             try:
-                backend = _backend(self.subject, file, name, self.options, threads)
+                backend = _backend(self.network, file, name, self.options, threads)
             except RexdeployError as error:
                 self.skipped.append(f"{self.title(name)} on {name}: {error}")
                 return
@@ -133,16 +134,16 @@ class Opening:
 
     def _at(
         self, batch: int, backend: Backend, file: ModelFile, threads: int | None
-    ) -> Iterator[Competitor]:
-        name, spec = backend.name, self.subject.spec
+    ) -> Iterator[Configuration]:
+        name, spec = backend.name, self.network.spec
         if name in TORCH_BACKENDS:
             spec = spec.core
         batch_inputs = inputs(spec, batch)
         outputs = backend.run(batch_inputs)  # what cannot run says so before the rounds begin
         row = Latency(
-            network=self.subject.network,
-            model=self.subject.spec.title,
-            form=_form(self.subject, name),
+            network=self.network.name,
+            model=self.network.spec.title,
+            form=_form(self.network, name),
             file=file.name,
             backend=name,
             precision=file.precision,
@@ -150,13 +151,13 @@ class Opening:
             batch=batch,
             threads=threads,
         )
-        host = Competitor(self.subject, row, Task(partial(backend.run, batch_inputs)))
+        host = Configuration(self.network, row, Task(partial(backend.run, batch_inputs)))
         if name not in GPU_BACKENDS:
             yield host
             return
-        known = self._answers
+        known = self._expected
         if known is None:  # then it can at least be finite, and the same in every mode
-            known = Answers.of(outputs, spec)
+            known = ExpectedOutputs.of(outputs, spec)
 
         def is_right(title: str, outputs: npt.NDArray[np.float32]) -> bool:
             fault = known.fault(outputs, spec, file.precision)
@@ -168,56 +169,56 @@ class Opening:
             yield host
         modes: tuple[tuple[Mode, bool], ...] = (("device", False), ("cuda graph", True))
         for mode, as_graph in modes:
-            competitor = replace(host, row=replace(row, mode=mode))
+            configuration = replace(host, row=replace(row, mode=mode))
             try:
                 resident = cast(DeviceBackend, backend).resident(batch_inputs, as_graph)
                 resident.run()
-                if is_right(competitor.title, resident.outputs()):
-                    yield replace(competitor, task=Task(resident.run))
+                if is_right(configuration.title, resident.outputs()):
+                    yield replace(configuration, task=Task(resident.run))
             except RexdeployError as error:
-                self.skipped.append(f"{competitor.title}: {error}")
+                self.skipped.append(f"{configuration.title}: {error}")
 
     @cached_property
-    def _answers(self) -> Answers | None:
-        return answers(self.subject.spec, self.subject.module, self._float32_graph)
+    def _expected(self) -> ExpectedOutputs | None:
+        return expected_outputs(self.network.spec, self.network.module, self._float32_graph)
 
     def _float32_graph(self) -> bytes | None:
-        file = self.subject.file("onnxruntime", False)
+        file = self.network.file("onnxruntime", False)
         return file.data if file else None
 
 
-def _form(subject: Subject, backend: str) -> str:
+def _form(network: Network, backend: str) -> str:
     """What is timed: alignment shapes graphs, the PyTorch code of an aligned network is plain."""
-    return "plain" if backend in TORCH_BACKENDS and subject.form.isdigit() else subject.form
+    return "plain" if backend in TORCH_BACKENDS and network.form.isdigit() else network.form
 
 
-def _file(subject: Subject, name: str, options: BenchOptions) -> ModelFile | None:
+def _file(network: Network, name: str, options: BenchOptions) -> ModelFile | None:
     """What a backend runs; None where there is nothing. Raises UsageError for unusable batches."""
     if options.fp16 and name in FLOAT32_ONLY:
         raise BackendUnavailable("it computes float16 graphs in float32; leave out --fp16")
     if name in TORCH_BACKENDS:
-        if subject.module is None:
+        if network.module is None:
             return None
         return ModelFile("PyTorch code", b"", "fp16" if options.fp16 else "fp32", None)
-    file = subject.file(name, options.fp16)
+    file = network.file(name, options.fp16)
     for batch in options.batches:
         if file and file.batch and not file.batch.min <= batch <= file.batch.max:
             raise UsageError(
-                f"batch: got {batch}, but {subject.network} on {name} takes "
+                f"batch: got {batch}, but {network.name} on {name} takes "
                 f"{file.batch.min} to {file.batch.max}; give --batch {file.batch.opt}"
             )
     return file
 
 
 def _backend(
-    subject: Subject, file: ModelFile, name: str, options: BenchOptions, threads: int | None
+    network: Network, file: ModelFile, name: str, options: BenchOptions, threads: int | None
 ) -> Backend:
     if name not in TORCH_BACKENDS:
-        # Competitors take turns: whose turn it is has the cores to itself.
-        return open_backend(name, file.data, subject.spec, threads, spin=True, kernels="eager")
+        # Configurations take turns: whose turn it is has the cores to itself.
+        return open_backend(name, file.data, network.spec, threads, spin=True, kernels="eager")
     from rexdeploy.backends.pytorch import PyTorchBackend, TorchOptions
 
-    module = subject.module
+    module = network.module
     assert module is not None
     settings = TorchOptions(
         cuda=name in GPU_BACKENDS,
