@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 Report = Callable[[str], None]
 """Takes a short phrase, such as "simplifying", when that part of a step begins."""
 
@@ -21,5 +19,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """What the command writes with --json, as dictionaries, lists and plain values."""
+        import msgspec  # `--help` needs none
+
         found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return found

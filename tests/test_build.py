@@ -17,6 +17,7 @@ from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.precision import PrecisionProof
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
+from rexdeploy.graphs.engine_graph import Source
 from rexdeploy.inference.classifier import load
 from rexdeploy.steps.build_trt import build_trt, float32_nodes
 from rexdeploy.steps.import_onnx import import_onnx
@@ -318,10 +319,14 @@ def own_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _imported(path: Path, out: Path, options: dict[str, Any]) -> Source:
+    return import_onnx(path, out=out, batch=options["batch"], force=options.get("force", False))
+
+
 def test_somebodys_own_graph_gets_a_bundle_an_engine_and_a_verification(
     own_graph: Path, tmp_path: Path
 ) -> None:
-    source = import_onnx(own_graph, out=tmp_path, **OPTIONS)
+    source = _imported(own_graph, tmp_path, OPTIONS)
     assert list(tmp_path.iterdir()) == []  # nothing is written before the engine is proven
     bundle = source.bundle
     assert (bundle.manifest.model.family, bundle.manifest.model.num_classes) == ("onnx", 7)
@@ -333,7 +338,7 @@ def test_somebodys_own_graph_gets_a_bundle_an_engine_and_a_verification(
     assert verification.passed
     assert [edge.reference for edge in verification.edges] == ["model.onnx", "model.onnx, rounded"]
     # Imported again unchanged, the engine is still there.
-    assert build_trt(import_onnx(own_graph, out=tmp_path, **OPTIONS), **OPTIONS).reused
+    assert build_trt(_imported(own_graph, tmp_path, OPTIONS), **OPTIONS).reused
     again = verify(Bundle.open(bundle.path), samples=6)
     assert [edge.reference for edge in again.edges] == ["model.onnx", "model.onnx, rounded"]
 
@@ -345,14 +350,14 @@ def test_an_imported_graph_does_not_take_the_place_of_another_model(
     taken.write_bytes(own_graph.read_bytes())
     before = folder_state(small_v1.path)
     with pytest.raises(UsageError, match=r"holds another model \(rexnet 1\)"):
-        import_onnx(taken, out=small_v1.path.parent, **OPTIONS)
+        _imported(taken, small_v1.path.parent, OPTIONS)
     assert folder_state(small_v1.path) == before
 
 
 def test_a_failing_import_leaves_an_existing_bundle_as_it_was(
     own_graph: Path, tmp_path: Path
 ) -> None:
-    bundle = build_trt(import_onnx(own_graph, out=tmp_path, **OPTIONS), **OPTIONS).bundle
+    bundle = build_trt(_imported(own_graph, tmp_path, OPTIONS), **OPTIONS).bundle
     before = folder_state(bundle.path)
     other = tmp_path / "elsewhere" / "mine.onnx"
     other.parent.mkdir()
@@ -361,14 +366,12 @@ def test_a_failing_import_leaves_an_existing_bundle_as_it_was(
     other.write_bytes(model.SerializeToString())
     wrong = OPTIONS | {"flavor": "nonsense", "force": True}
     with pytest.raises(UsageError, match="holds another model .*mine.onnx.*--force"):
-        import_onnx(other, out=tmp_path, **OPTIONS)
+        _imported(other, tmp_path, OPTIONS)
     with pytest.raises(UsageError, match="flavor: got 'nonsense'"):
-        build_trt(import_onnx(other, out=tmp_path, **wrong), **wrong)
+        build_trt(_imported(other, tmp_path, wrong), **wrong)
     assert folder_state(bundle.path) == before
     forced = OPTIONS | {"force": True}
-    assert (
-        build_trt(import_onnx(other, out=tmp_path, **forced), **forced).bundle.path == bundle.path
-    )
+    assert build_trt(_imported(other, tmp_path, forced), **forced).bundle.path == bundle.path
 
 
 def test_a_graph_that_ends_in_softmax_is_refused(own_graph: Path, tmp_path: Path) -> None:
@@ -380,7 +383,7 @@ def test_a_graph_that_ends_in_softmax_is_refused(own_graph: Path, tmp_path: Path
     path = tmp_path / "soft.onnx"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UsageError, match="ends in Softmax; expected logits"):
-        import_onnx(path, out=tmp_path / "out", **OPTIONS)
+        _imported(path, tmp_path / "out", OPTIONS)
 
 
 def test_weights_beside_the_graph_are_taken_in(own_graph: Path, tmp_path: Path) -> None:
@@ -392,7 +395,7 @@ def test_weights_beside_the_graph_are_taken_in(own_graph: Path, tmp_path: Path) 
         size_threshold=0,
     )
     bundle = build_trt(
-        import_onnx(tmp_path / "split.onnx", out=tmp_path / "out", **OPTIONS), **OPTIONS
+        _imported(tmp_path / "split.onnx", tmp_path / "out", OPTIONS), **OPTIONS
     ).bundle
     (tmp_path / "split.data").unlink()
     assert verify(bundle, samples=4).passed
@@ -411,7 +414,7 @@ def test_files_that_are_no_classifier_are_refused(own_graph: Path, tmp_path: Pat
     empty.write_bytes(b"")
     for path in (four_channels, garbage, truncated, empty, tmp_path / "missing.onnx"):
         with pytest.raises(UsageError, match=path.name):
-            import_onnx(path, out=tmp_path / "out", **OPTIONS)
+            _imported(path, tmp_path / "out", OPTIONS)
     assert list((tmp_path / "out").iterdir()) == []
 
 

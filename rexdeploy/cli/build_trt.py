@@ -67,6 +67,7 @@ def build_trt(
     rexdeploy build-trt artifacts/rexnet_1.5 --fp16 --target sm86 --target sm89
     """
     check_json(json)
+    from rexdeploy.bundle.manifest import BatchRange
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.steps.build_trt import build_trt as run
     from rexdeploy.steps.import_onnx import import_onnx
@@ -74,14 +75,15 @@ def build_trt(
     if onnx is not None and bundle is not None:
         raise UsageError("got a bundle and --onnx, expected one of them")
     command = command_line()
+    batches = None if batch is None else BatchRange.parse(batch)
     with bounded(), progress(quiet) as report:
         result = run(
-            import_onnx(onnx, out=out, batch=batch, force=force, command=command)
+            import_onnx(onnx, out=out, batch=batches, force=force, command=command)
             if onnx
             else Bundle.find(bundle, out),
             fp16=fp16,
             bf16=bf16,
-            batch=batch,
+            batch=batches,
             flavor=flavor,
             target=target or (),
             workspace=workspace,
