@@ -147,13 +147,12 @@ def show_evaluation(result: Evaluation) -> None:
         if result.compared_only
         else None,
     )
-    columns = ("file", "top-1 %", "top-5 %", "agrees %", "difference", "p", "ECE %", "ms/image")
+    columns = ("file", "top-1 %", "top-5", "agrees", "difference", "p", "ECE", "ms")
     print_table(columns, map(_line, result.rows))
     first, published = result.rows[0], result.published
     say(
-        f"difference: of top-1 from {result.baseline}'s, in points, with its 95 % interval"
-        if len(result.rows) > 1
-        else None,
+        "in per cent, intervals of 95 %; ECE: calibration error; ms: an image in batches of 32"
+        + f"; difference: of top-1 from {result.baseline}'s" * (len(result.rows) > 1),
         f"published for these weights: top-1 {published.top1} %, top-5 {published.top5} % "
         f"(here {100 * (first.top1.value):.1f} % of these {result.images} images)"
         if published
@@ -188,8 +187,8 @@ def _line(row: Accuracy) -> tuple[str, ...]:
     return (
         f"{row.file} ({row.backend}{', emulated' * row.emulated})",
         _percent(row.top1),
-        "-" if row.top5 is None else f"{100 * row.top5.value:.2f}",
-        "-" if row.agreement is None else f"{100 * row.agreement:.2f}",
+        "-" if row.top5 is None else f"{100 * row.top5.value:.1f}",
+        "-" if row.agreement is None else f"{100 * row.agreement:.1f}",
         "-" if paired is None else _points(paired.difference),
         "-" if paired is None else f"{paired.p_value:.2g}",
         f"{100 * row.calibration_error:.1f}",
@@ -202,7 +201,7 @@ def _percent(share: Interval) -> str:
 
 
 def _points(share: Interval) -> str:
-    return f"{100 * share.value:+.2f} ({100 * share.low:+.2f} to {100 * share.high:+.2f})"
+    return f"{100 * share.value:+.2f} ({100 * share.low:+.2f} {100 * share.high:+.2f})"
 
 
 def _numbers(values: Iterable[float]) -> str:
