@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rexdeploy.serving.tuning import tune_serving
     from rexdeploy.steps.build_trt import build_trt
     from rexdeploy.steps.doctor import doctor
+    from rexdeploy.steps.evaluate import evaluate
     from rexdeploy.steps.export import export
     from rexdeploy.steps.import_onnx import import_onnx
     from rexdeploy.steps.inspect import inspect
@@ -43,6 +44,7 @@ __all__ = [
     "bench",
     "build_trt",
     "doctor",
+    "evaluate",
     "export",
     "import_onnx",
     "inspect",
@@ -82,6 +84,7 @@ _PLACES = {
     "tune_serving": "serving.tuning",
     "build_trt": "steps.build_trt",
     "doctor": "steps.doctor",
+    "evaluate": "steps.evaluate",
     "export": "steps.export",
     "import_onnx": "steps.import_onnx",
     "inspect": "steps.inspect",

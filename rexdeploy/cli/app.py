@@ -13,6 +13,7 @@ from rexdeploy.cli.bench import bench
 from rexdeploy.cli.build_trt import build_trt
 from rexdeploy.cli.console import fail, lost_output, say, secure_streams
 from rexdeploy.cli.doctor import doctor
+from rexdeploy.cli.evaluate import evaluate
 from rexdeploy.cli.export import export
 from rexdeploy.cli.inspect import inspect
 from rexdeploy.cli.models import models
@@ -117,6 +118,7 @@ COMMANDS = (  # in the order of --help
     verify,
     tune_precision,
     inspect,
+    evaluate,
     predict,
     bench,
     triton,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rexdeploy.parity.localize import Localization
     from rexdeploy.serving.tuning import Sweep
+    from rexdeploy.steps.evaluate import Evaluation
     from rexdeploy.timing.configurations import Latency
     from rexdeploy.timing.harness import Benchmark
 
@@ -122,6 +123,38 @@ def plot_sweep(result: Sweep, file: Path) -> None:
     axes.set_xlabel("images a second (each point: that many connections)")
     axes.set_ylabel("99th percentile of the latency, ms")
     axes.set_title(f"{result.images}; bound {result.bound_ms:g} ms")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    _save(figure, file)
+
+
+def plot_evaluation(result: Evaluation, file: Path) -> None:
+    """Draws every file's top-1 against its time for an image, both with their 95 % intervals.
+
+    Files whose time says nothing stand at the right edge. Raises RexdeployError where it cannot be
+    written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    slowest = max((row.ms_per_image.value for row in result.rows if row.ms_per_image), default=1.0)
+    for row in result.rows:
+        top1, time = row.top1, row.ms_per_image
+        x = time.value if time else 1.15 * slowest
+        axes.errorbar(
+            [x],
+            [100 * top1.value],
+            yerr=[[100 * (top1.value - top1.low)], [100 * (top1.high - top1.value)]],
+            xerr=[[x - time.low], [time.high - x]] if time else None,
+            fmt="o" if time else "x",
+            capsize=3,
+            label=f"{row.file} ({row.backend})" + ("" if time else ": time not measured"),
+        )
+    axes.set_xlim(left=0)
+    axes.set_xlabel("ms an image, in batches, while others are decoded")
+    axes.set_ylabel(f"top-1 accuracy, % of {result.images} images")
+    axes.set_title(f"{result.model}; {result.machine['processor']}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     _save(figure, file)

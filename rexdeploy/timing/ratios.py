@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CONFIDENCE = 0.95
+from rexdeploy.intervals import left_out
 
 
 @dataclass(frozen=True)
@@ -34,22 +33,6 @@ def paired_ratio(slower_ms: Sequence[float], faster_ms: Sequence[float]) -> Rati
     rounds do not depend on each other. It takes 6 rounds. Raises ValueError for unequal lengths.
     """
     ratios = sorted(slower / faster for slower, faster in zip(slower_ms, faster_ms, strict=True))
-    outside = _left_out(len(ratios))
+    outside = left_out(len(ratios))
     interval = None if outside is None else (ratios[outside], ratios[-1 - outside])
     return Ratio(statistics.median(ratios), interval)
-
-
-def _left_out(rounds: int) -> int | None:
-    """How many of the sorted values may be cut off at each end; None: not even none of them.
-
-    The median is below the value after `k` cut ones only if at most `k` of the rounds came out
-    below the median, and each does with a chance of one half.
-    """
-    outside = None
-    chance = 0.0
-    for count in range(rounds):
-        chance += math.comb(rounds, count) / 2**rounds
-        if 2 * chance > 1 - CONFIDENCE:
-            break
-        outside = count
-    return outside
