@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rexdeploy.steps.build_trt import build_trt
     from rexdeploy.steps.doctor import doctor
     from rexdeploy.steps.export import export
+    from rexdeploy.steps.finetune import finetune
     from rexdeploy.steps.import_onnx import import_onnx
     from rexdeploy.steps.inspect import inspect
     from rexdeploy.steps.tune_precision import tune_precision
@@ -44,6 +45,7 @@ __all__ = [
     "build_trt",
     "doctor",
     "export",
+    "finetune",
     "import_onnx",
     "inspect",
     "load",
@@ -83,6 +85,7 @@ _PLACES = {
     "build_trt": "steps.build_trt",
     "doctor": "steps.doctor",
     "export": "steps.export",
+    "finetune": "steps.finetune",
     "import_onnx": "steps.import_onnx",
     "inspect": "steps.inspect",
     "tune_precision": "steps.tune_precision",

@@ -14,6 +14,7 @@ from rexdeploy.cli.build_trt import build_trt
 from rexdeploy.cli.console import fail, lost_output, say, secure_streams
 from rexdeploy.cli.doctor import doctor
 from rexdeploy.cli.export import export
+from rexdeploy.cli.finetune import finetune
 from rexdeploy.cli.inspect import inspect
 from rexdeploy.cli.models import models
 from rexdeploy.cli.predict import predict
@@ -112,6 +113,7 @@ def rexdeploy(
 
 
 _COMMANDS = (  # in the order of --help
+    finetune,
     export,
     build_trt,
     verify,
