@@ -62,14 +62,14 @@ def read_notes(file: BinaryIO, name: str, num_classes: int) -> Notes | None:
 def check_names(names: tuple[str, ...], where: str) -> None:
     """Raises UsageError for names that a labels file could not hold: there is one rule."""
     try:
-        data = "\n".join(names).encode()
+        data = "".join(f"{name}\n" for name in names).encode()
     except UnicodeEncodeError as error:
         raise UsageError(
             f"{where}: a name is not UTF-8 (character {error.start}); rename it"
         ) from None
     read = parse_labels(data, where)
     if read != list(names):  # a name with a line feed is two lines
-        odd = next(name for name, line in zip(names, [*read, ""], strict=False) if name != line)
+        odd = next(name for name, line in zip(names, read, strict=False) if name != line)
         raise UsageError(
             f"{where}: the name {odd!r} holds a line break or a byte order mark; rename it"
         )

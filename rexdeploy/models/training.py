@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
 from rexdeploy.errors import BackendUnavailable
@@ -69,7 +68,7 @@ class Trainer:
         self.model = model
         self._wrapped: nn.Module = model
         if place()[1] > 1:
-            self._wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            self._wrapped = nn.parallel.DistributedDataParallel(model)
         self._optimizer = timm.optim.create_optimizer_v2(
             model, recipe.optimizer, lr=lr, weight_decay=recipe.weight_decay, momentum=0.9
         )
@@ -247,7 +246,7 @@ class _SummedBatchNorm(nn.BatchNorm2d):
         assert layer.momentum is not None
         new = cls(layer.num_features, layer.eps, layer.momentum)
         new.load_state_dict(layer.state_dict())
-        return new
+        return new.to(layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -270,9 +269,26 @@ class _SummedBatchNorm(nn.BatchNorm2d):
         return normalised
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; torch's own is deprecated in one version and new in another."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        del context
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        del context
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
 def _summed(values: Tensor) -> Tensor:
-    """The sum over all processes, through which gradients flow."""
-    found: Tensor = differentiable.all_reduce(values)  # type: ignore[no-untyped-call]
+    found: Tensor = _Sum.apply(values)
     return found
 
 

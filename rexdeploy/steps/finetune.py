@@ -293,9 +293,7 @@ class _Run:
         spec = Preprocess(height=notes.image_size, width=notes.image_size)
         transform = training_transform(plan.recipe, spec)
         self.batches = Batches(len(training), plan.batch, plan.seed, rank, processes)
-        self.training = loader(
-            Examples(training, transform, plan.seed), self.batches, workers, persistent=True
-        )
+        self.training = loader(Examples(training, transform, plan.seed), self.batches, workers)
         share = [[(0, at)] for at in range(rank, len(held), processes)]
         size = max(1, plan.batch // processes)
         grouped = [

@@ -69,9 +69,7 @@ class Batches:
             yield [(self.epoch, index) for index in whole[self._own]]
 
 
-def loader(
-    examples: Examples, keys: Any, workers: int, persistent: bool = False
-) -> DataLoader[Any]:
+def loader(examples: Examples, keys: Any, workers: int) -> DataLoader[Any]:
     """Batches of examples by lists of their keys, read by so many processes."""
     # Workers, even if it is one: what they draw is nothing to this process's own random numbers.
     return DataLoader(
@@ -80,7 +78,7 @@ def loader(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=persistent,
+        persistent_workers=True,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),
     )
