@@ -15,6 +15,7 @@ from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import check_replaceable, open_locked, open_plain, replacing
 
 _FORMAT = 1
+_held: set[int] = set()  # the descriptors of locks
 
 
 def state_of(out: Path) -> Path:
@@ -55,12 +56,20 @@ def lock(out: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise UsageError(f"cannot write {path} ({error.strerror})") from None
+    _held.add(descriptor)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
+        _held.remove(descriptor)
         os.close(descriptor)
+
+
+def let_go() -> None:
+    """Closes the locks in a process that was forked: it may outlive a parent that was killed."""
+    while _held:
+        os.close(_held.pop())
 
 
 def read_state(out: Path, settings: dict[str, Any], force: bool) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import decode
 from rexdeploy.images.class_folders import ClassFolders
+from rexdeploy.models import unfinished
 from rexdeploy.models.training import Recipe, import_timm
 
 
@@ -86,6 +87,7 @@ def loader(examples: Examples, keys: Any, workers: int) -> DataLoader[Any]:
 
 def _begin_worker(number: int) -> None:
     del number
+    unfinished.let_go()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to tell
 
 
