@@ -11,6 +11,7 @@ import pytest
 import rexdeploy
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.cli.export import export as export_command
+from rexdeploy.cli.finetune import finetune as finetune_command
 from rexdeploy.cli.tune_precision import tune_precision as tune_command
 from rexdeploy.cli.verify import verify as verify_command
 from tests.helpers import run_cli, run_python
@@ -28,6 +29,7 @@ def test_nothing_heavy_is_imported_before_it_is_asked_for() -> None:
     ("command", "function"),
     [
         (export_command, rexdeploy.export),
+        (finetune_command, rexdeploy.finetune),
         (tune_command, rexdeploy.tune_precision),
         (verify_command, rexdeploy.verify),
     ],

@@ -16,6 +16,7 @@ from rexdeploy.bundle.store import Bundle
 from tests.helpers import assert_refused, folder_state, run_cli, run_python
 
 COMMANDS = [
+    "finetune",
     "export",
     "build-trt",
     "verify",
@@ -216,6 +217,8 @@ def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path)
         ("tensorrt_rtx", ["build-trt"], "rtx"),
         ("torch", ["verify"], "cpu"),
         ("onnxruntime", ["predict", "--backend", "onnxruntime"], "cpu"),
+        ("timm", ["finetune", "photos"], "train"),
+        ("torchvision", ["finetune", "photos"], "train"),
         ("huggingface_hub", ["export", "--weights", "pretrained"], "cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),

@@ -46,7 +46,7 @@ from rexdeploy.steps.training_images import (
 )
 from rexdeploy.text import printable
 
-DEFAULT_OUT = "finetuned.safetensors"
+DEFAULT_OUT = Path("finetuned.safetensors")
 _MAX_WORKERS = 8
 _CHECK_STEPS = 20  # between two looks at the losses: on a GPU each look waits for it
 _TELL_S = 10.0
