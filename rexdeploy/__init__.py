@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rexdeploy.steps.doctor import doctor
     from rexdeploy.steps.evaluate import evaluate
     from rexdeploy.steps.export import export
+    from rexdeploy.steps.finetune import finetune
     from rexdeploy.steps.import_onnx import import_onnx
     from rexdeploy.steps.inspect import inspect
     from rexdeploy.steps.tune_precision import tune_precision
@@ -46,6 +47,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "export",
+    "finetune",
     "import_onnx",
     "inspect",
     "load",
@@ -86,6 +88,7 @@ _PLACES = {
     "doctor": "steps.doctor",
     "evaluate": "steps.evaluate",
     "export": "steps.export",
+    "finetune": "steps.finetune",
     "import_onnx": "steps.import_onnx",
     "inspect": "steps.inspect",
     "tune_precision": "steps.tune_precision",

@@ -16,7 +16,7 @@ from rexdeploy.bundle.store import Bundle
 from tests.helpers import assert_refused, folder_state, run_cli, run_program, run_python
 
 COMMANDS = (
-    *("export", "build-trt", "verify", "predict", "bench"),
+    *("finetune", "export", "build-trt", "verify", "predict", "bench"),
     *("triton", "serve", "tune-serving", "models", "doctor"),
 )
 
@@ -203,6 +203,8 @@ def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path)
         ("tensorrt_rtx", ["build-trt"], "rtx"),
         ("torch", ["verify"], "cpu"),
         ("onnxruntime", ["predict", "--backend", "onnxruntime"], "cpu"),
+        ("timm", ["finetune", "photos"], "train"),
+        ("torchvision", ["finetune", "photos"], "train"),
         ("huggingface_hub", ["export", "--weights", "pretrained"], "cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),

@@ -26,13 +26,14 @@ LEVELS = [
     {"__init__", "__main__", "triton_backend"},  # where Python and Triton come in
 ]
 MAX_PACKAGES, MAX_FILES, MAX_LINES = 11, 10, 400
-ON_TORCH = {"models", "graphs.from_torch", "timing.other_networks", "steps.export"}
+ON_TORCH = {"models", "graphs.from_torch", "timing.other_networks"}
+ON_TORCH |= {"steps.export", "steps.finetune", "steps.training_images"}
 ON_ONNX = {"graphs", "parity", "steps"}
 # Importing one of these at the top of a file is for these parts; the others import it when needed.
 HEAVY = {
     **dict.fromkeys(("cuda", "huggingface_hub", "matplotlib", "model_signing", "onnxruntime"), ()),
     **dict.fromkeys(("onnxsim", "openvino", "pyarrow", "rich", "tensorrt", "tensorrt_rtx"), ()),
-    **{"onnx": ON_ONNX, "safetensors": ON_TORCH, "timm": (), "torch": ON_TORCH},
+    **{"onnx": ON_ONNX, "safetensors": ON_TORCH, "timm": (), "torch": ON_TORCH, "torchvision": ()},
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

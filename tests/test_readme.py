@@ -134,6 +134,9 @@ def readme_dir(tmp_path_factory: pytest.TempPathFactory, v1_checkpoint: Path, ph
     shutil.copy(PHOTO, folder)
     shutil.copy(v1_checkpoint, folder / "rexnetv1_1.0.pth")
     shutil.copytree(photos, folder / "photos")
+    shutil.copy(ROOT / "tests" / "data" / "digits_v1.safetensors", folder)
+    for name, held_back in (("train", False), ("val", True)):
+        write_digits(folder / "digits" / name, held_back)
     return folder
 
 

@@ -15,6 +15,7 @@ from rexdeploy.cli.console import fail, lost_output, say, secure_streams
 from rexdeploy.cli.doctor import doctor
 from rexdeploy.cli.evaluate import evaluate
 from rexdeploy.cli.export import export
+from rexdeploy.cli.finetune import finetune
 from rexdeploy.cli.inspect import inspect
 from rexdeploy.cli.models import models
 from rexdeploy.cli.predict import predict
@@ -113,6 +114,7 @@ def rexdeploy(
 
 
 COMMANDS = (  # in the order of --help
+    finetune,
     export,
     build_trt,
     verify,

@@ -32,7 +32,13 @@ def export(
     num_classes: Annotated[
         int | None, typer.Option(help="Classes [default: the checkpoint's, or 1000].")
     ] = None,
-    image_size: Annotated[int, typer.Option(help="Height and width of the input, pixels.")] = 224,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Height and width of the input, pixels [default: what finetune has noted in the "
+            "checkpoint, or 224]."
+        ),
+    ] = None,
     batch: Annotated[str, typer.Option(help="'dynamic', or one fixed batch size.")] = "dynamic",
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
     no_simplify: Annotated[bool, typer.Option("--no-simplify", help="Do not run onnxsim.")] = False,
@@ -51,7 +57,10 @@ def export(
     ] = "logits",
     labels: Annotated[
         Path | None,
-        typer.Option(help="Text file, one class name a line [default: ImageNet's for 1000]."),
+        typer.Option(
+            help="Text file, one class name a line [default: what finetune has noted in the "
+            "checkpoint, or ImageNet's for 1000]."
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the bundle [default: such as rexnet_1.5].")
@@ -93,6 +102,13 @@ def export(
             report=report,
         )
     emit(json, result)
+    size = result.bundle.manifest.model.preprocess.height
+    if not quiet and result.trained_at not in (None, size):
+        say(
+            f"warning: the network was trained at {result.trained_at} pixels and is exported for "
+            f"{size}: its accuracy may be another",
+            to_stderr=True,
+        )
     if not quiet and json != Path("-"):
         show_export(result)
 

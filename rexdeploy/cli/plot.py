@@ -1,4 +1,4 @@
-"""Pictures: a benchmark's latencies and accuracies, errors block by block, ways of serving."""
+"""Pictures: latencies and accuracies, errors block by block, ways of serving, learning curves."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rexdeploy.parity.localize import Localization
     from rexdeploy.serving.tuning import Sweep
     from rexdeploy.steps.evaluate import Evaluation
+    from rexdeploy.steps.finetune import FinetuneResult
     from rexdeploy.timing.configurations import Latency
     from rexdeploy.timing.harness import Benchmark
 
@@ -157,6 +158,37 @@ def plot_evaluation(result: Evaluation, file: Path) -> None:
     axes.set_title(f"{result.model}; {result.machine['processor']}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    _save(figure, file)
+
+
+def plot_training(result: FinetuneResult, file: Path) -> None:
+    """Draws a training's losses and top-1 epoch by epoch, and marks the one that was kept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    numbers = [epoch.number for epoch in result.epochs]
+    axes.plot(numbers, [epoch.loss for epoch in result.epochs], ".-", label="training loss")
+    axes.plot(numbers, [epoch.val_loss for epoch in result.epochs], ".-", label="validation loss")
+    axes.axvline(result.best.number, color="gray", linestyle="--", label="kept")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss")
+    right = axes.twinx()
+    right.plot(
+        numbers,
+        [100 * epoch.correct / result.validation_images for epoch in result.epochs],
+        ".-",
+        color="C2",
+        label="validation top-1",
+    )
+    right.set_ylabel("top-1 accuracy, %")
+    lines = [*axes.get_lines(), *right.get_lines()]
+    axes.legend(lines, [str(line.get_label()) for line in lines], fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.set_title(
+        f"{result.family} {result.width:g}, {len(result.classes)} classes, top-1 "
+        f"{result.top1:.1%} of {result.validation_images} images"
+    )
     _save(figure, file)
 
 

@@ -19,7 +19,16 @@ from rexdeploy.bundle.manifest import MAX_CLASSES
 from rexdeploy.errors import UsageError, first_line
 from rexdeploy.files import MAX_GRAPH_BYTES, open_plain
 from rexdeploy.models.archives import check_archive, check_legacy
-from rexdeploy.models.rexnet import CONFIGS, MAX_WIDTH, MIN_WIDTH, Family, RexNet, RexNetConfig
+from rexdeploy.models.notes import Notes, read_notes
+from rexdeploy.models.rexnet import (
+    CONFIGS,
+    MAX_WIDTH,
+    MIN_WIDTH,
+    Family,
+    RexNet,
+    RexNetConfig,
+    check_width,
+)
 
 StateDict = dict[str, Tensor]
 
@@ -39,6 +48,7 @@ class Checkpoint:
     width: float
     num_classes: int
     state_dict: StateDict  # published names, float32
+    notes: Notes | None = None  # of a file that `finetune` wrote
 
     def build(self) -> RexNet:
         """The network with these weights, in evaluation mode."""
@@ -57,7 +67,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state_dict = _from_timm(state_dict, path)
     family = _family_of(state_dict, path)
     width, config = _width_of(family, state_dict, path)
-    return Checkpoint(family, width, config.num_classes, _complete(state_dict, config, path))
+    notes = _notes_of(path, config)
+    return Checkpoint(
+        family,
+        notes.width if notes else width,
+        config.num_classes,
+        _complete(state_dict, config, path),
+        notes,
+    )
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -76,6 +93,25 @@ def read_state_dict(path: Path) -> StateDict:
     except OSError as error:
         what = error.strerror or str(error)
     raise UsageError(f"weights {path}: {what}; expected a .pth, .pt or .safetensors file")
+
+
+def _notes_of(path: Path, config: RexNetConfig) -> Notes | None:
+    """The file's notes, whose width must be one of the network that its weights are."""
+    with open_plain(path) as file:
+        if file.read(9)[8:] != b"{":
+            return None
+        notes = read_notes(file, f"weights {path}", config.num_classes)
+    if notes is not None:
+        try:
+            noted = CONFIGS[config.family](check_width(notes.width), config.num_classes)
+        except UsageError as error:
+            raise UsageError(f"weights {path}: in its notes, {error}") from None
+        if noted != config:
+            raise UsageError(
+                f"weights {path}: its notes say width {notes.width:g}, its weights are of another "
+                f"{config.family}; give the file that finetune wrote"
+            )
+    return notes
 
 
 def _read(file: BinaryIO, path: Path) -> object:

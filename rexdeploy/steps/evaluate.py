@@ -118,8 +118,7 @@ def evaluate(
     A run that was killed goes on where it was. Files that fail are in the result's `failures`.
     Raises UsageError for what cannot be used and BackendUnavailable where nothing can run.
 
-    >>> result = rexdeploy.evaluate("val/", "mine")  # doctest: +SKIP
-    >>> result.rows[0].top1  # doctest: +SKIP
+    Example: `rexdeploy.evaluate("val", "mine", backend="onnxruntime").rows[0].top1`
     """
     backends, wanted = several(backend), several(file)
     bundle = find(bundle, require_signature)

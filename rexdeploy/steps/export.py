@@ -31,7 +31,6 @@ from rexdeploy.bundle.manifest import (
 )
 from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
 from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.files import sha256_of
 from rexdeploy.graphs.from_torch import MIN_OPSET, add_metadata, check_graph, export_graph
 from rexdeploy.graphs.from_torch import simplify as simplified
 from rexdeploy.graphs.wrapper import PIXELS, PROBABILITIES, wrap
@@ -39,9 +38,8 @@ from rexdeploy.images import decode
 from rexdeploy.images.sets import varied, varied_pixels
 from rexdeploy.models.align import AUTO_MULTIPLE
 from rexdeploy.models.align import align as aligned
-from rexdeploy.models.checkpoints import Checkpoint, load_checkpoint
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, check_width, recalibrate_batch_norms
-from rexdeploy.models.zoo import fetch_pretrained
+from rexdeploy.models.weights import read_weights
 from rexdeploy.parity.batches import run_batches
 from rexdeploy.parity.compare import Compared, Comparison, Signal, comparable, compare
 from rexdeploy.parity.limits import float32_limits, float32_noise
@@ -56,6 +54,7 @@ _CHECK_BATCHES = (1, 2, 5)
 _CHECK_IMAGES = 8
 _CHECK_SEED = 2  # other images than `verify` judges by
 _CALIBRATION_IMAGES = 16
+DEFAULT_IMAGE_SIZE = 224
 _MIN_IMAGE_SIZE, _MAX_IMAGE_SIZE = 32, 1024
 
 
@@ -67,6 +66,7 @@ class ExportResult(Result):
     nodes_before: int  # of the graph as exported
     nodes: int
     comparisons: tuple[Comparison, ...]  # torch to exported, and exported to simplified
+    trained_at: int | None = None  # pixels, where the checkpoint says it
 
     def __repr__(self) -> str:
         worst = max(comparison.error for comparison in self.comparisons)
@@ -81,6 +81,7 @@ class ExportResult(Result):
             "bundle": printable(str(self.bundle.path)),
             "manifest": self.bundle.manifest,
             "comparisons": self.comparisons,
+            "trained_at": self.trained_at,
         }
 
 
@@ -90,7 +91,7 @@ def export(
     lite: bool = False,
     weights: Path | str | None = None,
     num_classes: int | None = None,
-    image_size: int = 224,
+    image_size: int | None = None,
     batch: int | str = "dynamic",
     opset: int = MIN_OPSET,
     simplify: bool = True,
@@ -108,8 +109,10 @@ def export(
     `weights` is a checkpoint's file, "pretrained", or None for an untrained network; `width`,
     `lite` and `num_classes` must agree with it. `batch` is "dynamic" or one size. `align` pads
     channels: "auto", "off", "8" or "16". `input` is "float32" or "uint8", `output` "logits" or
-    "probabilities", `labels` a file with a class name a line. The bundle is the folder `name` in
-    `out`, and `command` is what its manifest says that made it.
+    "probabilities", `labels` a file with a class name a line. Without `labels` and `image_size`
+    they are those that `finetune` has noted in the checkpoint; else ImageNet's labels for 1000
+    classes, and 224. The bundle is the folder `name` in `out`, and `command` is what its manifest
+    says that made it.
 
     Raises UsageError for what cannot be used, BackendUnavailable where a library is missing, and
     VerificationFailed where the graph's logits are not the network's; then it has written nothing.
@@ -124,11 +127,16 @@ def export(
     out = Path(out)
     check_writable(out)
     report("loading the network")
-    model, family, width, origin = (
-        _untrained(lite, width, num_classes, image_size)
-        if weights is None
-        else _trained(lite, width, num_classes, weights)
-    )
+    notes = None
+    if weights is None:
+        image_size = image_size or DEFAULT_IMAGE_SIZE
+        model, family, width, origin = _untrained(lite, width, num_classes, image_size)
+    else:
+        checkpoint, origin = read_weights(lite, width, num_classes, weights)
+        model, family, width = checkpoint.build(), checkpoint.family, checkpoint.width
+        notes = checkpoint.notes
+        image_size = image_size or (notes.image_size if notes else DEFAULT_IMAGE_SIZE)
+        check_image_size(image_size)
     spec = ModelSpec(
         family=family,
         width=width,
@@ -145,7 +153,10 @@ def export(
         name += "" if "." in name else ".0"
     path = out / name
     _check_replaceable(path, spec)
-    names = labels_for(labels, spec.num_classes)
+    if labels is None and notes is not None:
+        names: list[str] | None = list(notes.labels)
+    else:
+        names = labels_for(labels, spec.num_classes)
 
     report(f"exporting {spec.title} to ONNX")
     multiple = _multiple(align)
@@ -187,7 +198,13 @@ def export(
     batches = BatchRange(fixed, fixed, fixed) if fixed else None
     settings = {"opset": str(opset), "align": str(multiple or "off")}
     bundle = _write(path, spec, files, batches, settings, command)
-    return ExportResult(bundle, len(exported.graph.node), len(final.graph.node), tuple(comparisons))
+    return ExportResult(
+        bundle,
+        len(exported.graph.node),
+        len(final.graph.node),
+        tuple(comparisons),
+        notes.image_size if notes else None,
+    )
 
 
 def _fixed_batch(batch: int | str) -> int | None:
@@ -203,11 +220,17 @@ def _fixed_batch(batch: int | str) -> int | None:
     return batch
 
 
-def _check_sizes(image_size: int, num_classes: int | None, opset: int) -> None:
+def check_image_size(image_size: int) -> None:
+    """Raises UsageError for a size that no network here is made for."""
     if not _MIN_IMAGE_SIZE <= image_size <= _MAX_IMAGE_SIZE:
         raise UsageError(
             f"image size: got {image_size}, expected {_MIN_IMAGE_SIZE} to {_MAX_IMAGE_SIZE} pixels"
         )
+
+
+def _check_sizes(image_size: int | None, num_classes: int | None, opset: int) -> None:
+    if image_size is not None:
+        check_image_size(image_size)
     if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
         raise UsageError(f"number of classes: got {num_classes}, expected 1 to {MAX_CLASSES}")
     newest = onnx.defs.onnx_opset_version()
@@ -246,50 +269,6 @@ def _untrained(
     calibration = varied(_CALIBRATION_IMAGES, preprocess, seed=SEED)
     recalibrate_batch_norms(model, torch.from_numpy(calibration))
     return model, family, width, WeightsOrigin(f"untrained (seed {SEED})", "", trained=False)
-
-
-def _trained(
-    lite: bool, width: float | None, num_classes: int | None, weights: Path | str
-) -> tuple[RexNet, Family, float, WeightsOrigin]:
-    if weights == "pretrained":
-        family: Family = "rexnet_lite" if lite else "rexnet"
-        path, source = fetch_pretrained(family, 1.0 if width is None else width)
-    else:
-        path, source = Path(weights), printable(Path(weights).name)
-    checkpoint = load_checkpoint(path)
-    _check_agrees(lite, width, num_classes, checkpoint, path)
-    if width is not None:  # several widths of lite have one shape: keep the one asked for
-        checkpoint = replace(checkpoint, width=width)
-    origin = WeightsOrigin(source, sha256_of(path), trained=True)
-    return checkpoint.build(), checkpoint.family, checkpoint.width, origin
-
-
-def _check_agrees(
-    lite: bool,
-    width: float | None,
-    num_classes: int | None,
-    checkpoint: Checkpoint,
-    path: Path,
-) -> None:
-    """Raises UsageError where an option contradicts what the checkpoint's weights say."""
-    if lite and checkpoint.family != "rexnet_lite":
-        raise UsageError(
-            f"--lite contradicts {path}, which holds a {checkpoint.family} "
-            f"{checkpoint.width:g}; leave --lite out"
-        )
-    config = CONFIGS[checkpoint.family]
-    if width is not None and config(width, checkpoint.num_classes) != config(
-        checkpoint.width, checkpoint.num_classes
-    ):
-        raise UsageError(
-            f"--width {width:g} contradicts {path}, which holds a {checkpoint.family} "
-            f"{checkpoint.width:g}; leave --width out"
-        )
-    if num_classes not in (None, checkpoint.num_classes):
-        raise UsageError(
-            f"--num-classes {num_classes} contradicts {path}, which has "
-            f"{checkpoint.num_classes} classes; leave --num-classes out"
-        )
 
 
 def _check_replaceable(path: Path, spec: ModelSpec) -> None:
