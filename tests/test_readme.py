@@ -22,6 +22,7 @@ import typer.main
 
 from rexdeploy import machine
 from rexdeploy.cli.app import app
+from tests.drawn_images import write_digits
 from tests.helpers import ROOT, run_cli, run_program
 
 pytestmark = pytest.mark.slow
