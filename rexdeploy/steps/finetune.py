@@ -97,7 +97,7 @@ class FinetuneResult(Result):
             f"{self.best.number} of {len(self.epochs)}>"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def _document(self) -> dict[str, Any]:
         return {
             **msgspec.to_builtins(self),
             "unreadable": {printable(file): why for file, why in self.unreadable.items()},
