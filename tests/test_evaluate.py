@@ -263,7 +263,7 @@ def test_unusable_options_are_one_line(
 
 
 def test_nothing_that_runs_is_an_error(small_v1_original: Bundle, labelled: Path) -> None:
-    with pytest.raises(BackendUnavailable, match="no file of rexnet 1 runs here: fp16.rtx-sm89"):
+    with pytest.raises(BackendUnavailable, match="no file of rexnet 0.3 runs here: fp16.rtx-sm89"):
         evaluate(labelled, small_v1_original, backend="tensorrt-rtx")
 
 

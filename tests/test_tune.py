@@ -209,7 +209,7 @@ def test_ranges_take_one_session_a_block_however_many_images(
             super().__init__(model)
 
     monkeypatch.setattr(block_by_block, "GraphSession", Counted)
-    walk = GraphWalk(graph(small_lite_original, "fp32"))
+    walk = GraphWalk(graph(small_lite_original))
     ranges = measure_ranges(walk, varied(3, Preprocess(64, 64), seed=1))
     assert len(made) == len(walk.blocks) == len(ranges.blocks) == 19
 
