@@ -43,7 +43,7 @@ def has_onnxruntime_cuda() -> bool:
 
 def engine_backend(engine: Artifact) -> str:
     """The name of the backend that runs an engine, by the flavour that built it."""
-    return "tensorrt-rtx" if engine.built_with.get("flavor") == "rtx" else "tensorrt"
+    return "tensorrt-rtx" if engine.flavor == "rtx" else "tensorrt"
 
 
 def flavor_of(backend: str) -> Flavor:

@@ -142,6 +142,9 @@ class BatchRange:
 DEFAULT_BATCH = BatchRange(1, 8, 64)
 
 
+REVISION, KEPT = "revision", "float32"  # keys of Artifact.built_with
+
+
 @dataclass(frozen=True)
 class Artifact:
     """One file of a bundle, and where it came from."""
@@ -163,6 +166,34 @@ class Artifact:
             raise ValueError(f"sha256 of '{self.file}' is not 64 hexadecimal digits")
         if self.parent_sha256 == self.sha256:
             raise ValueError(f"{self.file} is said to be made from itself")
+
+    # What of `built_with` steers the program is read here and nowhere else: the rest is provenance.
+
+    @property
+    def multiple(self) -> int:
+        """What an exported graph's channels are padded to; 0: they are as published."""
+        text = self.built_with.get("align", "off")
+        return int(text) if text.isdecimal() else 0
+
+    @property
+    def flavor(self) -> str | None:
+        """The runtime of an engine, "rtx" or "tensorrt"; None for other files."""
+        return self.built_with.get("flavor")
+
+    @property
+    def targets(self) -> str:
+        """The compute capabilities that an engine was built for, such as "sm86 sm89"."""
+        return self.built_with.get("targets", "")
+
+    @property
+    def revision(self) -> str | None:
+        """Which revision of its pass made the file; None: one before they were counted."""
+        return self.built_with.get(REVISION)
+
+    @property
+    def kept_in_float32(self) -> str | None:
+        """The blocks of a float16 graph that tune-precision keeps in float32, if it made it."""
+        return self.built_with.get(KEPT)
 
     @property
     def proof_fault(self) -> str | None:
@@ -218,6 +249,11 @@ class Manifest:
             ):
                 return artifact
         return None
+
+    @property
+    def graph(self) -> Artifact | None:
+        """The graph that all others and the engines are made from: exported, or imported."""
+        return self.find("onnx")
 
     def find_file(self, file: str) -> Artifact | None:
         """The artifact of that file name, or None."""

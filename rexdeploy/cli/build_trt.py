@@ -98,11 +98,11 @@ def build_trt(
 
 def show_build(result: BuildResult) -> None:
     """The engine, and the proof of its precision."""
-    model, built = result.bundle.manifest.model, result.engine.built_with
+    model, engine = result.bundle.manifest.model, result.engine
     say(
         model.title,
         f"  {describe_artifact(result.bundle, result.engine)}",
-        f"  {built.get('flavor')} {built.get('version')}, for {built.get('targets')}",
+        f"  {engine.flavor} {engine.built_with.get('version')}, for {engine.targets}",
         f"  precision: {result.engine.proof.summary}" if result.engine.proof else None,
         "  preprocessing is taken to be ImageNet's (mean, std, 87.5 % centre crop)"
         if model.family == "onnx"

@@ -115,8 +115,7 @@ def export(
 
 def show_export(result: ExportResult) -> None:
     """The new bundle's graph, and how far it is from the network."""
-    graph = result.bundle.manifest.find("onnx", "fp32")
-    padded = graph.built_with["align"] if graph else "off"
+    graph = result.bundle.manifest.graph
     last = result.comparisons[-1]
     worst = max(result.comparisons, key=lambda comparison: comparison.error)
     model = result.bundle.manifest.model
@@ -124,7 +123,9 @@ def show_export(result: ExportResult) -> None:
         model.title,
         f"  {describe_artifact(result.bundle, graph)}, {result.nodes} nodes "
         f"({result.nodes_before} before simplification)",
-        f"  channels padded to a multiple of {padded}" if padded != "off" else None,
+        f"  channels padded to a multiple of {graph.multiple}"
+        if graph and graph.multiple
+        else None,
         f"  takes {model.input}, gives {model.output}" if model != model.core else None,
         f"  torch -> {last.candidate}: error {worst.error:.1e} of the signal "
         f"(limit {worst.limits.error:.1g}), top-1 agreement {last.top1:.0%}",

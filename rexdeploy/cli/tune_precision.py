@@ -104,7 +104,7 @@ def show_tuning(result: Tuning) -> None:
     )
     if not result.best.float32:
         mixed = result.bundle.manifest.find_file("fp16.onnx")
-        earlier = mixed.built_with.get("float32") if mixed else None
+        earlier = mixed.kept_in_float32 if mixed else None
         say(
             "  nothing has to stay float32",
             f"  kept: the bundle's fp16.onnx, which an earlier search has mixed ({earlier} in "

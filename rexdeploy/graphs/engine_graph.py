@@ -20,7 +20,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 
 from rexdeploy.arrays import Float32
-from rexdeploy.bundle.manifest import Artifact
+from rexdeploy.bundle.manifest import REVISION, Artifact
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
@@ -28,11 +28,6 @@ from rexdeploy.graphs.cast import REVISIONS, to_precision
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import change_core
 from rexdeploy.progress import Report
-
-REVISION = "revision"
-"""In built_with: which revision of the pass that made the graph."""
-TUNED = "float32"
-"""In built_with of a graph that tune-precision mixed: what it keeps in float32."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def engine_form(
     precision is wanted.
     """
     steps = []
-    if root.built_with.get("align", "off") != "off":  # our own export, of a known structure
+    if root.multiple:  # our own export, of a known structure
         notes = {"shortcuts": "plain adds", REVISION: PLAIN_ADDS_REVISION}
         steps.append(_Step("fp32.tensorrt.onnx", root.precision, to_plain_adds, notes))
     if wanted is not None and root.precision != wanted:
@@ -102,9 +97,9 @@ def engine_form(
                 except UsageError as error:
                     reason = str(error)
         report(f"making {step.file}" + (f" again, since {reason}" if reason else ""))
-        if existing is not None and TUNED in existing.built_with:
+        if existing is not None and existing.kept_in_float32:
             report(
-                f"{step.file} was tune-precision's, with {existing.built_with[TUNED]} in float32, "
+                f"{step.file} was tune-precision's, with {existing.kept_in_float32} in float32, "
                 "and is replaced by the plain one; 'rexdeploy tune-precision' makes it again"
             )
         graph = parse(data, artifact.file)
@@ -129,7 +124,7 @@ def engine_form(
 
 def _out_of_date(existing: Artifact, step: _Step, parent: Artifact, force: bool) -> str | None:
     """Why a step's file in the bundle is not what the step would make; None if it may be taken."""
-    made_by, revision = existing.built_with.get(REVISION), step.notes[REVISION]
+    made_by, revision = existing.revision, step.notes[REVISION]
     if force:
         return "--force asks for it"
     if existing.parent_sha256 != parent.sha256:

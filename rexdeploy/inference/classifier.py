@@ -228,7 +228,7 @@ def _unlike(bundle: Bundle, running: Artifact, data: bytes) -> list[str]:
     `data` is the file that runs. An engine says nothing of its images: the graph that it was built
     from does. Raises UsageError where the two differ.
     """
-    graph = running if running.kind == "onnx" else bundle.manifest.find("onnx")
+    graph = running if running.kind == "onnx" else bundle.manifest.graph
     if graph is None:
         return []
     if graph is not running:
@@ -247,7 +247,7 @@ def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
         raise UsageError(f"backend: got '{backend}', expected one of {', '.join(known)}")
     manifest = bundle.manifest
     choices = [(engine_backend(engine), engine) for engine in engines(manifest)]
-    graph = manifest.find("onnx")
+    graph = manifest.graph
     weights = manifest.find("weights")
     if graph is not None:
         # On a machine without a GPU, a line about CUDA at every prediction would say nothing.

@@ -151,7 +151,7 @@ def deploy(
         raise UsageError(f"name: got '{name}', expected letters, digits, _, ., + and -")
     chosen, files, reason = _choose(bundle.manifest, backend, why)
     batch = next((file.batch for file in files if file.batch), DEFAULT_BATCH)
-    graph = bundle.manifest.find("onnx")
+    graph = bundle.manifest.graph
     if graph is not None:
         check_preprocess(bundle, graph, bundle.read(graph))
     is_fixed = graph is not None and graph.batch is not None  # a dimension of 1 is no open one
@@ -258,8 +258,8 @@ def _choose(manifest: Manifest, wanted: str, why: str) -> tuple[TritonBackend, l
     """The backend, the files that it may run (best first), and why it was chosen."""
     known = engines(manifest)
     proven = [engine for engine in known if engine.proof_fault is None]
-    plans = [engine for engine in proven if engine.built_with.get("flavor") == "tensorrt"]
-    graphs = [graph for graph in (manifest.find("onnx"),) if graph is not None]
+    plans = [engine for engine in proven if engine.flavor == "tensorrt"]
+    graphs = [graph for graph in (manifest.graph,) if graph is not None]
     passed_over = "; ".join(
         f"{engine.file} is passed over: {engine.proof_fault}"
         for engine in known

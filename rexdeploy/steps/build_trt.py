@@ -81,7 +81,7 @@ def build_trt(
     bundle, targets = source.bundle, several(target)
     flavor = _choose_flavor(flavor, targets, workspace)
     trt = tensorrt_api.load(flavor)
-    root_graph = bundle.manifest.find("onnx")
+    root_graph = bundle.manifest.graph
     if root_graph is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
     sizes = batch_range(batch, root_graph.batch)
@@ -109,7 +109,7 @@ def build_trt(
     report("proving its precision")
     # A mixed graph (of tune-precision) is to be computed in each product's own type.
     kind = TYPE_NAMES[graph_artifact.precision] if graph_artifact.precision else None
-    is_ours = root_graph.built_with.get("align", "off") != "off"
+    is_ours = root_graph.multiple > 0
     free = float32_nodes(graph, graph_artifact.precision) if is_ours else None
     proof = prove(built.layers, products(graph), kind, free)
     _check_precision(proof)

@@ -278,7 +278,7 @@ def _candidates(bundle: Bundle, backends: Sequence[str], files: Sequence[str]) -
             weights.file, bundle.read(weights), "weights", None, "", ("pytorch",), spec.core
         )
         found = [own, *found]
-    graph = bundle.manifest.find("onnx")
+    graph = bundle.manifest.graph
     if graph is not None:
         check_preprocess(bundle, graph, bundle.read(graph))
     return [item for item in found if not files or item.file in files]

@@ -226,7 +226,7 @@ def _engine_runner(plan: bytes, header: PlanHeader, place: Place | None) -> Runn
         return Runner(name, False, "no NVIDIA GPU on this machine")
     targets = header.targets
     if header.flavor == "tensorrt" and place is not None:
-        targets = tuple(place.artifact.built_with.get("targets", "").split())
+        targets = tuple(place.artifact.targets.split())
     if targets and found.target not in targets:
         reason = f"built for {', '.join(targets)}, and this machine has {found.target}; {again}"
         return Runner(name, False, reason)

@@ -20,12 +20,12 @@ from rexdeploy import machine
 from rexdeploy.arrays import Float32
 from rexdeploy.backends import ENGINE_BACKENDS, Backend, flavor_of, open_backend, tensorrt_build
 from rexdeploy.backends.tensorrt_api import Flavor
-from rexdeploy.bundle.manifest import Artifact, BatchRange, ModelSpec, to_json
+from rexdeploy.bundle.manifest import KEPT, REVISION, Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.bundle.store import Bundle, check_writable, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.graphs.cast import REVISIONS, beyond_fp16, to_precision
 from rexdeploy.graphs.emulate import as_typed
-from rexdeploy.graphs.engine_graph import REVISION, TUNED, Source, engine_form
+from rexdeploy.graphs.engine_graph import Source, engine_form
 from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import node_name, parse
 from rexdeploy.graphs.wrapper import change_core, unwrap
@@ -146,7 +146,7 @@ def tune_precision(
     if backend in ENGINE_BACKENDS and machine.detect() is None:
         raise BackendUnavailable(f"no NVIDIA GPU driver on this machine, for {backend}")
     bundle = Bundle.find(bundle)
-    root = bundle.manifest.find("onnx")
+    root = bundle.manifest.graph
     if root is None:
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
     preprocess = bundle.manifest.model.preprocess
@@ -352,7 +352,7 @@ class _Search:
         mixed = change_core(whole, lambda _: self._mixed(trial))
         data = mixed.SerializeToString(deterministic=True)
         kept = ", ".join(trial.float32)
-        notes = {REVISION: REVISIONS["fp16"], TUNED: kept, "error": f"{trial.error:.2g}"}
+        notes = {REVISION: REVISIONS["fp16"], KEPT: kept, "error": f"{trial.error:.2g}"}
         notes |= {"float32_nodes": ", ".join(trial.nodes)} if trial.nodes else {}
         artifact = Artifact(
             "onnx",

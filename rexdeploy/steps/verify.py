@@ -87,7 +87,7 @@ class Verification(Result):
         Raises RexdeployError where the bundle cannot be written, or was changed meanwhile.
         """
         data = to_json(self)
-        graph = bundle.manifest.find("onnx")
+        graph = bundle.manifest.graph
         artifact = Artifact(
             "report",
             VERIFICATION,
@@ -137,7 +137,7 @@ def verify(
             raise UsageError(f"backend: got '{name}', expected one of {', '.join(known)}")
     bundle = find(bundle, require_signature)
     spec = bundle.manifest.model
-    if (graph := bundle.manifest.find("onnx")) is not None:
+    if (graph := bundle.manifest.graph) is not None:
         check_preprocess(bundle, graph, bundle.read(graph))
     read_labels(bundle)  # for what is wrong with them
     reference_name = _reference_artifact(bundle).file if spec.family == "onnx" else REFERENCE
@@ -313,7 +313,7 @@ def _reference_artifact(bundle: Bundle) -> Artifact:
             f"{bundle.path}: the manifest says that it holds somebody's own ONNX graph, and lists "
             f"{weights.file}, which are no such graph's; make the bundle anew"
         )
-    artifact = bundle.manifest.find("onnx") if spec.family == "onnx" else weights
+    artifact = bundle.manifest.graph if spec.family == "onnx" else weights
     if artifact is None:
         raise UsageError(
             f"{bundle.path} holds no reference for {spec.title}; remove the folder and make it "

@@ -46,10 +46,9 @@ class BundleNetwork:
         self.bundle = bundle
         self.name = name or bundle.path.name
         self.spec = bundle.manifest.model
-        graph = bundle.manifest.find("onnx")
-        padded = graph.built_with.get("align", "off") if graph else "off"
+        graph = bundle.manifest.graph
         plain = "own" if self.spec.family == "onnx" else "plain"
-        self.form = plain if padded == "off" else padded
+        self.form = str(graph.multiple) if graph and graph.multiple else plain
 
     @cached_property
     def module(self) -> nn.Module | None:
@@ -63,7 +62,7 @@ class BundleNetwork:
     def file(self, backend: str, fp16: bool) -> ModelFile | None:
         manifest = self.bundle.manifest
         if backend in ONNX_BACKENDS:
-            artifact = manifest.find_file("fp16.onnx") if fp16 else manifest.find("onnx")
+            artifact = manifest.find_file("fp16.onnx") if fp16 else manifest.graph
         else:
             engines = [
                 artifact
