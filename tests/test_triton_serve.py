@@ -263,5 +263,5 @@ def test_the_models_import_the_package_that_started_the_server(tmp_path: Path) -
     """And none of its parts by a bare name, as `files` or `text` of the user's own."""
     printing = program(tmp_path / "tritonserver", "#!/bin/sh\necho $PYTHONPATH >&2\n")
     process = start(Binary(printing, "here"), [], 0)
-    first = process.communicate(timeout=20)[1].split(":")[0]
+    first = process.communicate(timeout=20)[1].strip().split(":")[0]
     assert Path(first, "rexdeploy", "__init__.py").is_file()
