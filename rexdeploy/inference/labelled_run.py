@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from rexdeploy.arrays import Array, UInt8
+from rexdeploy.arrays import Array, Images
 from rexdeploy.backends import Backend
-from rexdeploy.bundle.manifest import BatchRange, ModelSpec, Preprocess
+from rexdeploy.bundle.manifest import BatchRange, InputForm, ModelSpec, Preprocess
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import decode
 from rexdeploy.images.labelled import LabelledImages
@@ -24,6 +25,8 @@ from rexdeploy.text import one_line
 BATCH = 32
 _AHEAD = 3  # batches that are decoded or being decoded
 _MAX_THREADS = 16
+
+Prepared = dict[InputForm, Images]  # one image, in each form that a model takes
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,8 @@ class Runner:
     batch: BatchRange | None
     emulated: bool = False
 
-    def run(self, pixels: UInt8) -> Array:
-        """Its outputs `[N, classes]` of N images, in batches that it takes."""
-        images = decode.model_input(pixels, self.spec)
+    def run(self, images: Images) -> Array:
+        """Its outputs `[N, classes]` of N images in its spec's form, in batches that it takes."""
         least, most = (self.batch.min, self.batch.max) if self.batch else (1, len(images))
         parts = []
         for start in range(0, len(images), most):
@@ -69,24 +71,27 @@ def run_labelled(
 
     A runner that fails is not run again; `failed` are those of an earlier run.
     """
-    for pixels in _decoded(images, preprocess, start):
-        shown = images.classes[start : start + len(pixels)].tolist()
-        batch = _answer(pixels, shown, runners, failed)
-        failed, start = batch.failed, start + len(pixels)
+    forms = tuple(dict.fromkeys(runner.spec.input for runner in runners))
+    for prepared in _decoded(images, preprocess, forms, start):
+        shown = images.classes[start : start + len(prepared)].tolist()
+        batch = _answer(prepared, shown, runners, failed)
+        failed, start = batch.failed, start + len(prepared)
         yield batch
 
 
 def _decoded(
-    images: LabelledImages, preprocess: Preprocess, start: int
-) -> Iterator[list[UInt8 | str]]:
-    """Batches of pixels, or of why there are none; threads decode ahead of the models."""
+    images: LabelledImages, preprocess: Preprocess, forms: Sequence[InputForm], start: int
+) -> Iterator[list[Prepared | str]]:
+    """Batches of prepared images, or of why there are none; threads prepare ahead of the models."""
     folder = Path(images.folder)
     pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS), "decode")
-    ahead: deque[list[Future[UInt8 | str]]] = deque()
+    ahead: deque[list[Future[Prepared | str]]] = deque()
     try:
         for first in range(start, len(images.files), BATCH):
             files = images.files[first : first + BATCH]
-            ahead.append([pool.submit(_read, folder, file, preprocess) for file in files])
+            ahead.append(
+                [pool.submit(_prepare, folder / file, preprocess, forms) for file in files]
+            )
             if len(ahead) == _AHEAD:
                 yield [future.result() for future in ahead.popleft()]
         while ahead:
@@ -95,33 +100,39 @@ def _decoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _read(folder: Path, file: str, preprocess: Preprocess) -> UInt8 | str:
-    path = folder / file
+def _prepare(path: Path, preprocess: Preprocess, forms: Sequence[InputForm]) -> Prepared | str:
+    """One image in each form that a model takes, or why there is none."""
     try:
-        return decode.read(path, preprocess)
+        pixels = decode.read(path, preprocess)
     except UsageError as error:
         return one_line(str(error).removeprefix(f"{path}: "))
+    return {
+        form: pixels if form == "uint8" else decode.normalise(pixels, preprocess) for form in forms
+    }
 
 
 def _answer(
-    pixels: Sequence[UInt8 | str],
+    prepared: Sequence[Prepared | str],
     shown: Sequence[int],
     runners: Sequence[Runner],
     earlier: Mapping[int, str],
 ) -> Batch:
-    good = [image for image in pixels if not isinstance(image, str)]
-    classes = [
-        label for label, image in zip(shown, pixels, strict=True) if not isinstance(image, str)
-    ]
+    pairs = zip(prepared, shown, strict=True)
+    good = [(image, label) for image, label in pairs if not isinstance(image, str)]
+    classes = [label for _, label in good]
+    batches = {
+        form: cast("Images", np.stack([image[form] for image, _ in good]))
+        for form in {runner.spec.input for runner in runners if good}
+    }
     answers: list[list[Answer]] = []
     seconds, failed = [], dict(earlier)
     for index, runner in enumerate(runners):
         rows: list[Answer] = []
+        began = time.perf_counter()
         taken = 0.0
         if good and index not in failed:
-            began = time.perf_counter()
             try:
-                outputs = runner.run(np.stack(good))
+                outputs = runner.run(batches[runner.spec.input])
             except RexdeployError as error:
                 failed[index] = str(error)
             else:
@@ -129,5 +140,5 @@ def _answer(
                 rows = ranked(outputs, classes, runner.spec.output)
         seconds.append(taken)
         answers.append(rows)
-    unreadable = {place: image for place, image in enumerate(pixels) if isinstance(image, str)}
+    unreadable = {place: image for place, image in enumerate(prepared) if isinstance(image, str)}
     return Batch(unreadable, answers, seconds, failed)

@@ -354,8 +354,10 @@ def _run(
 
 def _published(spec: ModelSpec) -> Published | None:
     """The published accuracy of published weights; None for others, or without torch."""
+    if not spec.weights.source.startswith("timm/"):  # no file's name has a slash
+        return None
     try:
-        from rexdeploy.models.zoo import PRETRAINED, published
+        from rexdeploy.models.zoo import PRETRAINED, published  # imports torch
     except ImportError:
         return None
     if not spec.weights.source.startswith(tuple(PRETRAINED.values())):
