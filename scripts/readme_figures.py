@@ -234,6 +234,16 @@ def _startup(_: Sequence[Measured]) -> str:
     )
 
 
+def _training(_: Sequence[Measured]) -> str:
+    document = json.loads((FOLDER / "training-step-cpu.json").read_text())
+    ours, plain = (document["seconds"][name] for name in ("ours", "timm"))
+    return _paragraph(
+        f"A training step ({document['network']}) takes {paired_ratio(ours, plain)} times as long "
+        f"as plain code with timm's own network, optimiser and schedule ({len(ours)} pairs in "
+        f"turns, `scripts/training_step.py`, on {_machine(document)})."
+    )
+
+
 def _serving(_: Sequence[Measured]) -> str:
     document = json.loads((FOLDER / "serving-cpu.json").read_text())
     mixed = document["mixed"]
@@ -322,6 +332,7 @@ BLOCKS: dict[str, Callable[[Sequence[Measured]], str]] = {
     "paper-about": _paper_about,
     "paper": _paper_table,
     "startup": _startup,
+    "training": _training,
     "serving": _serving,
     "eight": _eight,
     "openvino-forms": _openvino_forms,
