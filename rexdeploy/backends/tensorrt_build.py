@@ -31,6 +31,9 @@ _LAYER = re.compile(
 )
 
 
+_EIGHT_BIT_FLOATS = ("FP8", "FLOAT8")  # types that no proof counts: not to be taken for Float
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer of a built engine, and the types it works on ("Half", "Float", ...)."""
@@ -48,10 +51,13 @@ class Layer:
 
         A convolution's weights tell: casts are fused into it, so that one in Float may well read
         Float and write Half. Without weights (they may be computed, too), the widest floating type
-        that it reads; where it reads none, the widest that it writes.
+        that it reads; where it reads none, the widest that it writes. Int8 weights tell only where
+        it reads Int8 as well: for SM75, TensorRT-RTX 1.7 keeps them and computes in Half.
         """
-        if self.weights in TYPES:
-            return self.weights
+        weights = self.weights or ""
+        is_widened = weights == "Int8" and "Int8" not in self.inputs
+        if not is_widened and (weights in TYPES or weights.upper().startswith(_EIGHT_BIT_FLOATS)):
+            return weights
         for types in (self.inputs, self.outputs):
             widest = next((name for name in reversed(FLOATING) if name in types), None)
             if widest is not None:
@@ -208,6 +214,6 @@ def _weights(constants: str, rest: str) -> tuple[int, str | None]:
 
 def _type_name(text: str) -> str:
     """RTX says "Half"; full TensorRT says "Channel major FP16 format where ..."."""
-    names = {kind.tensorrt: kind.rtx for kind in PRECISIONS.values()} | {"INT8": "Int8"}
+    names = {kind.tensorrt: kind.rtx for kind in PRECISIONS.values()}
     words = text.upper().split()
     return next((name for key, name in names.items() if key in words), text.strip())

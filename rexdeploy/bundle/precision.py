@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,12 @@ PRECISIONS: dict[Precision, NumberType] = {
     "fp32": NumberType("float32", "Float", "FP32", 1, 4, 3.4028234e38),
     "fp16": NumberType("float16", "Half", "FP16", 10, 2, 65504.0),
     "bf16": NumberType("bfloat16", "BFloat16", "BF16", 16, 2, 3.3895314e38),
+    "int8": NumberType("int8", "Int8", "INT8", 3, 1, 127.0),
 }
 TYPE_NAMES: dict[Precision, str] = {name: kind.rtx for name, kind in PRECISIONS.items()}
-FLOATING = tuple(kind.rtx for kind in sorted(PRECISIONS.values(), key=lambda kind: kind.largest))
-TYPES = ("Int8", *FLOATING)
+TYPES = tuple(kind.rtx for kind in sorted(PRECISIONS.values(), key=lambda kind: kind.largest))
 """The types that arithmetic is counted in, by TensorRT-RTX's names, the widest last."""
+FLOATING = tuple(kind for kind in TYPES if kind != PRECISIONS["int8"].rtx)
 MIN_SHARE = 0.5
 """Least share of layers in the type that was asked for, beside all convolutions and products.
 

@@ -10,7 +10,7 @@ from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs.read import graph_inputs
 
-FLOATING = tuple(kind.onnx for kind in PRECISIONS.values())
+FLOATING = tuple(kind.onnx for name, kind in PRECISIONS.items() if name != "int8")
 # What may stand between a convolution and its activation's output, in any exporter's writing.
 _LINEAR = {"BatchNormalization", "Cast", "Identity"}
 _ACTIVATION = {"Sigmoid", "Mul", "Clip", "Relu", "Min", "Max", "HardSwish", "HardSigmoid", "Swish"}

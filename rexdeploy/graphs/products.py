@@ -29,7 +29,7 @@ class Product:
 
 
 ARITHMETIC_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_TYPE_NAMES = {kind.onnx: kind.rtx for kind in PRECISIONS.values()} | {TensorProto.INT8: "Int8"}
+_TYPE_NAMES = {kind.onnx: kind.rtx for kind in PRECISIONS.values()}
 
 
 def precision_of(model: ModelProto) -> Precision | None:
@@ -61,7 +61,7 @@ def products(model: ModelProto) -> list[Product]:
         found += [
             Product(
                 node_name(node),
-                _stored_type(node.input[1], types, producers),
+                _computed_type(node, types, producers),
                 _macs(node, known) if part is graph else None,  # a branch may run, or not
                 math.prod(known.get(node.input[1], [0])),
             )
@@ -71,12 +71,19 @@ def products(model: ModelProto) -> list[Product]:
     return found
 
 
-def _stored_type(name: str, types: dict[str, int], producers: dict[str, NodeProto]) -> str:
-    """The type of a product's operand; Int8 where it is dequantised just before."""
-    producer = producers.get(name)
-    if producer is not None and producer.op_type == "DequantizeLinear":
-        name = producer.input[0]
-    kind = types.get(name, 0)
+def _computed_type(node: NodeProto, types: dict[str, int], producers: dict[str, NodeProto]) -> str:
+    """The type of a product's weights; int8 only where both its operands are dequantised before."""
+
+    def operand(index: int) -> int:
+        name = node.input[index]
+        producer = producers.get(name)
+        is_stored = producer is not None and producer.op_type == "DequantizeLinear"
+        return types.get(producer.input[0] if producer is not None and is_stored else name, 0)
+
+    kind = operand(1)
+    eight_bits = (TensorProto.INT8, TensorProto.UINT8)
+    if kind == TensorProto.INT8 and operand(0) not in eight_bits:
+        kind = operand(0)  # int8 in the file only: the arithmetic is that of what it reads
     return _TYPE_NAMES.get(kind) or type_name(kind)
 
 

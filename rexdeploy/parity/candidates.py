@@ -30,12 +30,13 @@ from rexdeploy.graphs.products import Product, products
 from rexdeploy.graphs.read import NotOnnx, graph_inputs, parse, read_with_external_data, type_name
 from rexdeploy.graphs.wrapper import forms
 from rexdeploy.parity.layer_types import prove
+from rexdeploy.parity.quantized import is_quantized
 
 if TYPE_CHECKING:
     from rexdeploy.backends.trt import TensorRTBackend
 
 MAX_GRAPH_BATCH = 64  # of ONNX graphs, which run on the CPU; engines run at all their sizes
-_NARROWEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16")
+_NARROWEST_FIRST: tuple[Precision, ...] = ("bf16", "fp16")  # of what a graph is told to round to
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,19 @@ class Candidate:
 
     @cached_property
     def narrow(self) -> Precision | None:
-        """The narrowest 16-bit type that it computes in; None for float32."""
+        """The narrowest type that it computes in; None for float32."""
         if self.kind != "onnx" or self.built_in is not None:
             return self.built_in if self.built_in != "fp32" else None
+        if is_quantized(self.graph):
+            return "int8"
         return next(
             (name for name in _NARROWEST_FIRST if PRECISIONS[name].onnx in self.narrow_types), None
         )
+
+    @property
+    def is_16_bit(self) -> bool:
+        """Whether runtimes on a CPU compute it in float32, as they do 16 bits."""
+        return self.narrow in _NARROWEST_FIRST
 
     @cached_property
     def proof(self) -> PrecisionProof | None:

@@ -28,6 +28,7 @@ from rexdeploy.parity.limits import (
     float32_limits,
     rounding_limits,
 )
+from rexdeploy.parity.quantized import quantized_twin, written_out
 from rexdeploy.parity.ranges import _PEAK_BATCH, _PEAK_IMAGES, Headroom, _headroom
 
 _SUM_ROOM = 1e-4  # float32's rounding of up to a million probabilities that sum to 1
@@ -93,7 +94,7 @@ class Judge:
 
     def _run(self, candidate: Candidate, name: str, label: str, kernels: Kernels) -> bool:
         """Whether the candidate ran; what came of it is kept."""
-        if name == "openvino" and candidate.narrow:
+        if name == "openvino" and candidate.is_16_bit:
             reason = "OpenVINO computes in float32 here, which says nothing of a 16-bit graph"
             self.skipped.append(Skipped(candidate.parent, label, name, reason, by_choice=True))
             return False
@@ -131,7 +132,10 @@ class Judge:
         else:
             self.edges.append(edge)
         if rounding is not None and exact and not edge.nonfinite:
-            self._hold_against_twin(candidate, label, rows, rounding)
+            if candidate.narrow == "int8":
+                self._hold_as_written(candidate, rounding)
+            else:
+                self._hold_against_twin(candidate, label, rows, rounding)
         if parent != self._reference_name and not refusal:
             total = self._compare(self._reference_name, label, rows, signal, limits)
             self.totals.append(total)
@@ -232,6 +236,25 @@ class Judge:
         if candidate.is_ours or not comparison.failures:
             self.edges.append(self._if_reproducible(candidate, comparison, rounding))
 
+    def _hold_as_written(self, candidate: Candidate, rounding: _Rounding) -> None:
+        """Compares what an INT8 graph says with its parent, rounded alike, by the same arithmetic.
+
+        What a runtime makes of it in int8 has been compared with the parent itself: kernels round
+        halves otherwise, where a small average pool meets many.
+        """
+        model = written_out(candidate.graph)
+        assert model is not None
+        assert rounding.logits is not None
+        comparison = compare(
+            rounding.logits,
+            self._by_image(model, candidate.spec, self._sizes(candidate)[-1]),
+            names=(f"{rounding.parent}, rounded", f"{candidate.file} (as written)"),
+            signal=self.signal,
+            limits=self._float32,
+        )
+        if candidate.is_ours or not comparison.failures:
+            self.edges.append(comparison)
+
     def _if_reproducible(
         self, candidate: Candidate, comparison: Comparison, rounding: _Rounding
     ) -> Comparison:
@@ -282,20 +305,37 @@ class Judge:
             return self._of_conversion(candidate)
         if candidate.built_in is not None:
             return None  # in types that nothing here can round to
+        size = self._sizes(candidate)[-1]
+        if candidate.narrow == "int8":
+            return self._of_quantization(candidate, size)
         for parent in self._float32_graphs(candidate):
             found = twin(parent.graph, candidate.graph)
             if found is not None:
-                rounding, headroom = self._of_twin(parent, found, self._sizes(candidate)[-1])
+                rounding, headroom = self._of_twin(parent, found, size)
                 if headroom:
                     self.headroom.append(replace(headroom, file=candidate.file))
                 return rounding
         models = (widened(candidate.graph), as_typed(candidate.graph))
-        size = self._sizes(candidate)[-1]
         return self._rounded(*(self._by_image(model, candidate.spec, size) for model in models))
+
+    def _of_quantization(self, candidate: Candidate, size: int) -> _Rounding | None:
+        """What rounding to 8 bits by the candidate's own scales does to its parent."""
+        for parent in self._float32_graphs(candidate):
+            model = quantized_twin(parent.graph, candidate.graph)
+            if model is not None:
+                logits = self._by_image(
+                    model, parent.spec, parent.batch.opt if parent.batch else size
+                )
+                expected = self._logits.get(parent.file, self._logits[self._reference_name])
+                rounding = self._rounded(expected, logits)
+                return replace(rounding, logits=logits, parent=parent.file)
+        return None
 
     def _of_conversion(self, candidate: Candidate) -> _Rounding | None:
         """Of an engine from elsewhere: what our own conversion to its type would do."""
         assert candidate.narrow is not None
+        if candidate.narrow == "int8":
+            return None  # by which scales, nobody knows
         for parent in self._float32_graphs(candidate):
             core_graph = unwrap(parent.graph)
             found = twin(core_graph, to_precision(core_graph, candidate.narrow))

@@ -289,11 +289,11 @@ def _runner(candidate: Candidate, name: str) -> Runner:
     if candidate.kind == "onnx":
         size = candidate.batch.opt if candidate.batch else BATCH
         check_memory(candidate.graph, size, candidate.spec.input_shape, candidate.file)
-        if candidate.narrow and name == "openvino":
+        if candidate.is_16_bit and name == "openvino":
             raise BackendUnavailable(
                 "OpenVINO computes in float32 here, which says nothing of a 16-bit graph"
             )
-        if candidate.narrow and name == "onnxruntime":
+        if candidate.is_16_bit and name == "onnxruntime":
             emulated = True
             model = as_typed(candidate.graph).SerializeToString()
     backend = open_backend(name, model, candidate.spec)

@@ -244,6 +244,9 @@ def _walk(
                 f"{candidate.file}: ONNX Runtime has no bfloat16 arithmetic to walk its blocks with"
             )
             continue
+        if candidate.narrow == "int8":
+            unable.append(f"{candidate.file}: its Q/DQ pairs cut the blocks; it is held as a whole")
+            continue
         report(f"walking the blocks of {candidate.file}")
         try:
             if not walks:
