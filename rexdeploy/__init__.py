@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rexdeploy.backends.doctor import doctor
     from rexdeploy.bundle.signing import sign
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.errors import (
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from rexdeploy.serving.server import serve
     from rexdeploy.serving.tuning import tune_serving
     from rexdeploy.steps.build_trt import build_trt
-    from rexdeploy.steps.doctor import doctor
     from rexdeploy.steps.evaluate import evaluate
     from rexdeploy.steps.export import export
     from rexdeploy.steps.finetune import finetune
@@ -85,7 +85,7 @@ _PLACES = {
     "serve": "serving.server",
     "tune_serving": "serving.tuning",
     "build_trt": "steps.build_trt",
-    "doctor": "steps.doctor",
+    "doctor": "backends.doctor",
     "evaluate": "steps.evaluate",
     "export": "steps.export",
     "finetune": "steps.finetune",

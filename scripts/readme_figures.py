@@ -4,7 +4,7 @@
 
 Each figure stands between `<!-- figures: NAME -->` and `<!-- end -->` and is computed from the raw
 samples of artifacts/benchmarks/*.json. --check changes nothing and exits with 1 if a file would
-change. A ratio is the median over the rounds with its 95 % interval (rexdeploy/timing/ratios.py).
+change. A ratio is the median over the rounds with its 95 % interval (rexdeploy/interleaved.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rexdeploy.interleaved import Ratio, paired_ratio
 from rexdeploy.models.zoo import paper_rows
-from rexdeploy.timing.ratios import Ratio, paired_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "artifacts" / "benchmarks"

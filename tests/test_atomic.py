@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from rexdeploy.backends.doctor import Finding
 from rexdeploy.cli.console import emit, write_text
 from rexdeploy.cli.plot import plot_localizations
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import check_replaceable, replacing
-from rexdeploy.steps.doctor import Finding
 from tests.helpers import assert_refused, run_cli, run_python
 from tests.injection import failing
 from tests.test_bundle import _make

@@ -15,13 +15,12 @@ from rexdeploy import machine
 from rexdeploy.backends import Backend, open_backend
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.interleaved import WARMUP_ROUNDS, Task, paired_ratio, time_rounds
 from rexdeploy.models.zoo import cost
 from rexdeploy.progress import silent
 from rexdeploy.timing.configurations import BenchOptions, Latency
 from rexdeploy.timing.harness import bench_published_table, time_networks
-from rexdeploy.timing.interleaved import WARMUP_ROUNDS, Task, time_rounds
 from rexdeploy.timing.networks import BundleNetwork, compared
-from rexdeploy.timing.ratios import paired_ratio
 from tests.helpers import assert_refused, entry, run_cli
 
 QUICK = BenchOptions(rounds=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rexdeploy.steps.doctor import doctor
+from rexdeploy.backends.doctor import doctor
 from tests.helpers import run_cli, run_python
 
 DOCTOR = "from rexdeploy.cli import main; main()"
@@ -48,7 +48,7 @@ def test_a_version_that_does_not_fit_is_a_conflict(
 ) -> None:
     _plant(tmp_path, package, version)
     code = (
-        "from rexdeploy.steps.doctor import _packages\n"
+        "from rexdeploy.backends.doctor import _packages\n"
         "print([(f.item, f.detail, f.fix) for f in _packages() if f.status == 'conflict'])"
     )
     answer = run_python(code, env={"PYTHONPATH": str(tmp_path)})

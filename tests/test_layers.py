@@ -16,7 +16,8 @@ from tests.helpers import ROOT
 PACKAGE = Path(rexdeploy.__path__[0])
 # A part imports parts of lower levels only: a package, or a module beside the packages.
 LEVELS = [
-    {"arrays", "errors", "files", "intervals", "journal", "machine", "progress", "text"},
+    {"arrays", "errors", "files", "interleaved", "intervals", "journal", "machine"}
+    | {"progress", "text"},
     {"bundle"},
     {"graphs", "images", "models"},
     {"backends"},

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rexdeploy.timing.ratios import paired_ratio
+from rexdeploy.interleaved import paired_ratio
 
 TIMES = st.lists(
     st.tuples(st.floats(0.1, 1e4), st.floats(0.1, 1e4), st.floats(0.5, 2)), min_size=1, max_size=60

@@ -138,7 +138,7 @@ def show_benchmark(result: Benchmark) -> None:
     No share of the roofline: at batch 1 the weights and activations stay in the caches, and most
     networks would look nearer to the machine's limit than they are.
     """
-    from rexdeploy.timing.ratios import paired_ratio  # imports statistics
+    from rexdeploy.interleaved import paired_ratio  # imports statistics
 
     _show_machine(result)
     firsts = {(row.network, row.batch, row.threads): row for row in reversed(result.latencies)}

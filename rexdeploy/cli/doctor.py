@@ -17,7 +17,7 @@ def doctor(json: Json = None) -> None:
     rexdeploy doctor
     """
     check_json(json)
-    from rexdeploy.steps.doctor import doctor as run
+    from rexdeploy.backends.doctor import doctor as run
 
     findings = run()
     emit(json, findings)

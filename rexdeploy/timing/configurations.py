@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from rexdeploy.backends import GPU_BACKENDS, TORCH_BACKENDS, Backend, DeviceBackend, open_backend
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
-from rexdeploy.timing.interleaved import Task
+from rexdeploy.interleaved import Task
 from rexdeploy.timing.machine_rates import Place, computes_in
 from rexdeploy.timing.model_file import ModelFile
 from rexdeploy.timing.networks import Network

@@ -13,12 +13,12 @@ from rexdeploy.backends import ENGINE_BACKENDS, GPU_BACKENDS, ONNX_BACKENDS, TOR
 from rexdeploy.bundle.precision import PRECISIONS
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, VerificationFailed
+from rexdeploy.interleaved import Rounds, Task, time_rounds
 from rexdeploy.machine import machine
 from rexdeploy.progress import Report, Result, several, silent
 from rexdeploy.text import one_line
 from rexdeploy.timing import machine_rates
 from rexdeploy.timing.configurations import BenchOptions, Configuration, Latency, Loader
-from rexdeploy.timing.interleaved import Rounds, Task, time_rounds
 from rexdeploy.timing.machine_rates import Probe, computes_in
 from rexdeploy.timing.networks import Network, compared, published_table
 

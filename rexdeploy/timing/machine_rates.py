@@ -10,7 +10,7 @@ import numpy as np
 
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.errors import RexdeployError
-from rexdeploy.timing.interleaved import Task
+from rexdeploy.interleaved import Task
 
 if TYPE_CHECKING:
     from rexdeploy.timing.roofline import Rates

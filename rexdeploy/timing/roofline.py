@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from rexdeploy.bundle.precision import PRECISIONS, Precision
 from rexdeploy.errors import RexdeployError, first_line
+from rexdeploy.interleaved import Task
 from rexdeploy.models.layers import Layer
-from rexdeploy.timing.interleaved import Task
 
 MATRIX_SIZE = 1024
 GPU_MATRIX_SIZE = 8192
