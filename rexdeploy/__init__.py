@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rexdeploy.steps.finetune import finetune
     from rexdeploy.steps.import_onnx import import_onnx
     from rexdeploy.steps.inspect import inspect
+    from rexdeploy.steps.quantize import quantize
     from rexdeploy.steps.tune_precision import tune_precision
     from rexdeploy.steps.verify import Verification, verify
     from rexdeploy.timing.harness import bench
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "predict",
     "published_models",
+    "quantize",
     "serve",
     "sign",
     "triton",
@@ -91,6 +93,7 @@ _PLACES = {
     "finetune": "steps.finetune",
     "import_onnx": "steps.import_onnx",
     "inspect": "steps.inspect",
+    "quantize": "steps.quantize",
     "tune_precision": "steps.tune_precision",
     **dict.fromkeys(("Verification", "verify"), "steps.verify"),
 }

@@ -154,16 +154,30 @@ def machine() -> dict[str, str]:
     return described
 
 
-def _processor() -> str:
-    """Its name, and the widest vector unit, which decides more than the name."""
+def has_int8() -> bool:
+    """Whether the processor sums products of 8 bits in 32: x86 with VNNI, or any other kind.
+
+    x86 without it sums pairs in 16 bits, which saturate for unsigned by signed of 8 bits each.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    flags = _cpuinfo().get("flags", "").split()
+    return any(name in flags for name in ("avx512_vnni", "avx_vnni"))
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the last core; nothing elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor()
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        fields[key.strip()] = value.strip()
+        return {}
+    lines = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in lines}
+
+
+def _processor() -> str:
+    """Its name, and the widest vector unit, which decides more than the name."""
+    fields = _cpuinfo()
     flags = fields.get("flags", "").split()
     vectors = next((name for name in ("avx512f", "avx2", "avx") if name in flags), "")
     return f"{fields.get('model name', platform.processor())} {vectors}".strip()

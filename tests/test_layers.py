@@ -17,7 +17,7 @@ PACKAGE = Path(rexdeploy.__path__[0])
 # A part imports parts of lower levels only: a package, or a module beside the packages.
 LEVELS = [
     {"arrays", "errors", "files", "interleaved", "intervals", "journal", "machine"}
-    | {"progress", "text"},
+    | {"minimal_set", "progress", "text"},
     {"bundle"},
     {"graphs", "images", "models"},
     {"backends"},
@@ -28,7 +28,7 @@ LEVELS = [
 ]
 MAX_PACKAGES, MAX_FILES, MAX_LINES = 11, 10, 400
 ON_TORCH = {"models", "graphs.from_torch", "timing.other_networks"}
-ON_TORCH |= {"steps.export", "steps.finetune", "steps.training_images"}
+ON_TORCH |= {"steps.export", "steps.finetune", "images.training"}
 ON_ONNX = {"graphs", "parity", "steps"}
 # Importing one of these at the top of a file is for these parts; the others import it when needed.
 HEAVY = {

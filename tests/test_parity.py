@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rexdeploy.arrays import Float32, Images
+from rexdeploy.backends import run_batches
 from rexdeploy.bundle.precision import Precision
 from rexdeploy.errors import RexdeployError
-from rexdeploy.parity.batches import run_batches
 from rexdeploy.parity.compare import Limits, Signal
 from rexdeploy.parity.limits import (
     ENGINE_MARGIN,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,6 +129,23 @@ def load_session(
         raise UsageError(
             f"not an ONNX model that onnxruntime can load ({first_line(error)})"
         ) from None
+
+
+def fused(model: bytes) -> bytes:
+    """The graph that ONNX Runtime makes of a model for this CPU, in its own operators.
+
+    Raises like `load_session`.
+    """
+    load_session(model)  # says what is wrong with it
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fused.onnx"
+        options.optimized_model_filepath = str(path)
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return path.read_bytes()
 
 
 class GraphSession:

@@ -142,7 +142,7 @@ class BatchRange:
 DEFAULT_BATCH = BatchRange(1, 8, 64)
 
 
-REVISION, KEPT = "revision", "float32"  # keys of Artifact.built_with
+REVISION, KEPT, REFUSED = "revision", "float32", "refused"  # keys of Artifact.built_with
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,13 @@ class Artifact:
         return self.built_with.get(REVISION)
 
     @property
+    def refused(self) -> str | None:
+        """Why quantize has not accepted an INT8 graph that was kept all the same; None: it has."""
+        return self.built_with.get(REFUSED)
+
+    @property
     def kept_in_float32(self) -> str | None:
-        """The blocks of a float16 graph that tune-precision keeps in float32, if it made it."""
+        """The blocks that tune-precision or quantize has left in float32, if there are any."""
         return self.built_with.get(KEPT)
 
     @property

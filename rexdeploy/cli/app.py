@@ -19,6 +19,7 @@ from rexdeploy.cli.finetune import finetune
 from rexdeploy.cli.inspect import inspect
 from rexdeploy.cli.models import models
 from rexdeploy.cli.predict import predict
+from rexdeploy.cli.quantize import quantize
 from rexdeploy.cli.serve import serve
 from rexdeploy.cli.shared import interrupted, leave_with
 from rexdeploy.cli.sign import sign
@@ -88,7 +89,7 @@ def _check_not_empty(arguments: Sequence[str]) -> None:
             raise UsageError(f"{name}: got '', expected a value; is a variable of the shell unset?")
 
 
-_WRITE_BUNDLES = ("export", "build-trt", "tune-precision", "verify")
+_WRITE_BUNDLES = ("export", "build-trt", "tune-precision", "quantize", "verify")
 
 
 @app.callback(invoke_without_command=True)
@@ -119,6 +120,7 @@ COMMANDS = (  # in the order of --help
     build_trt,
     verify,
     tune_precision,
+    quantize,
     inspect,
     evaluate,
     predict,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rexdeploy.cli.console import check_json, output_file
-from rexdeploy.errors import BackendUnavailable, UsageError
+from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rexdeploy.serving.tuning import Sweep
     from rexdeploy.steps.evaluate import Evaluation
     from rexdeploy.steps.finetune import FinetuneResult
+    from rexdeploy.steps.quantize import Quantization
     from rexdeploy.timing.configurations import Latency
     from rexdeploy.timing.harness import Benchmark
 
@@ -156,6 +157,36 @@ def plot_evaluation(result: Evaluation, file: Path) -> None:
     axes.set_xlabel("ms an image, in batches, while others are decoded")
     axes.set_ylabel(f"top-1 accuracy, % of {result.images} images")
     axes.set_title(f"{result.model}; {result.machine['processor']}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    _save(figure, file)
+
+
+def plot_quantization(result: Quantization, file: Path) -> None:
+    """Draws what every timed INT8 graph loses against its time, beside the float32 graph's.
+
+    Raises RexdeployError where it cannot be written, or nothing was timed.
+    """
+    from matplotlib.figure import Figure
+
+    if not result.timed or result.float32_ms is None:
+        raise RexdeployError(f"{file}: there is nothing to draw: no graph was timed here")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([result.float32_ms], [0], "s", label="float32")
+    for row in result.timed:
+        verdict = "passes" if row.trial.passes else "misses its bar"
+        axes.plot(
+            [row.ms],
+            [row.trial.rms],
+            "o" if row.trial.passes else "x",
+            label=f"{row.trial.title}: {row.ratio} times as fast, {verdict}",
+        )
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("ms, batch 1, one thread (medians)")
+    axes.set_ylabel("root mean square error of the logits, in units of signal")
+    axes.set_title(f"{result.bundle.path.name}; {result.machine['processor']}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     _save(figure, file)

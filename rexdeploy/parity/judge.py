@@ -10,13 +10,12 @@ import numpy as np
 from onnx import ModelProto
 
 from rexdeploy.arrays import Array, Images
-from rexdeploy.backends import Kernels, open_backend
+from rexdeploy.backends import Kernels, Rows, open_backend, run_batches
 from rexdeploy.bundle.manifest import BatchRange, InputForm, ModelSpec
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.emulate import Twin, as_typed, twin, widened
 from rexdeploy.graphs.wrapper import unwrap
-from rexdeploy.parity.batches import Rows, run_batches
 from rexdeploy.parity.candidates import MAX_GRAPH_BATCH, Candidate, Skipped, sizes
 from rexdeploy.parity.compare import Compared, Comparison, Limits, Signal, comparable, compare
 from rexdeploy.parity.limits import (

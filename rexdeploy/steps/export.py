@@ -14,7 +14,7 @@ import torch
 from onnx import ModelProto
 
 from rexdeploy.arrays import Array
-from rexdeploy.backends import open_backend
+from rexdeploy.backends import open_backend, run_batches
 from rexdeploy.bundle.labels import IMAGENET_CLASSES, labels_for
 from rexdeploy.bundle.manifest import (
     FORMAT,
@@ -40,7 +40,6 @@ from rexdeploy.models.align import AUTO_MULTIPLE
 from rexdeploy.models.align import align as aligned
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, check_width, recalibrate_batch_norms
 from rexdeploy.models.weights import read_weights
-from rexdeploy.parity.batches import run_batches
 from rexdeploy.parity.compare import Compared, Comparison, Signal, comparable, compare
 from rexdeploy.parity.limits import float32_limits, float32_noise
 from rexdeploy.progress import Report, Result, silent

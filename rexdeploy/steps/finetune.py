@@ -17,6 +17,15 @@ from torch import Tensor
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.images.class_folders import ClassFolders, find_class_folders, unreadable
+from rexdeploy.images.training import (
+    AsServed,
+    Batches,
+    Examples,
+    loader,
+    readable,
+    seed_of,
+    training_transform,
+)
 from rexdeploy.models import unfinished
 from rexdeploy.models.notes import Notes, check_names, save_with_notes
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, check_width
@@ -35,15 +44,6 @@ from rexdeploy.models.training import (
 from rexdeploy.models.weights import read_weights
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.steps.export import DEFAULT_IMAGE_SIZE, check_image_size
-from rexdeploy.steps.training_images import (
-    AsServed,
-    Batches,
-    Examples,
-    loader,
-    readable,
-    seed_of,
-    training_transform,
-)
 from rexdeploy.text import printable
 
 DEFAULT_OUT = Path("finetuned.safetensors")
@@ -293,16 +293,18 @@ class _Run:
         self.history: list[Epoch] = []
         rank, processes = place()
         spec = Preprocess(height=notes.image_size, width=notes.image_size)
-        transform = training_transform(plan.recipe, spec)
+        transform = training_transform(plan.recipe.augmentation, spec)
         self.batches = Batches(len(training), plan.batch, plan.seed, rank, processes)
-        self.training = loader(Examples(training, transform, plan.seed), self.batches, workers)
+        examples = Examples(training, transform, plan.seed)
+        self.training = loader(examples, self.batches, workers, unfinished.let_go)
         share = [[(0, at)] for at in range(rank, len(held), processes)]
         size = max(1, plan.batch // processes)
         grouped = [
             [key for keys in share[at : at + size] for key in keys]
             for at in range(0, len(share), size)
         ]
-        self.validation = loader(Examples(held, AsServed(spec), None), grouped, workers)
+        examples = Examples(held, AsServed(spec), None)
+        self.validation = loader(examples, grouped, workers, unfinished.let_go)
         self.trainer = Trainer(
             model, plan.recipe, plan.lr, plan.epochs, len(self.batches), device()
         )

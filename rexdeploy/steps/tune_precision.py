@@ -18,7 +18,14 @@ from onnx import ModelProto
 
 from rexdeploy import machine
 from rexdeploy.arrays import Float32
-from rexdeploy.backends import ENGINE_BACKENDS, Backend, flavor_of, open_backend, tensorrt_build
+from rexdeploy.backends import (
+    ENGINE_BACKENDS,
+    Backend,
+    flavor_of,
+    open_backend,
+    run_batches,
+    tensorrt_build,
+)
 from rexdeploy.backends.tensorrt_api import Flavor
 from rexdeploy.bundle.manifest import KEPT, REVISION, Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.bundle.store import Bundle, check_writable, sha256
@@ -30,7 +37,7 @@ from rexdeploy.graphs.products import precision_of, products
 from rexdeploy.graphs.read import node_name, parse
 from rexdeploy.graphs.wrapper import change_core, unwrap
 from rexdeploy.images import decode, sets
-from rexdeploy.parity.batches import run_batches
+from rexdeploy.minimal_set import minimal
 from rexdeploy.parity.block_by_block import GraphWalk
 from rexdeploy.parity.compare import Limits, Signal, compare
 from rexdeploy.parity.layer_types import PROOF_REVISION, prove
@@ -167,7 +174,7 @@ def tune_precision(
     best = plain = search.judge(())
     if not plain.passes:
         report("measuring each block in float16 alone")
-        best = _minimal(search, _by_sensitivity(model, walk, pool), max_blocks)
+        best = minimal(search.judge, _by_sensitivity(model, walk, pool), max_blocks)
         if best.passes:
             best = _fewer_nodes(search, best, _nodes_at_fault(model, ranges))
     is_cured = best.float32 and best.passes
@@ -196,32 +203,6 @@ def _by_sensitivity(model: ModelProto, walk: GraphWalk, pool: Float32) -> list[s
         for block in result.blocks
     }
     return sorted(errors, key=lambda name: -errors[name])
-
-
-def _minimal(search: _Search, ranked: list[str], most: int) -> Trial:
-    """A small set within the limit, or else the best one that was tried."""
-    low, high = 0, 1
-    trial = search.judge(ranked[:1])
-    tried = [trial]
-    most = min(most, len(ranked))
-    while not trial.passes and high < most:
-        low, high = high, min(2 * high, most)
-        trial = search.judge(ranked[:high])
-        tried.append(trial)
-    if not trial.passes:
-        return min(tried, key=lambda item: item.rank)
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = search.judge(ranked[:middle])
-        if found.passes:
-            high, trial = middle, found
-        else:
-            low = middle
-    for name in reversed(ranked[: high - 1]):  # without its last one, the set was found to fail
-        without = search.judge(kept for kept in trial.float32 if kept != name)
-        if without.passes:
-            trial = without
-    return trial
 
 
 def _nodes_at_fault(model: ModelProto, ranges: Ranges) -> set[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rexdeploy.arrays import Float32
-from rexdeploy.backends import ENGINE_BACKENDS, ONNX_BACKENDS, open_backend
+from rexdeploy.backends import ENGINE_BACKENDS, ONNX_BACKENDS, open_backend, run_batches
 from rexdeploy.bundle.labels import read_labels
 from rexdeploy.bundle.manifest import VERIFICATION, Artifact, BatchRange, ModelSpec, to_json
 from rexdeploy.bundle.metadata import check_preprocess
@@ -21,7 +21,6 @@ from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.graphs.bounds import check_memory
 from rexdeploy.graphs.read import parse
 from rexdeploy.images import decode, sets
-from rexdeploy.parity.batches import run_batches
 from rexdeploy.parity.block_by_block import GraphWalk, TorchWalk, Walk
 from rexdeploy.parity.candidates import (
     Candidate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -18,8 +19,6 @@ from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import decode
 from rexdeploy.images.class_folders import ClassFolders
-from rexdeploy.models import unfinished
-from rexdeploy.models.training import Recipe, import_timm
 
 
 class Examples:
@@ -70,8 +69,13 @@ class Batches:
             yield [(self.epoch, index) for index in whole[self._own]]
 
 
-def loader(examples: Examples, keys: Any, workers: int) -> DataLoader[Any]:
-    """Batches of examples by lists of their keys, read by so many processes."""
+def loader(
+    examples: Examples, keys: Any, workers: int, begin: Callable[[], None]
+) -> DataLoader[Any]:
+    """Batches of examples by lists of their keys, read by so many processes.
+
+    Each calls `begin` first, to let go of what only the command itself may hold.
+    """
     # Workers, even if it is one: what they draw is nothing to this process's own random numbers.
     return DataLoader(
         examples,  # type: ignore[arg-type]
@@ -80,14 +84,14 @@ def loader(examples: Examples, keys: Any, workers: int) -> DataLoader[Any]:
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=True,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=functools.partial(_begin_worker, begin),
         generator=torch.Generator(),
     )
 
 
-def _begin_worker(number: int) -> None:
+def _begin_worker(begin: Callable[[], None], number: int) -> None:
     del number
-    unfinished.let_go()
+    begin()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to tell
 
 
@@ -109,11 +113,12 @@ def readable(found: tuple[Tensor, Tensor] | str) -> tuple[Tensor, Tensor]:
     return found
 
 
-def training_transform(recipe: Recipe, spec: Preprocess) -> Callable[[Image.Image], Tensor]:
-    """What the recipe does to a training image."""
-    timm = import_timm()
-    if recipe.augmentation == "randaugment":
-        made: Callable[[Image.Image], Tensor] = timm.data.create_transform(
+def training_transform(augmentation: str, spec: Preprocess) -> Callable[[Image.Image], Tensor]:
+    """What a recipe does to a training image: "randaugment" (timm's) or "affine"."""
+    if augmentation == "randaugment":
+        import timm.data
+
+        made: Callable[[Image.Image], Tensor] = timm.data.create_transform(  # type: ignore[attr-defined]
             spec.height,
             is_training=True,
             auto_augment="rand-m9-mstd0.5",
