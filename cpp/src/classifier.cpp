@@ -25,6 +25,15 @@ int rank(const Artifact& engine) {
     return engine.precision == "fp16" ? 0 : engine.precision == "bf16" ? 1 : 2;
 }
 
+/// Whether the processor sums products of 8 bits in 32: x86 with VNNI, or any other kind.
+bool sums_in_32_bits() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512vnni") != 0 || __builtin_cpu_supports("avxvnni") != 0;
+#else
+    return true;
+#endif
+}
+
 /// Backends with the file each would run, best first.
 std::vector<Choice> choices(const Manifest& manifest, const std::string& backend) {
     std::vector<Choice> choices;
@@ -38,6 +47,11 @@ std::vector<Choice> choices(const Manifest& manifest, const std::string& backend
             if (artifact.kind == "engine" && rank(artifact) == wanted) {
                 add(artifact.flavor == "rtx" ? "tensorrt-rtx" : "tensorrt", artifact);
             }
+        }
+    }
+    for (const Artifact& artifact : manifest.artifacts) {
+        if (artifact.is_accepted_int8 && (!artifact.needs_int8 || sums_in_32_bits())) {
+            add("onnxruntime", artifact);
         }
     }
     if (const Artifact* graph = manifest.find("onnx")) {

@@ -285,7 +285,7 @@ Artifact read_artifact(const Json& json) {
     }
     if (const Json* precision = nullable_member(json, "precision")) {
         artifact.precision =
-            one_of(text(*precision, "precision"), "precision", {"fp32", "fp16", "bf16"});
+            one_of(text(*precision, "precision"), "precision", {"fp32", "fp16", "bf16", "int8"});
     }
     if (const Json* parent = nullable_member(json, "parent_sha256")) {
         artifact.parent_sha256 = text(*parent, "parent_sha256");
@@ -310,6 +310,9 @@ Artifact read_artifact(const Json& json) {
             text(item.value(), item.key().c_str());
         }
         artifact.flavor = optional_text(*built_with, "flavor");
+        artifact.needs_int8 = optional_text(*built_with, "weight_bits") == "8";
+        artifact.is_accepted_int8 = artifact.kind == "onnx" && artifact.file == "int8.onnx" &&
+                                    !built_with->contains("refused");
     }
     if (const Json* proof = nullable_member(json, "proof")) {
         check_proof(*proof);

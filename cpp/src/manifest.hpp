@@ -46,6 +46,8 @@ struct Artifact {
     std::string precision;            // empty: none
     std::optional<BatchRange> batch;  // none: any batch size
     std::string flavor;               // of an engine: "rtx" or "tensorrt"
+    bool is_accepted_int8 = false;    // the graph for CPUs that quantize has accepted
+    bool needs_int8 = false;          // its sums saturate on x86 without VNNI
     std::string command;              // makes the file again
 };
 

@@ -143,6 +143,8 @@ DEFAULT_BATCH = BatchRange(1, 8, 64)
 
 
 REVISION, KEPT, REFUSED = "revision", "float32", "refused"  # keys of Artifact.built_with
+WEIGHT_BITS, BIASES = "weight_bits", "biases"
+INT8, INT8_TRT = "int8.onnx", "int8.tensorrt.onnx"  # what quantize writes, by its target
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,16 @@ class Artifact:
     def refused(self) -> str | None:
         """Why quantize has not accepted an INT8 graph that was kept all the same; None: it has."""
         return self.built_with.get(REFUSED)
+
+    @property
+    def needs_int8(self) -> bool:
+        """Whether an x86 processor without VNNI computes it wrong: its sums would saturate."""
+        return self.built_with.get(WEIGHT_BITS) == "8"
+
+    @property
+    def has_own_biases(self) -> bool:
+        """Whether the biases of an INT8 graph are corrected ones, not its parent's."""
+        return self.built_with.get(BIASES) == "corrected"
 
     @property
     def kept_in_float32(self) -> str | None:
@@ -259,6 +271,12 @@ class Manifest:
     def graph(self) -> Artifact | None:
         """The graph that all others and the engines are made from: exported, or imported."""
         return self.find("onnx")
+
+    @property
+    def int8(self) -> Artifact | None:
+        """The INT8 graph for CPUs that quantize has accepted: faster, and as accurate as asked."""
+        found = self.find_file(INT8)
+        return found if found and found.kind == "onnx" and found.refused is None else None
 
     def find_file(self, file: str) -> Artifact | None:
         """The artifact of that file name, or None."""

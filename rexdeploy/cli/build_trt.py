@@ -22,6 +22,9 @@ def build_trt(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Compute in bfloat16, and prove it.")
     ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Compute in int8, from quantize's graph, and prove it.")
+    ] = False,
     batch: Annotated[
         str | None,
         typer.Option(metavar="MIN:OPT:MAX", help="Batch sizes to accept [default: 1:8:64]."),
@@ -83,6 +86,7 @@ def build_trt(
             else Bundle.find(bundle, out),
             fp16=fp16,
             bf16=bf16,
+            int8=int8,
             batch=batches,
             flavor=flavor,
             target=target or (),
@@ -104,6 +108,9 @@ def show_build(result: BuildResult) -> None:
         f"  {describe_artifact(result.bundle, result.engine)}",
         f"  {engine.flavor} {engine.built_with.get('version')}, for {engine.targets}",
         f"  precision: {result.engine.proof.summary}" if result.engine.proof else None,
+        "  INT8 on TensorRT-RTX: expect no gain over FP16 until one is measured on the GPU"
+        if engine.precision == "int8" and engine.flavor == "rtx"
+        else None,
         "  preprocessing is taken to be ImageNet's (mean, std, 87.5 % centre crop)"
         if model.family == "onnx"
         else None,

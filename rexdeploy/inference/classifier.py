@@ -22,7 +22,7 @@ from rexdeploy.backends import (
     open_backend,
 )
 from rexdeploy.bundle.labels import read_labels
-from rexdeploy.bundle.manifest import Artifact, BatchRange
+from rexdeploy.bundle.manifest import Artifact, BatchRange, Manifest
 from rexdeploy.bundle.metadata import check_preprocess
 from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle
@@ -188,9 +188,10 @@ def load(
     """Loads a bundle (itself, its folder, or its name in artifacts/) for classification.
 
     `backend` is "auto" or one backend's name. "auto" takes the first that works: TensorRT engines
-    (float16 first), ONNX Runtime with CUDA, ONNX Runtime, PyTorch. `threads` is how many a CPU
-    backend may use, and lets none of them spin while it waits; None leaves both to the library.
-    `require_signature` is the public key that must have signed the bundle ('rexdeploy sign').
+    (float16 first), ONNX Runtime with CUDA, ONNX Runtime (an accepted INT8 graph first), PyTorch.
+    `threads` is how many a CPU backend may use, and lets none of them spin while it waits; None
+    leaves both to the library. `require_signature` is the public key that must have signed the
+    bundle ('rexdeploy sign').
     Raises UsageError or BackendUnavailable with every reason.
 
     Example: `with rexdeploy.load("rexnet_1.5") as classifier: classifier.classify(["cat.jpg"])`
@@ -240,6 +241,12 @@ def _unlike(bundle: Bundle, running: Artifact, data: bytes) -> list[str]:
     return []
 
 
+def int8_here(manifest: Manifest) -> Artifact | None:
+    """The accepted INT8 graph, if this machine's processor computes it as it was judged."""
+    found = manifest.int8
+    return found if found and (machine.has_int8() or not found.needs_int8) else None
+
+
 def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
     """Backends with the file each would run, best first."""
     known = ("auto", *ENGINE_BACKENDS, *ONNX_BACKENDS, "pytorch")
@@ -253,6 +260,8 @@ def _choices(bundle: Bundle, backend: str) -> list[tuple[str, Artifact]]:
         # On a machine without a GPU, a line about CUDA at every prediction would say nothing.
         if backend == "onnxruntime-cuda" or has_onnxruntime_cuda() or machine.has_device():
             choices.append(("onnxruntime-cuda", graph))
+        if (int8 := int8_here(manifest)) is not None:
+            choices.append(("onnxruntime", int8))
         choices.append(("onnxruntime", graph))
         if backend == "openvino":
             choices.append(("openvino", graph))

@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from rexdeploy.arrays import Array, softmax
 from rexdeploy.bundle.manifest import OutputForm
-from rexdeploy.errors import UsageError
+from rexdeploy.errors import RexdeployError, UsageError
 
 Compared = Literal["logits", "log-probabilities"]
 """What is compared: where a file ends in the softmax, what of the logits a softmax leaves."""
+_SUM_ROOM = 1e-4  # float32's rounding of up to a million probabilities that sum to 1
 _FLOOR = float(np.finfo(np.float32).tiny)
 MIN_VARIATION = 1e-3
 """Least signal, as a share of the logits' root mean square, that a comparison may rest on.
@@ -283,3 +284,17 @@ def _top_overlap(expected: Array, got: Array, k: int) -> float:
     top_expected = np.argsort(-expected, axis=1, kind="stable")[:, :k]
     top_got = np.argsort(-got, axis=1, kind="stable")[:, :k]
     return float((top_expected[:, :, None] == top_got[:, None, :]).any(axis=2).mean())
+
+
+def check_sums(probabilities: Array, exact: bool) -> None:
+    """Raises RexdeployError for rows that are no probabilities: their comparison is blind to it.
+
+    What is compared of a row are its logarithms less their mean. `exact`: from a float32 softmax;
+    another one rounds each probability to as little as bfloat16's eight bits.
+    """
+    sums = probabilities.astype(np.float64).sum(axis=1)
+    away = np.abs(sums - 1)
+    away = away[np.isfinite(away)]  # what is not finite is counted and told elsewhere
+    if away.size and away.max() > (_SUM_ROOM if exact else 50 * _SUM_ROOM):
+        worst = sums[np.isfinite(sums)][int(away.argmax())]
+        raise RexdeployError(f"gave probabilities that sum to {worst:.6g}, expected 1")

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-import numpy as np
 from onnx import ModelProto
 
 from rexdeploy.arrays import Array, Images
@@ -17,7 +16,15 @@ from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.emulate import Twin, as_typed, twin, widened
 from rexdeploy.graphs.wrapper import unwrap
 from rexdeploy.parity.candidates import MAX_GRAPH_BATCH, Candidate, Skipped, sizes
-from rexdeploy.parity.compare import Compared, Comparison, Limits, Signal, comparable, compare
+from rexdeploy.parity.compare import (
+    Compared,
+    Comparison,
+    Limits,
+    Signal,
+    check_sums,
+    comparable,
+    compare,
+)
 from rexdeploy.parity.limits import (
     ENGINE_MARGIN,
     GRAPH_MARGIN,
@@ -29,8 +36,6 @@ from rexdeploy.parity.limits import (
 )
 from rexdeploy.parity.quantized import quantized_twin, written_out
 from rexdeploy.parity.ranges import _PEAK_BATCH, _PEAK_IMAGES, Headroom, _headroom
-
-_SUM_ROOM = 1e-4  # float32's rounding of up to a million probabilities that sum to 1
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,16 @@ class Judge:
             return False
         rounding = self._rounding(candidate) if candidate.narrow else None
         if self._is_strange(candidate, rounding):
+            again = "quantize" if candidate.narrow == "int8" else "build-trt"
             reason = (
                 "it is not the float32 graph that it was made from, in other types: its nodes are "
-                "others; make it again: rexdeploy build-trt --force"
+                f"others; make it again: rexdeploy {again} --force"
             )
             self.broken.append(Skipped(candidate.parent, label, name, reason))
+            return False
+        if candidate.narrow == "int8" and rounding is None:
+            reason = "no float32 graph here has its nodes: nothing tells what its scales alone do"
+            self.skipped.append(Skipped(candidate.parent, label, name, reason))
             return False
         exact = name == "onnxruntime" and rounding is not None and rounding.logits is not None
         limits = self._limits(candidate, rounding, GRAPH_MARGIN if exact else ENGINE_MARGIN)
@@ -173,7 +183,7 @@ class Judge:
         self.batches.update(wanted)
         self.ran.add(name)
         if candidate.spec.output == "probabilities":
-            _check_sums(rows.logits, exact=candidate.narrow is None or candidate.is_ours)
+            check_sums(rows.logits, exact=candidate.narrow is None or candidate.is_ours)
         return replace(rows, logits=comparable(rows.logits, candidate.spec.output, self._compared))
 
     def _is_strange(self, candidate: Candidate, rounding: _Rounding | None) -> bool:
@@ -182,9 +192,11 @@ class Judge:
         Without one it would be held to the looser limits of somebody else's.
         """
         parent = self._candidates.get(candidate.parent)
-        if parent is None or rounding is None or rounding.logits is not None:
+        if parent is None or (rounding is not None and rounding.logits is not None):
             return False
         is_ours = candidate.kind == parent.kind == "onnx" and candidate.is_ours
+        if rounding is None:  # of 16 bits: it cannot be measured here
+            return is_ours and candidate.narrow == "int8"
         # Of somebody's own graph, whose opset bfloat16 may have to raise, the nodes can differ.
         is_like_it = candidate.spec.family != "onnx" or candidate.narrow == "fp16"
         return is_ours and is_like_it and parent.narrow is None
@@ -209,7 +221,7 @@ class Judge:
         needed = NO_DIFFERENCE.plus(room, rounding.numbers)
         if allowed.hold(needed) or not LIMITS[candidate.narrow].hold(rounding.numbers):
             return None  # there is room, or it fails by what no graph may do
-        other = "float16" if candidate.narrow == "bf16" else "--bf16"
+        other = "--bf16" if candidate.narrow == "fp16" else "float16"
         return (
             f"rounding to {candidate.narrow} alone makes an error of {rounding.numbers.error:.2g} "
             f"(root mean square {rounding.numbers.rms:.2g}) of the signal, and an answer that "
@@ -319,8 +331,9 @@ class Judge:
 
     def _of_quantization(self, candidate: Candidate, size: int) -> _Rounding | None:
         """What rounding to 8 bits by the candidate's own scales does to its parent."""
+        own_biases = candidate.claimed is None or candidate.claimed.has_own_biases
         for parent in self._float32_graphs(candidate):
-            model = quantized_twin(parent.graph, candidate.graph)
+            model = quantized_twin(parent.graph, candidate.graph, own_biases)
             if model is not None:
                 logits = self._by_image(
                     model, parent.spec, parent.batch.opt if parent.batch else size
@@ -381,17 +394,3 @@ class Judge:
             signal=signal,
             limits=limits,
         )
-
-
-def _check_sums(probabilities: Array, exact: bool) -> None:
-    """Raises RexdeployError for rows that are no probabilities: their comparison is blind to it.
-
-    What is compared of a row are its logarithms less their mean. `exact`: from a float32 softmax;
-    another one rounds each probability to as little as bfloat16's eight bits.
-    """
-    sums = probabilities.astype(np.float64).sum(axis=1)
-    away = np.abs(sums - 1)
-    away = away[np.isfinite(away)]  # what is not finite is counted and told elsewhere
-    if away.size and away.max() > (_SUM_ROOM if exact else 50 * _SUM_ROOM):
-        worst = sums[np.isfinite(sums)][int(away.argmax())]
-        raise RexdeployError(f"gave probabilities that sum to {worst:.6g}, expected 1")

@@ -20,6 +20,7 @@ from rexdeploy.arrays import Float32
 from rexdeploy.graphs.read import put_nodes
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+_BIAS = 2  # its place among a convolution's inputs
 _ABSORBED = ("Clip", "Relu")  # the quantiser leaves them out where the range ends as they do
 
 
@@ -53,12 +54,14 @@ def written_out(model: ModelProto) -> ModelProto | None:
     return copy
 
 
-def quantized_twin(parent: ModelProto, candidate: ModelProto) -> ModelProto | None:
+def quantized_twin(
+    parent: ModelProto, candidate: ModelProto, own_biases: bool
+) -> ModelProto | None:
     """The float32 graph `parent`, rounded as `candidate` is quantised.
 
-    Weights are the parent's, rounded by the candidate's scales; biases are the candidate's, which
-    may have been corrected. None where the candidate has not the parent's nodes, by their outputs'
-    names and attributes, Q/DQ pairs aside.
+    Weights are the parent's, rounded by the candidate's scales. So are biases, unless the candidate
+    has `own_biases`: corrected ones. None where the candidate has not the parent's nodes, by their
+    outputs' names and attributes, Q/DQ pairs aside.
     """
     found = _Quantized(candidate)
     if found.is_strange:
@@ -83,7 +86,15 @@ def quantized_twin(parent: ModelProto, candidate: ModelProto) -> ModelProto | No
             return None
         used.add(other.output[0])
         for index, (name, there) in enumerate(zip(node.input, other.input, strict=True)):
-            if there in found.weights:
+            is_bias = node.op_type == "Conv" and index == _BIAS
+            if is_bias and own_biases:
+                own = f"{name}/{there}"
+                bias = found.constant(there)
+                if bias is None or name not in weights:
+                    return None
+                arithmetic.constants[own] = numpy_helper.from_array(bias, own)
+                node.input[index] = own
+            elif there in found.weights:
                 if name not in weights:
                     return None
                 value = numpy_helper.to_array(weights[name])
@@ -91,8 +102,7 @@ def quantized_twin(parent: ModelProto, candidate: ModelProto) -> ModelProto | No
                 if value.shape != rounded.value.shape:
                     return None
                 own = f"{name}/{there}"
-                is_bias = rounded.kind == TensorProto.INT32
-                arithmetic.constant(own, rounded if is_bias else rounded.of(value))
+                arithmetic.constant(own, rounded.of(value))
                 node.input[index] = own
             elif there in found.activations:
                 source, scales = found.activations[there]
@@ -202,6 +212,13 @@ class _Quantized:
         if maker is not None and maker.op_type == _DEQUANTIZE and name in self.activations:
             maker = self._makers.get(self.activations[name][0])
         return maker if maker is not None and maker.op_type == kind else None
+
+    def constant(self, name: str) -> Float32 | None:
+        """A constant's values, rounded or not."""
+        if name in self.weights:
+            return self.weights[name].value
+        tensor = self.constants.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor).astype(np.float32)
 
     def absorbing(self, node: NodeProto, parent: ModelProto) -> NodeProto | None:
         """The node here that puts out what the activation behind `node` does in the parent."""

@@ -21,6 +21,7 @@ from rexdeploy.bundle.manifest import (
 from rexdeploy.bundle.metadata import check_preprocess
 from rexdeploy.bundle.store import Bundle, is_bundle, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
+from rexdeploy.inference.classifier import int8_here
 from rexdeploy.progress import Result
 from rexdeploy.serving.config import (
     DEFAULT_IMAGE,
@@ -260,6 +261,7 @@ def _choose(manifest: Manifest, wanted: str, why: str) -> tuple[TritonBackend, l
     proven = [engine for engine in known if engine.proof_fault is None]
     plans = [engine for engine in proven if engine.flavor == "tensorrt"]
     graphs = [graph for graph in (manifest.graph,) if graph is not None]
+    int8 = [graph for graph in (int8_here(manifest),) if graph is not None]
     passed_over = "; ".join(
         f"{engine.file} is passed over: {engine.proof_fault}"
         for engine in known
@@ -273,8 +275,9 @@ def _choose(manifest: Manifest, wanted: str, why: str) -> tuple[TritonBackend, l
         wanted, why = "python", "the bundle has TensorRT-RTX engines only"
     choices: dict[str, tuple[TritonBackend, list[Artifact]]] = {
         "tensorrt": ("tensorrt", plans[:1]),
-        "onnxruntime": ("onnxruntime", graphs),
-        "python": ("python", [*proven, *graphs]),
+        # Triton's onnxruntime takes a GPU where there is one, on which INT8 is slow.
+        "onnxruntime": ("onnxruntime", graphs if machine.has_device() else [*int8, *graphs]),
+        "python": ("python", [*proven, *graphs, *int8]),  # the first graph of a bundle is its root
     }
     if wanted not in choices:
         raise UsageError(f"backend: got '{wanted}', expected one of auto, {', '.join(choices)}")

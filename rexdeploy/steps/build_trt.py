@@ -13,11 +13,11 @@ from rexdeploy import machine
 from rexdeploy.backends import tensorrt_api, tensorrt_build
 from rexdeploy.backends.tensorrt_api import FLAVORS, Flavor
 from rexdeploy.backends.tensorrt_build import BUILD_REVISION, EngineSettings
-from rexdeploy.bundle.manifest import DEFAULT_BATCH, Artifact, BatchRange
+from rexdeploy.bundle.manifest import DEFAULT_BATCH, INT8_TRT, Artifact, BatchRange
 from rexdeploy.bundle.precision import PRECISIONS, TYPE_NAMES, Precision, PrecisionProof
 from rexdeploy.bundle.store import Bundle, commit, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
-from rexdeploy.graphs.engine_graph import Source, engine_form
+from rexdeploy.graphs.engine_graph import Form, Source, engine_form
 from rexdeploy.graphs.products import products
 from rexdeploy.graphs.read import parse
 from rexdeploy.graphs.wrapper import interface_nodes
@@ -52,6 +52,7 @@ def build_trt(
     *,
     fp16: bool = False,
     bf16: bool = False,
+    int8: bool = False,
     batch: BatchRange | str | None = None,
     flavor: str = "auto",
     target: str | Sequence[str] = (),
@@ -69,14 +70,16 @@ def build_trt(
     `force` builds even if nothing has changed. `command` is what the manifest says that made it.
 
     It first makes the graph that TensorRT gets: of our own aligned graphs the form with plain
-    shortcuts (`to_plain_adds`), with `fp16` or `bf16` the typed one. Raises UsageError,
+    shortcuts (`to_plain_adds`), with `fp16` or `bf16` the typed one; `int8` takes the graph that
+    'quantize' has made for TensorRT (`target="trt"`) and accepted. Raises UsageError,
     BackendUnavailable where TensorRT or its GPU is missing, and VerificationFailed if the built
     engine does not compute in the precision that was asked for; then it has written nothing.
 
     Example: `rexdeploy.build_trt("rexnet_1.5", fp16=True, flavor="rtx", target="sm89")`
     """
-    if fp16 and bf16:
-        raise UsageError("got --fp16 and --bf16, expected one of them")
+    asked = [name for name, is_on in (("fp16", fp16), ("bf16", bf16), ("int8", int8)) if is_on]
+    if len(asked) > 1:
+        raise UsageError(f"got {' and '.join(f'--{name}' for name in asked)}, expected one of them")
     source = bundle if isinstance(bundle, Source) else Source(Bundle.find(bundle))
     bundle, targets = source.bundle, several(target)
     flavor = _choose_flavor(flavor, targets, workspace)
@@ -86,7 +89,10 @@ def build_trt(
         raise UsageError(f"{bundle.path} holds no ONNX graph; run 'rexdeploy export' first")
     sizes = batch_range(batch, root_graph.batch)
     wanted: Precision | None = "fp16" if fp16 else "bf16" if bf16 else None
-    form = engine_form(source, root_graph, wanted, command, report, force)
+    if int8:
+        form = _int8_form(source)
+    else:
+        form = engine_form(source, root_graph, wanted, command, report, force)
     graph_artifact, data = form.artifact, form.data
     files = {**source.new_files, **form.files}
     graph = parse(data, graph_artifact.file)
@@ -104,12 +110,12 @@ def build_trt(
         return BuildResult(bundle, engine, reused=True)
 
     precision = graph_artifact.precision or "mixed"
-    report(f"building a {precision} engine with {trt.__name__} {trt.__version__}")
+    report(f"building an engine in {precision} with {trt.__name__} {trt.__version__}")
     built = tensorrt_build.build(data, settings)
     report("proving its precision")
     # A mixed graph (of tune-precision) is to be computed in each product's own type.
     kind = TYPE_NAMES[graph_artifact.precision] if graph_artifact.precision else None
-    is_ours = root_graph.multiple > 0
+    is_ours = root_graph.multiple > 0 and not int8  # INT8 engines requantise in Float
     free = float32_nodes(graph, graph_artifact.precision) if is_ours else None
     proof = prove(built.layers, products(graph), kind, free)
     _check_precision(proof)
@@ -132,6 +138,22 @@ def build_trt(
         manifest = bundle.manifest.with_artifacts(*form.made, engine)
         return BuildResult(commit(bundle.path, lambda _: manifest, files), engine, reused=False)
     return BuildResult(bundle.update(*form.made, engine, files=files), engine, reused=False)
+
+
+def _int8_form(source: Source) -> Form:
+    """The INT8 graph that quantize has made for TensorRT; raises UsageError where there is none."""
+    artifact = source.bundle.manifest.find_file(INT8_TRT)
+    if artifact is None:
+        raise UsageError(
+            f"{source.bundle.path} holds no {INT8_TRT}, which --int8 is built from; run 'rexdeploy "
+            "quantize --target trt --calib DIR' first"
+        )
+    if artifact.refused is not None:
+        raise UsageError(
+            f"{INT8_TRT} is not accepted ({artifact.refused}), and no engine is built from it; "
+            "quantize it again with other images or another bar"
+        )
+    return Form(artifact, source.read(artifact), (), {})
 
 
 def _choose_flavor(asked: str, targets: Sequence[str], workspace: int | None) -> Flavor:

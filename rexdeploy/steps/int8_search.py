@@ -17,7 +17,17 @@ from onnx import ModelProto
 from rexdeploy.arrays import Float32
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.onnxrt import GraphSession
-from rexdeploy.bundle.manifest import KEPT, REFUSED, REVISION, Artifact, to_json
+from rexdeploy.bundle.manifest import (
+    BIASES,
+    INT8,
+    INT8_TRT,
+    KEPT,
+    REFUSED,
+    REVISION,
+    WEIGHT_BITS,
+    Artifact,
+    to_json,
+)
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
 from rexdeploy.graphs import quantize as ops
@@ -32,7 +42,7 @@ from rexdeploy.progress import Report, silent
 if TYPE_CHECKING:
     from onnxruntime.quantization.calibrate import TensorsData
 
-FILES: dict[ops.Target, str] = {"cpu": "int8.onnx", "trt": "int8.tensorrt.onnx"}
+FILES: dict[ops.Target, str] = {"cpu": INT8, "trt": INT8_TRT}
 STATE = "quantize.json"
 ROUNDS = 60
 _BATCH = 32
@@ -185,10 +195,11 @@ class Search:
             REVISION: ops.REVISION,
             "target": self._target,
             "quantised": trial.title,
-            "weights": "7 bits" if self._reduce else "8 bits",
+            WEIGHT_BITS: "7" if self._reduce else "8",
             "agreement": f"{trial.agreement:.4f}",
             "calibrated": calibrated_as,
         }
+        notes |= {BIASES: "corrected"} if trial.corrected else {}
         notes |= {KEPT: ", ".join(trial.float32)} if trial.float32 else {}
         notes |= {REFUSED: "; ".join(refused)} if refused else {}
         artifact = Artifact(

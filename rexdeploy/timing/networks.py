@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from rexdeploy.backends import ONNX_BACKENDS, engine_backend
-from rexdeploy.bundle.manifest import ModelSpec
+from rexdeploy.bundle.manifest import INT8, ModelSpec
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.timing.model_file import ModelFile
@@ -82,11 +82,28 @@ class BundleNetwork:
         return ModelFile(artifact.file, data, artifact.precision or "mixed", artifact.batch)
 
 
+class Int8Network(BundleNetwork):
+    """A bundle's INT8 graph for CPUs, accepted or not, beside its float32 one."""
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        super().__init__(bundle, name)
+        self.form = "int8"
+        if bundle.manifest.find_file(INT8) is None:
+            raise UsageError(f"compare: {bundle.path} holds no {INT8}; run 'rexdeploy quantize'")
+
+    def file(self, backend: str, fp16: bool) -> ModelFile | None:
+        del fp16
+        artifact = self.bundle.manifest.find_file(INT8)
+        if artifact is None or backend not in ("onnxruntime", "openvino"):
+            return None
+        return ModelFile(artifact.file, self.bundle.read(artifact), "int8", artifact.batch)
+
+
 def compared(bundles: Sequence[Bundle], names: Sequence[str]) -> list[Network]:
     """The bundles, each followed by other forms of its own network, and then by networks of timm.
 
-    `names` are forms of the bundles' own networks (plain, published, timm, 8, 16) or names of timm
-    models. Raises UsageError for an unknown name, or where a bundle has no such form, and
+    `names` are forms of the bundles' own networks (plain, published, timm, 8, 16, int8) or names of
+    timm models. Raises UsageError for an unknown name, or where a bundle has no such form, and
     BackendUnavailable where timm is missing.
     """
     paths = [bundle.path.name for bundle in bundles]
@@ -105,6 +122,9 @@ def compared(bundles: Sequence[Bundle], names: Sequence[str]) -> list[Network]:
         networks.append(own)
         for name in dict.fromkeys(names):
             if name not in OWN_FORMS or name == own.form:
+                continue
+            if name == "int8":
+                networks.append(Int8Network(own.bundle, own.name))
                 continue
             if not isinstance(own.module, RexNet):
                 raise UsageError(

@@ -23,10 +23,10 @@ from rexdeploy.timing.model_file import ModelFile
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-OWN_FORMS = ("plain", "published", "timm", "8", "16")
+OWN_FORMS = ("plain", "published", "timm", "8", "16", "int8")
 """Forms of a bundle's own network: `plain` is our graph without alignment; `published` adds the
 shortcut in place, as the published code does; `timm` is timm's model and what it exports to; a
-number is the multiple that channels are padded to."""
+number is the multiple that channels are padded to; `int8` is the bundle's own INT8 graph."""
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 
 _POOL = 8  # different images
-ROOM = {"fp32": LIMITS["fp32"].rms, "fp16": LIMITS["fp16"].rms, "bf16": CONSTANT_SHARE}
+ROOM = {"fp32": LIMITS["fp32"].rms, "fp16": LIMITS["fp16"].rms}
+ROOM |= {"bf16": CONSTANT_SHARE, "int8": CONSTANT_SHARE}
 """How far a row's outputs may be from the network's own, as a root mean square.
 
 In units of how its outputs vary over images and classes, so that untrained networks, whose logits
 hardly vary over images, can be timed too. The limits are those that no difference may exceed in
-`verify` (bfloat16 has none there: half of what outputs of nothing have). This tells a row that
-computes something else, or nothing; what a file really owes its network `verify` judges.
+`verify` (bfloat16 and int8 have none there: half of what outputs of nothing have). This tells a row
+that computes something else, or nothing; what a file really owes its network `verify` judges.
 """
 
 
