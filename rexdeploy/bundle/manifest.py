@@ -143,7 +143,7 @@ DEFAULT_BATCH = BatchRange(1, 8, 64)
 
 
 REVISION, KEPT, REFUSED = "revision", "float32", "refused"  # keys of Artifact.built_with
-WEIGHT_BITS, BIASES = "weight_bits", "biases"
+WEIGHT_BITS, BIASES, CHANNELS = "weight_bits", "biases", "channels"
 INT8, INT8_TRT = "int8.onnx", "int8.tensorrt.onnx"  # what quantize writes, by its target
 
 
@@ -201,6 +201,11 @@ class Artifact:
     def needs_int8(self) -> bool:
         """Whether an x86 processor without VNNI computes it wrong: its sums would saturate."""
         return self.built_with.get(WEIGHT_BITS) == "8"
+
+    @property
+    def is_equalized(self) -> bool:
+        """Whether it is its parent with channels scaled by powers of two, as quantize makes it."""
+        return self.built_with.get(CHANNELS) == "equalised"
 
     @property
     def has_own_biases(self) -> bool:

@@ -81,6 +81,11 @@ class Candidate:
         )
 
     @property
+    def is_equalized(self) -> bool:
+        """Whether it has to be its parent to the bit, with blocks that give other values."""
+        return self.claimed is not None and self.claimed.is_equalized
+
+    @property
     def is_16_bit(self) -> bool:
         """Whether runtimes on a CPU compute it in float32, as they do 16 bits."""
         return self.narrow in _NARROWEST_FIRST

@@ -19,6 +19,7 @@ from rexdeploy.backends import open_backend
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bundle.manifest import (
     BIASES,
+    CHANNELS,
     INT8,
     INT8_TRT,
     KEPT,
@@ -97,6 +98,7 @@ class Search:
         self._root, self._model, self._bar, self._calibrated = root, model, bar, calibrated
         self._target, self._reduce, self._report = target, reduce_range, report
         self._ranges: dict[tuple[ops.Method, bool], TensorsData] = {}
+        self._models: dict[tuple[object, ...], bytes] = {}
         import onnxruntime
 
         key = hashlib.sha256(
@@ -162,10 +164,13 @@ class Search:
 
     def model(self, trial: Trial) -> bytes:
         """The trial's graph, its core only."""
-        blocks = GraphWalk(self._base(trial.equalized)).node_names if trial.float32 else {}
-        nodes = set[str]().union(*(blocks[name] for name in trial.float32))
-        data: bytes = self._graph(trial, nodes).SerializeToString(deterministic=True)
-        return data
+        key = (trial.method, trial.equalized, trial.corrected, trial.float32)
+        if key not in self._models:
+            blocks = GraphWalk(self._base(trial.equalized)).node_names if trial.float32 else {}
+            nodes = set[str]().union(*(blocks[name] for name in trial.float32))
+            made = self._graph(trial, nodes)
+            self._models[key] = made.SerializeToString(deterministic=True)
+        return self._models[key]
 
     def write(
         self, trial: Trial, whole: ModelProto, refused: list[str], calibrated_as: str, command: str
@@ -177,7 +182,7 @@ class Search:
                 deterministic=True
             )
             file = parent.file.replace(".onnx", ".equalized.onnx")
-            notes = {"onnx": onnx.__version__, REVISION: ops.REVISION, "channels": "equalised"}
+            notes = {"onnx": onnx.__version__, REVISION: ops.REVISION, CHANNELS: "equalised"}
             parent = replace(
                 parent,
                 file=file,

@@ -246,6 +246,8 @@ def _walk(
         if candidate.narrow == "int8":
             unable.append(f"{candidate.file}: its Q/DQ pairs cut the blocks; it is held as a whole")
             continue
+        if candidate.is_equalized:  # its blocks give other values, its logits have to be equal
+            continue
         report(f"walking the blocks of {candidate.file}")
         try:
             if not walks:
