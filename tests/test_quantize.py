@@ -668,7 +668,7 @@ def test_bundles_that_cannot_be_quantised(
     untrained = export(lite=True, width=0.3, image_size=64, name="new", out=tmp_path).bundle
     with pytest.raises(UsageError, match="untrained weights"):
         quantize(untrained, calib=images / "train")
-    assert_refused(run_cli("quantize", accepted.path, cwd=tmp_path), "--calib DIR")
+    assert_refused(run_cli("quantize", accepted.path, cwd=tmp_path), "--calib")
     notes = replace(entry(small_lite, "fp32.onnx"), precision="fp16")
     with pytest.raises(UsageError, match="is not a float32 graph"):
         quantize(small_lite.update(notes, files={}), calib=images / "train")

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    bundle: BundleArgument = None,
     calib: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Images to take ranges from, 8 or more."),
-    ] = None,
+        Path, typer.Option(metavar="DIR", help="Images to take ranges from, 8 or more.")
+    ],
+    bundle: BundleArgument = None,
     target: Annotated[
         str, typer.Option(help="cpu (ONNX Runtime), or trt: a graph for build-trt --int8.")
     ] = "cpu",
@@ -62,11 +61,9 @@ def quantize(
     rexdeploy quantize mine --calib train/ --data val/
     """
     check_json(json)
-    from rexdeploy.errors import UsageError, VerificationFailed
+    from rexdeploy.errors import VerificationFailed
     from rexdeploy.steps.quantize import quantize as run
 
-    if calib is None:
-        raise UsageError("got no --calib, expected --calib DIR: images to take ranges from")
     if plot is not None:
         from rexdeploy.cli.plot import check_plot
 
