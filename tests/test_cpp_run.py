@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rexdeploy.bundle.store import Bundle
+from rexdeploy.bundle.manifest import INT8
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import UsageError
+from rexdeploy.graphs.quantize import calibrate, quantized
+from rexdeploy.graphs.wrapper import change_core, unwrap
 from rexdeploy.images import sets
+from rexdeploy.images.sets import varied
 from rexdeploy.inference.stream import expand
 from rexdeploy.text import printable
-from tests.helpers import run_cli, run_program
+from tests.helpers import entry, graph, run_cli, run_program, with_notes
 from tests.test_cpp import Programs, built, release, sanitized
 
 __all__ = ["built", "release", "sanitized"]  # fixtures
@@ -60,6 +65,27 @@ def test_probabilities_have_all_their_digits(
         exact = [item.pop("probability") for item in wanted["predictions"]]
         assert probabilities == pytest.approx(exact, rel=1e-12, abs=0)
     assert got == expected
+
+
+def test_an_accepted_int8_graph_answers_in_both(
+    release: Programs, small_pixels: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    """And one that is not accepted in neither."""
+    model = graph(small_pixels)
+    core = unwrap(model)
+    ranges = calibrate(core, varied(8, small_pixels.manifest.model.preprocess, seed=4), "minmax")
+    data = change_core(model, lambda _: quantized(core, ranges, "cpu")).SerializeToString()
+    root = entry(small_pixels, "fp32.onnx")
+    notes = {"weight_bits": "8"}
+    made = replace(root, file=INT8, sha256=sha256(data), parent_sha256=root.sha256)
+    made = replace(made, precision="int8", built_with=notes)
+    before = _both(release, small_pixels, photos, cwd=tmp_path)
+    bundle = small_pixels.update(made, files={INT8: data})
+    got, expected = _both(release, bundle, photos, cwd=tmp_path)
+    assert got == expected
+    assert got["images"] != before[0]["images"]
+    refused = with_notes(bundle, INT8, built_with=notes | {"refused": "it loses 3 points"})
+    assert _both(release, refused, photos, cwd=tmp_path) == before
 
 
 def _tree(folder: Path) -> None:
