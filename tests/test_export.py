@@ -17,7 +17,9 @@ from onnx import ModelProto
 from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.graphs.from_torch import export_graph
 from rexdeploy.images import decode, sets
+from rexdeploy.models.rexnet import RexNet, ReXNetV1, ReXNetV1_lite
 from rexdeploy.steps.export import export
 from tests.helpers import copied, edit_weights, entry, folder_state, graph, nodes_of
 
@@ -48,6 +50,29 @@ def test_the_graph_has_one_image_input_one_logits_output_and_a_dynamic_batch(tin
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 18}
     assert not nodes_of(model, "ScatterND")
     assert not nodes_of(model, "BatchNormalization")
+
+
+@pytest.mark.parametrize("model", [ReXNetV1(classes=2), ReXNetV1_lite(classes=2)])
+def test_activations_work_in_place_but_while_torch_follows_them(
+    model: RexNet, tiny: Bundle
+) -> None:
+    def in_place() -> list[Any]:
+        return [module.inplace for module in model.modules() if hasattr(module, "inplace")]
+
+    class Followed(Exception):
+        pass
+
+    def look(*_: object) -> None:
+        assert not any(in_place())
+        raise Followed
+
+    before = in_place()
+    assert before.count(True) > 30
+    model.register_forward_pre_hook(look)
+    with pytest.raises(Exception) as stopped:  # noqa: PT011 - torch wraps it
+        export_graph(model, tiny.manifest.model, None, 18)
+    assert isinstance(stopped.value.__cause__ or stopped.value, Followed)
+    assert in_place() == before
 
 
 def test_the_graph_says_what_it_is_and_nothing_of_this_machine(tiny: Bundle) -> None:
