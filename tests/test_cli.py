@@ -197,7 +197,11 @@ def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path)
     [
         ("torch", ["export"], "cpu"),
         ("onnx", ["export"], "cpu"),
-        ("onnxsim", ["export", "--lite", "--width", "0.1", "--image-size", "32"], "cpu"),
+        (
+            "onnxsim",
+            ["export", "--lite", "--width", "0.1", "--image-size", "32", "--batch", "1"],
+            "cpu",
+        ),
         ("onnx", ["build-trt"], "cpu"),
         ("tensorrt_rtx", ["build-trt", "--flavor", "rtx"], "rtx"),
         ("tensorrt_rtx", ["build-trt"], "rtx"),
