@@ -169,7 +169,7 @@ def test_a_killed_export_leaves_nothing_that_stops_the_next(
     assert run_cli("verify", "--samples", "2", cwd=tmp_path).code == 0
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 2.0, 3.0])
+@pytest.mark.parametrize("delay_s", [0.0, 1.0, 2.0])
 def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path) -> None:
     """At moments that a KeyboardInterrupt would turn into a crash inside torch, too."""
     command = ["export", "--weights", str(v1_checkpoint)]

@@ -154,7 +154,7 @@ def test_a_simplifier_that_changes_the_logits_is_caught_and_nothing_is_written(
 
     monkeypatch.setattr(onnxsim, "simplify", spoil)
     with pytest.raises(VerificationFailed, match="edge torch -> simplified is broken") as failure:
-        export(**TINY | {"out": tmp_path, "lite": True})
+        export(**TINY | {"out": tmp_path, "lite": True, "batch": 1})
     assert failure.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
 
@@ -212,7 +212,7 @@ def test_a_checkpoint_whose_logits_do_not_vary_is_refused(tmp_path: Path) -> Non
     torch.manual_seed(0)
     torch.save(ReXNetV1_lite(multiplier=0.3, classes=5).state_dict(), tmp_path / "fresh.pth")
     with pytest.raises(UsageError, match="do not vary"):
-        export(weights=tmp_path / "fresh.pth", image_size=64, out=tmp_path / "out")
+        export(weights=tmp_path / "fresh.pth", image_size=64, batch=1, out=tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
