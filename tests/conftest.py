@@ -36,8 +36,11 @@ def pytest_configure() -> None:
 
 
 LONGEST = (
-    *("test_readme", "test_verify_defects", "test_verify", "test_cli", "test_export"),
-    *("test_tune", "test_interface", "test_localize", "test_serve", "test_build", "test_engines"),
+    *("test_readme", "test_verify_defects", "test_finetune", "test_verify", "test_serve"),
+    *("test_cli", "test_export", "test_serve_faults", "test_build", "test_localize", "test_tune"),
+    *("test_bench", "test_injection", "test_cpp", "test_cpp_package", "test_triton_serve"),
+    *("test_rexnet", "test_tune_serving", "test_interface", "test_image_sets", "test_engines"),
+    *("test_peers", "test_triton"),
 )
 
 

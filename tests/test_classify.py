@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import threading
 import time
@@ -21,6 +22,7 @@ import rexdeploy
 from rexdeploy import arrays, machine
 from rexdeploy.arrays import softmax
 from rexdeploy.backends import has_onnxruntime_cuda
+from rexdeploy.backends.onnxrt import load_session
 from rexdeploy.bundle.manifest import Artifact, BatchRange
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError
@@ -100,6 +102,24 @@ def test_many_threads_get_their_own_answers(v1_original: Bundle) -> None:
         with ThreadPoolExecutor(8) as threads:
             for index, logits in enumerate(threads.map(one, [*range(12)] * 3)):
                 np.testing.assert_allclose(logits[0], expected[index % 12], atol=1e-4)
+
+
+def test_onnxruntime_starts_no_more_threads_than_the_process_has_cores(
+    small_v1_original: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks how many the machine has: the threads of a container's few waited for each other."""
+    data = small_v1_original.read(entry(small_v1_original, "fp32.onnx"))
+
+    def threads(own: int, asked: int | None = None) -> int:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(own)}, raising=False)
+        options = load_session(data, threads=asked).get_session_options()
+        return int(options.intra_op_num_threads)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert threads(1) == 1
+    assert threads(3) == 3
+    assert threads(4) == 0  # onnxruntime's own choice, which binds each thread to a core
+    assert threads(1, 2) == 2
 
 
 def test_closing_waits_for_who_runs_and_refuses_who_comes(v1_original: Bundle) -> None:

@@ -169,7 +169,7 @@ def test_a_killed_export_leaves_nothing_that_stops_the_next(
     assert run_cli("verify", "--samples", "2", cwd=tmp_path).code == 0
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 2.0, 3.0])
+@pytest.mark.parametrize("delay_s", [0.0, 1.0, 2.0])
 def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path) -> None:
     """At moments that a KeyboardInterrupt would turn into a crash inside torch, too."""
     command = ["export", "--weights", str(v1_checkpoint)]
@@ -197,7 +197,11 @@ def test_ctrl_c_is_one_line(delay_s: float, tmp_path: Path, v1_checkpoint: Path)
     [
         ("torch", ["export"], "cpu"),
         ("onnx", ["export"], "cpu"),
-        ("onnxsim", ["export", "--lite", "--width", "0.1", "--image-size", "32"], "cpu"),
+        (
+            "onnxsim",
+            ["export", "--lite", "--width", "0.1", "--image-size", "32", "--batch", "1"],
+            "cpu",
+        ),
         ("onnx", ["build-trt"], "cpu"),
         ("tensorrt_rtx", ["build-trt", "--flavor", "rtx"], "rtx"),
         ("tensorrt_rtx", ["build-trt"], "rtx"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -80,6 +81,14 @@ class Prefix:
         return package.parent
 
 
+@contextlib.contextmanager
+def _locked(name: str) -> Iterator[None]:
+    """A file in the builds' folder, for this process alone."""
+    with open(BUILD / name, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="module")
 def installed(release: Programs, sanitized: Programs, session_dir: Path) -> dict[str, Prefix]:
     """Static, static with the sanitizers, and shared as README's commands do it."""
@@ -87,9 +96,10 @@ def installed(release: Programs, sanitized: Programs, session_dir: Path) -> dict
     environment = {"HOME": str(folder / "home")}
     if shutil.which("ninja"):
         environment["CMAKE_GENERATOR"] = "Ninja"
-    with open(BUILD / "lock", "wb") as lock:  # scripts/cpp_build.sh's
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # Its own lock: those who ask scripts/cpp_build.sh for its builds need not wait for this one.
+    with _locked("shared.lock"):
         _do("bash", "-ec", _commands("cmake -S"), env=environment)
+    with _locked("lock"):  # scripts/cpp_build.sh's
         _do("cmake", "--install", release.folder, "--prefix", folder / "static")
         # The programs of this build are the tests' own.
         component = ("--component", "rexdeploy_Development")

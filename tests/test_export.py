@@ -17,7 +17,9 @@ from onnx import ModelProto
 from rexdeploy.bundle.manifest import BatchRange
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.graphs.from_torch import export_graph
 from rexdeploy.images import decode, sets
+from rexdeploy.models.rexnet import RexNet, ReXNetV1, ReXNetV1_lite
 from rexdeploy.steps.export import export
 from tests.helpers import copied, edit_weights, entry, folder_state, graph, nodes_of
 
@@ -48,6 +50,29 @@ def test_the_graph_has_one_image_input_one_logits_output_and_a_dynamic_batch(tin
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 18}
     assert not nodes_of(model, "ScatterND")
     assert not nodes_of(model, "BatchNormalization")
+
+
+@pytest.mark.parametrize("model", [ReXNetV1(classes=2), ReXNetV1_lite(classes=2)])
+def test_activations_work_in_place_but_while_torch_follows_them(
+    model: RexNet, tiny: Bundle
+) -> None:
+    def in_place() -> list[Any]:
+        return [module.inplace for module in model.modules() if hasattr(module, "inplace")]
+
+    class Followed(Exception):
+        pass
+
+    def look(*_: object) -> None:
+        assert not any(in_place())
+        raise Followed
+
+    before = in_place()
+    assert before.count(True) > 30
+    model.register_forward_pre_hook(look)
+    with pytest.raises(Exception) as stopped:  # noqa: PT011 - torch wraps it
+        export_graph(model, tiny.manifest.model, None, 18)
+    assert isinstance(stopped.value.__cause__ or stopped.value, Followed)
+    assert in_place() == before
 
 
 def test_the_graph_says_what_it_is_and_nothing_of_this_machine(tiny: Bundle) -> None:
@@ -129,7 +154,7 @@ def test_a_simplifier_that_changes_the_logits_is_caught_and_nothing_is_written(
 
     monkeypatch.setattr(onnxsim, "simplify", spoil)
     with pytest.raises(VerificationFailed, match="edge torch -> simplified is broken") as failure:
-        export(**TINY | {"out": tmp_path, "lite": True})
+        export(**TINY | {"out": tmp_path, "lite": True, "batch": 1})
     assert failure.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
 
@@ -187,7 +212,7 @@ def test_a_checkpoint_whose_logits_do_not_vary_is_refused(tmp_path: Path) -> Non
     torch.manual_seed(0)
     torch.save(ReXNetV1_lite(multiplier=0.3, classes=5).state_dict(), tmp_path / "fresh.pth")
     with pytest.raises(UsageError, match="do not vary"):
-        export(weights=tmp_path / "fresh.pth", image_size=64, out=tmp_path / "out")
+        export(weights=tmp_path / "fresh.pth", image_size=64, batch=1, out=tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -21,8 +23,9 @@ import rexdeploy
 from rexdeploy.models.checkpoints import load_checkpoint
 from rexdeploy.models.notes import Notes, save_with_notes
 from rexdeploy.models.rexnet import ReXNetV1
+from rexdeploy.serving.front import free_port
 from rexdeploy.steps.finetune import FinetuneResult
-from tests.helpers import ROOT, assert_refused, run_cli
+from tests.helpers import ROOT, assert_refused, run_cli, run_program
 from tests.injection import failing
 
 SMALL = {"width": 0.1, "image_size": 32, "epochs": 2, "batch": 8, "workers": 1}
@@ -46,6 +49,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _command(pictures: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "rexdeploy", "finetune", str(pictures), "--out", str(out),
             *OPTIONS, *more]  # fmt: skip
+
+
+def _same_threads() -> dict[str, str]:
+    """An environment in which another process adds up as many parts of a sum as this one."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def _train(pictures: Path, out: Path, **options: object) -> FinetuneResult:
@@ -87,7 +95,8 @@ def test_it_learns_and_export_takes_what_it_wrote(pictures: Path, tmp_path: Path
         answers = [found[0].label for found in classifier.classify(files, top=1)]
     right = sum(label == file.parent.name for label, file in zip(answers, files, strict=True))
     assert right / len(files) == found["top1"]
-    other = run_cli("export", "--weights", out, "--image-size", "64", "--no-simplify", cwd=tmp_path)
+    options = ("--image-size", "64", "--no-simplify", "--batch", "1")
+    other = run_cli("export", "--weights", out, *options, cwd=tmp_path)
     assert other.code == 0
     assert "warning: the network was trained at 32 pixels and is exported for 64" in other.err
 
@@ -95,10 +104,12 @@ def test_it_learns_and_export_takes_what_it_wrote(pictures: Path, tmp_path: Path
 @pytest.mark.parametrize("recipe", ["small", "published"])
 def test_killed_it_goes_on_to_the_same_bytes(recipe: str, pictures: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
-    subprocess.run(_command(pictures, whole, "--recipe", recipe), check=True, capture_output=True)
+    done = run_cli("finetune", pictures, "--out", whole, *OPTIONS, "--recipe", recipe, cwd=tmp_path)
+    assert done.code == 0, done.err
     process = subprocess.Popen(
-        _command(pictures, broken, "--recipe", recipe), stderr=subprocess.PIPE, text=True
-    )
+        _command(pictures, broken, "--recipe", recipe),
+        stderr=subprocess.PIPE, text=True, env=_same_threads(),
+    )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("epoch 3"):
@@ -109,7 +120,7 @@ def test_killed_it_goes_on_to_the_same_bytes(recipe: str, pictures: Path, tmp_pa
     assert (tmp_path / "broken.safetensors.training").exists()
     again = subprocess.run(
         [*_command(pictures, broken, "--recipe", recipe, "--workers", "2"), "--json", "-"],
-        check=True, capture_output=True,
+        check=True, capture_output=True, env=_same_threads(),
     )  # fmt: skip
     assert json.loads(again.stdout)["resumed"] == 2
     assert broken.read_bytes() == whole.read_bytes()
@@ -143,32 +154,38 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Batch norms, dropout, gradients and averages are the whole batch's."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(STEPS, {"__name__": "__main__"})
+    alone = [float(line) for line in printed.getvalue().split()]
+    assert len(alone) == 7
+    assert alone[0] - alone[5] > 0.01  # it is training
     (tmp_path / "steps.py").write_text(STEPS)
-    found = []
-    for launcher in ([], TWO):
-        done = subprocess.run(
-            [sys.executable, *launcher, "steps.py"],
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found.append([float(line) for line in done.stdout.split()])
-    assert len(found[0]) == 7
-    assert found[0][0] - found[0][5] > 0.01  # it is training
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-9)
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "steps.py"],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    (out, said), (nothing, _) = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert nothing == ""
+    np.testing.assert_allclose([float(line) for line in out.split()], alone, rtol=1e-9)
 
 
 def test_torchrun_runs_the_command_and_one_of_two_tells(pictures: Path, tmp_path: Path) -> None:
     command = _command(pictures, tmp_path / "o.safetensors", "--epochs", "1", "--json", "-")
+    alone = run_cli(*command[3:], cwd=tmp_path)
+    assert alone.code == 0, alone.err
+    done = run_program(command[0], *TWO, *command[1:], "--force")
+    assert done.returncode == 0, done.stderr
     losses = []
-    for launcher in ([], TWO):
-        done = subprocess.run(
-            [command[0], *launcher, *command[1:], *["--force"] * bool(launcher)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("epoch 1 of 1 ...") == 1
-        (epoch,) = json.loads(done.stdout)["epochs"]
+    for out, said in ((alone.out, alone.err), (done.stdout, done.stderr)):
+        assert said.count("epoch 1 of 1 ...") == 1
+        (epoch,) = json.loads(out)["epochs"]
         losses.append([epoch["loss"], epoch["val_loss"], epoch["correct"]])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
 
@@ -201,28 +218,31 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(pictures: Path, tmp_path: Pa
 
 def test_another_training_is_not_gone_on_with(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.safetensors"
-    process = subprocess.Popen(_command(pictures, out), stderr=subprocess.PIPE, text=True)
+    options = [*OPTIONS, "--epochs", "500"]  # it goes on until it is interrupted
+    process = subprocess.Popen(
+        _command(pictures, out, "--epochs", "500"), stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("epoch 2"):
             break
-    other = run_cli("finetune", pictures, "--out", out, *OPTIONS, cwd=tmp_path)
+    other = run_cli("finetune", pictures, "--out", out, *options, cwd=tmp_path)
     assert_refused(other, "is being trained by another command", "another --out")
     process.send_signal(signal.SIGINT)
     assert "error: interrupted; the same command goes on" in process.stderr.read()
     assert process.wait() == 130
-    other = run_cli("finetune", pictures, "--out", out, *OPTIONS, "--batch", "4", cwd=tmp_path)
+    other = run_cli("finetune", pictures, "--out", out, *options, "--batch", "4", cwd=tmp_path)
     assert_refused(other, "other options or data: batch 8 then, 4 now; lr 0.00025 then", "--force")
     more = tmp_path / "more"
     subprocess.run(["cp", "-r", pictures, more], check=True)
     (more / "above" / "0.png").unlink()
-    other = run_cli("finetune", more, "--out", out, *OPTIONS, cwd=tmp_path)
+    other = run_cli("finetune", more, "--out", out, *options, cwd=tmp_path)
     assert_refused(other, "training images 20 then, 19 now")
     (tmp_path / "o.safetensors.training").write_bytes(b"PK damaged")
-    other = run_cli("finetune", pictures, "--out", out, *OPTIONS, cwd=tmp_path)
+    other = run_cli("finetune", pictures, "--out", out, *options, cwd=tmp_path)
     assert_refused(other, "is no training's state", "--force")
     assert _train(pictures, out, force=True).resumed == 0
-    other = run_cli("finetune", pictures, "--out", out, *OPTIONS, cwd=tmp_path)
+    other = run_cli("finetune", pictures, "--out", out, *options, cwd=tmp_path)
     assert_refused(other, "is there already: give another --out, or --force")
 
 

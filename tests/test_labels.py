@@ -77,7 +77,8 @@ def test_an_export_keeps_no_mark_and_refuses_what_breaks_the_rule(tmp_path: Path
     file = tmp_path / "labels.txt"
     command = (
         "export", "--width", "0.3", "--num-classes", "2", "--image-size", "32", "--no-simplify",
-        "--labels", "labels.txt", "--out", os.fsdecode(b"\xff"), "--json", "-", "--name",
+        "--batch", "1", "--labels", "labels.txt", "--out", os.fsdecode(b"\xff"), "--json", "-",
+        "--name",
     )  # fmt: skip
     for data, message in (
         (b"cat\n\n", "labels labels.txt: line 2 is blank"),

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import onnx
 import torch
@@ -25,7 +26,7 @@ def export_graph(model: nn.Module, spec: ModelSpec, batch: int | None, opset: in
     # A sample batch of 2: torch.export specialises on a batch of 1.
     sample = torch.zeros(batch or 2, 3, spec.preprocess.height, spec.preprocess.width)
     dynamic = None if batch else ({0: torch.export.Dim("batch")},)
-    with _quiet_exporter():
+    with _quiet_exporter(), _out_of_place(model):
         program = torch.onnx.export(
             model,
             (sample,),
@@ -41,6 +42,25 @@ def export_graph(model: nn.Module, spec: ModelSpec, batch: int | None, opset: in
     exported: ModelProto = program.model_proto
     _strip(exported)
     return exported
+
+
+@contextlib.contextmanager
+def _out_of_place(model: nn.Module) -> Iterator[None]:
+    """Lets activations give new tensors: the same nodes, but for the numbers in their names.
+
+    torch takes those that work in place apart in Python, with an open size for the batch: a third
+    of the export's time, half of lite's.
+    """
+    in_place: list[Any] = [
+        module for module in model.modules() if getattr(module, "inplace", False)
+    ]
+    try:
+        for module in in_place:
+            module.inplace = False
+        yield
+    finally:
+        for module in in_place:
+            module.inplace = True
 
 
 @contextlib.contextmanager
