@@ -244,6 +244,38 @@ def _training(_: Sequence[Measured]) -> str:
     )
 
 
+def _int8(_: Sequence[Measured]) -> str:
+    document = json.loads((FOLDER / "int8-cpu.json").read_text())
+    rows = {
+        (row["network"], row["form"], row["backend"], row["threads"]): row["samples_ms"]
+        for row in document["latencies"]
+    }
+    lines = []
+    for network, title in (("v1_1.0", "V1 1.0"), ("lite_1.0", "lite 1.0")):
+        for threads in (1, 2):
+            own, int8, other = (
+                rows[network, form, backend, threads]
+                for form, backend in (
+                    (OURS, "onnxruntime"),
+                    ("int8", "onnxruntime"),
+                    ("int8", "openvino"),
+                )
+            )
+            medians = (f"{statistics.median(samples):.2f}" for samples in (own, int8, other))
+            ratios = (paired_ratio(own, int8), paired_ratio(other, int8))
+            lines.append((title, str(threads), *medians, *map(str, ratios)))
+    columns = ("network", "threads", "float32 ms", "INT8 ms", "INT8 in OpenVINO", "times as fast")
+    return (
+        _paragraph(
+            f"Medians of {document['rounds']} interleaved rounds, batch 1, 224 pixels, on "
+            f"{_machine(document)} (`scripts/int8_speed.py`); float32 is our aligned graph in ONNX "
+            "Runtime, OpenVINO runs the same INT8 file:"
+        )
+        + _table((*columns, "than OpenVINO"), lines)
+        + "\n"
+    )
+
+
 def _serving(_: Sequence[Measured]) -> str:
     document = json.loads((FOLDER / "serving-cpu.json").read_text())
     mixed = document["mixed"]
@@ -332,6 +364,7 @@ BLOCKS: dict[str, Callable[[Sequence[Measured]], str]] = {
     "paper-about": _paper_about,
     "paper": _paper_table,
     "startup": _startup,
+    "int8": _int8,
     "training": _training,
     "serving": _serving,
     "eight": _eight,
