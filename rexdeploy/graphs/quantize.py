@@ -37,6 +37,7 @@ REVISION = "1"
 """Of what this file makes: raise it with every change."""
 _METHOD_NAMES = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 _TRT_OPS = ("Conv", "Gemm", "MatMul", "Add")  # inputs of products, and of the shortcuts' sums
+BATCH = 32
 _HISTOGRAM_BATCH = 8  # every inner tensor of so many images is in memory at once
 
 Run = Callable[[ModelProto, Float32], dict[str, Float32]]
@@ -51,8 +52,7 @@ def calibrate(model: ModelProto, images: Float32, method: Method) -> TensorsData
     from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
 
     name = model.graph.input[0].name
-    size = len(images) if method == "minmax" else _HISTOGRAM_BATCH
-    size = min(size, _HISTOGRAM_BATCH * 4)
+    size = BATCH if method == "minmax" else _HISTOGRAM_BATCH
     with tempfile.TemporaryDirectory() as folder, _quiet("its tensors cannot be calibrated"):
         path = Path(folder)
         onnx.save(model, path / "graph.onnx")
@@ -63,8 +63,8 @@ def calibrate(model: ModelProto, images: Float32, method: Method) -> TensorsData
             calibrate_method=CalibrationMethod[_METHOD_NAMES[method]],
             extra_options={"percentile": 99.99} if method == "percentile" else {},
         )
-        for start in range(0, len(images), size):
-            calibrator.collect_data(_once({name: images[start : start + size]}))
+        for batch in batches(model, images, size):
+            calibrator.collect_data(_once({name: batch}))
         return calibrator.compute_data()
 
 
@@ -329,6 +329,17 @@ def quantized_products(optimized: ModelProto) -> tuple[int, int]:
     whole = sum(kind in ("QLinearConv", "QGemm", "QLinearMatMul") for kind in kinds)
     others = sum(kind in ARITHMETIC_OPS or kind == "FusedConv" for kind in kinds)
     return whole, others
+
+
+def batches(model: ModelProto, images: Float32, size: int) -> list[Float32]:
+    """Images `[N, 3, H, W]` in batches of that size, or as large as the graph takes them.
+
+    What a graph of one batch size leaves over is left out: ranges and means do without.
+    """
+    fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    size = fixed or size
+    end = len(images) - size + 1 if fixed else len(images)
+    return [images[start : start + size] for start in range(0, end, size)]
 
 
 def _group(node: NodeProto) -> int:

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 FILES: dict[ops.Target, str] = {"cpu": INT8, "trt": INT8_TRT}
 STATE = "quantize.json"
 ROUNDS = 60
-_BATCH = 32
 _CORRECTED = 64  # images that biases are corrected by
 _TIMED = 6  # graphs at the most, beside the float32 one
 
@@ -72,11 +71,7 @@ def _run(model: ModelProto, images: Float32) -> dict[str, Float32]:
     """All outputs of a graph with float32 input, in batches."""
     session = GraphSession(model.SerializeToString())
     name, outputs = model.graph.input[0].name, [value.name for value in model.graph.output]
-    size = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or _BATCH
-    parts = [
-        session.run({name: images[start : start + size]}, outputs)
-        for start in range(0, len(images) - len(images) % size or size, size)
-    ]
+    parts = [session.run({name: batch}, outputs) for batch in ops.batches(model, images, ops.BATCH)]
     return {output: np.concatenate([part[output] for part in parts]) for output in outputs}
 
 
