@@ -585,6 +585,22 @@ def test_equalising_leaves_alone_what_it_cannot_scale() -> None:
     assert list(untouched.graph.initializer) == list(watched.graph.initializer)
 
 
+@pytest.mark.parametrize(
+    ("taken", "count", "sizes"),
+    [("N", 7, [3, 3, 1]), ("N", 2, [2]), (2, 7, [2, 2, 2]), (4, 3, [4]), (3, 3, [3])],
+)
+def test_a_graph_of_one_batch_size_gets_whole_batches(
+    taken: int | str, count: int, sizes: list[int]
+) -> None:
+    node = helper.make_node("Relu", ["x"], ["y"])
+    model = small_graph([node], [taken, 1, 2, 2], {}, output_shape=[taken, 1, 2, 2])
+    images = np.arange(count, dtype=np.float32).reshape(count, 1, 1, 1) * np.ones((1, 1, 2, 2))
+    found = ops.batches(model, images.astype(np.float32), 3)
+    assert [len(batch) for batch in found] == sizes
+    order = np.concatenate(found)[:, 0, 0, 0]
+    assert (order == np.arange(len(order)) % count).all()
+
+
 # --- bad input
 
 

@@ -334,10 +334,13 @@ def quantized_products(optimized: ModelProto) -> tuple[int, int]:
 def batches(model: ModelProto, images: Float32, size: int) -> list[Float32]:
     """Images `[N, 3, H, W]` in batches of that size, or as large as the graph takes them.
 
-    What a graph of one batch size leaves over is left out: ranges and means do without.
+    What a graph of one batch size leaves over is left out, and too few images come again: ranges
+    and means change little by either.
     """
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     size = fixed or size
+    if len(images) < fixed:
+        images = images[np.arange(fixed) % len(images)]
     end = len(images) - size + 1 if fixed else len(images)
     return [images[start : start + size] for start in range(0, end, size)]
 
