@@ -198,6 +198,11 @@ class Artifact:
         return self.built_with.get(REFUSED)
 
     @property
+    def is_int8(self) -> bool:
+        """Whether it computes in int8, wholly or but for a few blocks."""
+        return self.precision == "int8" or self.file in (INT8, INT8_TRT)
+
+    @property
     def needs_int8(self) -> bool:
         """Whether an x86 processor without VNNI computes it wrong: its sums would saturate."""
         return self.built_with.get(WEIGHT_BITS) == "8"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rexdeploy.bundle.manifest import INT8
 from rexdeploy.cli.console import check_json, emit, progress_bar, say
 from rexdeploy.cli.shared import Json, Quiet, RequireSignature, interrupted, leave_with
 from rexdeploy.errors import UsageError
@@ -136,7 +135,7 @@ def show_runner(classifier: Classifier, quiet: bool, silent: bool) -> None:
         reasons = (one_line(f"passed over: {reason}") for reason in classifier.passed_over)
         say(*reasons, to_stderr=True)
     if not silent:
-        of = " (INT8)" if classifier.artifact.file == INT8 else ""
+        of = " (INT8)" if classifier.artifact.is_int8 else ""
         say(f"{classifier.title} on {classifier.backend}{of}")
 
 
