@@ -538,6 +538,34 @@ def test_written_out_rounds_as_quantizelinear_does(
     np.testing.assert_array_equal(got, expected)
 
 
+def test_a_biass_last_bit_is_its_makers(made: Callable[[str], Bundle], images: Path) -> None:
+    """And two steps are not."""
+    bundle = made("drawn_lite")
+    model, spec = graph(bundle), bundle.manifest.model.preprocess
+    pixels = normalise(load_batch(find(images / "train")[:16], spec), spec)
+    own = ops.quantized(model, ops.calibrate(model, pixels, "minmax"), "cpu")
+
+    def apart(steps: int) -> float:
+        moved = _codes(own, lambda codes: codes + steps, TensorProto.INT32)
+        twin = quantized_twin(model, moved, own_biases=False)
+        assert twin is not None
+        biases = [
+            {item.name: numpy_helper.to_array(item) for item in side.graph.initializer}
+            for side in (twin, _written(moved))
+        ]
+        found = [
+            np.abs(biases[0][name] - biases[1][name.rpartition("/")[2]]).max()
+            for name in biases[0]
+            if name.endswith(".bias") and name.rpartition("/")[2] in biases[1]
+        ]
+        assert len(found) == len(nodes_of(model, "Conv"))
+        return float(max(found))
+
+    assert apart(0) == apart(1) == apart(-1) == 0
+    assert apart(3) > 0
+    assert apart(-3) > 0
+
+
 def test_biases_are_moved_back(made: Callable[[str], Bundle], images: Path) -> None:
     """A graph whose biases are off by what nobody rounds comes back to its parent."""
     bundle = made("drawn_lite")

@@ -148,10 +148,16 @@ class _Weight:
     kind: int  # TensorProto.DataType of its codes
 
     def of(self, value: Float32) -> _Weight:
-        """Another constant, rounded alike."""
+        """Another constant, rounded alike.
+
+        Of a bias, in 32 bits, the last bit is how its maker divided: within one step it is as here.
+        """
         low, high = _BOUNDS[self.kind]
         codes = np.clip(np.rint(value / self.scale) + self.zero, low, high)
         rounded = ((codes - self.zero) * self.scale).astype(np.float32)
+        if self.kind == TensorProto.INT32:
+            is_near = np.abs(rounded - self.value) <= 1.5 * self.scale
+            rounded = np.where(is_near, self.value, rounded).astype(np.float32)
         return _Weight(rounded, self.scale, self.zero, self.kind)
 
 
