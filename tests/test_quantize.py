@@ -37,7 +37,7 @@ from rexdeploy.serving.deploy import _choose
 from rexdeploy.steps.build_trt import build_trt
 from rexdeploy.steps.evaluate import evaluate
 from rexdeploy.steps.export import export
-from rexdeploy.steps.int8_search import STATE, _run
+from rexdeploy.steps.int8_search import STATES, _run
 from rexdeploy.steps.quantize import FASTER, Quantization, quantize, slow
 from rexdeploy.steps.verify import verify
 from tests.drawn_images import write_drawn_images
@@ -268,7 +268,7 @@ def test_what_misses_its_bar_is_not_kept_unless_asked_for(
     assert "INT8 is not accepted: " in result.error_lines[-1]
     assert "of its answers are the float32 graph's" in result.error_lines[-1]
     after = folder_state(bundle.path)
-    assert set(after) - set(before) == {STATE}  # what was tried, to go on from
+    assert set(after) - set(before) == {STATES["cpu"]}  # what was tried, to go on from
     kept = run_cli(*common, "--keep", cwd=tmp_path)
     assert kept.code == 0
     assert "written, NOT accepted" in kept.out
@@ -289,8 +289,10 @@ def test_an_accepted_graph_answers_on_a_cpu(
         answers, expected = (model.run(batch) for model in (int8, reference))
     assert (answers.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.9
     assert not np.allclose(answers, expected, atol=1e-3)
-    files = _choose(accepted.manifest, "onnxruntime", "")[1]
-    assert files[0].file == INT8
+    # Triton's own onnxruntime asks nobody for VNNI; its Python backend chooses where it runs.
+    chosen = {name: _choose(accepted.manifest, name, "")[1] for name in ("onnxruntime", "python")}
+    assert [item.file for item in chosen["onnxruntime"]] == ["fp32.onnx"]
+    assert [item.file for item in chosen["python"]] == ["fp32.onnx", INT8]
     monkeypatch.setattr(machine, "has_int8", lambda: False)
     with load(accepted) as elsewhere:  # whose sums would saturate
         assert elsewhere.artifact.file == "fp32.onnx"
@@ -339,6 +341,26 @@ def test_without_vnni_weights_have_seven_bits(
     ]
     assert max(np.abs(code).max() for code in codes) == 64
     assert entry(result.bundle, INT8).needs_int8 is False
+
+
+def test_what_is_refused_now_is_no_longer_taken(
+    accepted: Bundle, images: Path, made: Callable[[str], Bundle]
+) -> None:
+    """`--force` judges again: a graph that was accepted once does not outlive it."""
+    result = quantize(accepted, calib=images / "train", agreement=1, max_blocks=0, force=True)
+    assert not result.accepted
+    assert result.written is None
+    assert "judged again" in (entry(result.bundle, INT8).refused or "")
+    with load(result.bundle) as classifier:
+        assert classifier.artifact.file == "fp32.onnx"
+    without = {
+        key: value
+        for key, value in entry(accepted, INT8).built_with.items()
+        if key != "weight_bits"
+    }
+    assert with_notes(accepted, INT8, built_with=without).manifest.int8 is not None
+    assert entry(with_notes(accepted, INT8, built_with=without), INT8).needs_int8
+    assert not entry(made("drawn_lite"), "fp32.onnx").needs_int8
 
 
 # --- what verify finds
@@ -403,7 +425,9 @@ def test_an_equalised_graph_is_its_parent_to_the_bit(
     """Its blocks cannot be walked, so that a defect must not hide below a limit on logits."""
     bundle = copied(made("hard_lite"), tmp_path / "hard")
     if bundle.manifest.find_file("fp32.equalized.onnx") is None:
-        quantize(bundle, calib=images / "train", max_blocks=0, **KEPT)
+        bundle = quantize(
+            bundle, calib=images / "train", data=images / "val", max_blocks=0, **KEPT
+        ).bundle
     name = "fp32.equalized.onnx"
     model = graph(bundle, name)
     weight = nodes_of(model, "Conv")[8].input[1]
@@ -414,6 +438,60 @@ def test_an_equalised_graph_is_its_parent_to_the_bit(
     (failure,) = result.failures
     assert "broken edge fp32.onnx -> fp32.equalized.onnx" in failure
     assert "to the bit" in failure
+
+
+def silent_channels(model: ModelProto) -> ModelProto:
+    """Every convolution's strongest channel rounded to zero by a scale of its own."""
+    edited = ModelProto()
+    edited.CopyFrom(model)
+    constants = {tensor.name: tensor for tensor in edited.graph.initializer}
+    for node in edited.graph.node:
+        codes = constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if codes is None or codes.data_type != TensorProto.INT8:
+            continue
+        values = numpy_helper.to_array(codes).copy()
+        scale = numpy_helper.to_array(constants[node.input[1]]).copy()
+        channel = int(np.argmax(scale))
+        values[channel], scale[channel] = 0, scale[channel] * 1e6
+        codes.CopyFrom(numpy_helper.from_array(values, codes.name))
+        constants[node.input[1]].CopyFrom(numpy_helper.from_array(scale, node.input[1]))
+    return edited
+
+
+def moved_biases(model: ModelProto) -> ModelProto:
+    """Each by thousands of steps, said to be a correction."""
+    rng = np.random.default_rng(0)
+    edited = ModelProto()
+    edited.CopyFrom(model)
+    for tensor in edited.graph.initializer:
+        if tensor.data_type == TensorProto.INT32 and tensor.dims:
+            codes = numpy_helper.to_array(tensor)
+            size = np.abs(codes).mean()
+            moved = codes + (4 * size * rng.normal(size=codes.shape)).astype(np.int32)
+            tensor.CopyFrom(numpy_helper.from_array(moved, tensor.name))
+    return edited
+
+
+def test_what_would_make_room_for_itself_does_not(accepted: Bundle, images: Path) -> None:
+    """Found by a review: scales that nobody takes and biases that correct nothing passed."""
+    model = graph(accepted, INT8)
+    silent = with_file(accepted, INT8, silent_channels(model).SerializeToString())
+    failures = verify(silent, images=images / "val", **FAST).failures
+    assert any("its nodes are others" in text for text in failures)
+    notes = entry(accepted, INT8).built_with | {"biases": "corrected"}
+    moved = moved_biases(model).SerializeToString()
+    claimed = with_file(accepted, INT8, moved, built_with=notes)
+    assert verify(claimed, images=images / "val", **FAST).failures != ()
+    honest = with_file(accepted, INT8, model.SerializeToString(), built_with=notes)
+    assert verify(honest, images=images / "val", **FAST).failures == ()
+
+
+@pytest.mark.parametrize("parent", ["weights.safetensors", None])
+def test_another_parent_is_no_way_out(accepted: Bundle, images: Path, parent: str | None) -> None:
+    changed = another_stride(graph(accepted, INT8)).SerializeToString()
+    above = None if parent is None else entry(accepted, parent).sha256
+    bundle = with_file(accepted, INT8, changed, parent_sha256=above)
+    assert not verify(bundle, images=images / "val", **FAST).passed
 
 
 def test_scales_that_are_too_coarse_break_it(accepted: Bundle, images: Path) -> None:

@@ -310,7 +310,7 @@ Artifact read_artifact(const Json& json) {
             text(item.value(), item.key().c_str());
         }
         artifact.flavor = optional_text(*built_with, "flavor");
-        artifact.needs_int8 = optional_text(*built_with, "weight_bits") == "8";
+        artifact.needs_int8 = optional_text(*built_with, "weight_bits") != "7";
         artifact.is_accepted_int8 = artifact.kind == "onnx" && artifact.file == "int8.onnx" &&
                                     !built_with->contains("refused");
     }

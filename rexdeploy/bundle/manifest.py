@@ -205,7 +205,7 @@ class Artifact:
     @property
     def needs_int8(self) -> bool:
         """Whether an x86 processor without VNNI computes it wrong: its sums would saturate."""
-        return self.built_with.get(WEIGHT_BITS) == "8"
+        return self.is_int8 and self.built_with.get(WEIGHT_BITS) != "7"
 
     @property
     def is_equalized(self) -> bool:

@@ -54,20 +54,23 @@ def quantize(
     It goes into the bundle as int8.onnx. Where the plain one misses its bar, biases are corrected,
     channels equalised (no float32 logit changes by it), and the worst blocks given back to float32.
     Then it is timed beside the float32 graph. Interrupted, the same command goes on where it was.
-    Exit code 3: it is not accepted.
+    For TensorRT (--target trt) it is judged by its accuracy alone. Exit code 3: it is not
+    accepted, and nothing was kept.
 
     \b
     Example:
     rexdeploy quantize mine --calib train/ --data val/
     """
     check_json(json)
-    from rexdeploy.errors import VerificationFailed
+    from rexdeploy.errors import UsageError, VerificationFailed
     from rexdeploy.steps.quantize import quantize as run
 
     if plot is not None:
         from rexdeploy.cli.plot import check_plot
 
         check_plot(plot)
+        if target == "trt":
+            raise UsageError("got --plot with --target trt, of which nothing is timed here")
     with bounded(), progress(quiet) as report:
         result = run(
             bundle,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -112,7 +112,8 @@ def quantized(
     made.producer_name, made.producer_version = model.producer_name, model.producer_version
     del made.metadata_props[:], made.graph.value_info[:]
     made.metadata_props.extend(model.metadata_props)
-    onnx.checker.check_model(made, full_check=True)
+    with _quiet("the INT8 graph is not valid"):
+        onnx.checker.check_model(made, full_check=True)
     return made
 
 
@@ -155,6 +156,7 @@ class _Channels:
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
+        self._shared = Counter(name for node in graph.node for name in node.input)
         self._parents: list[int] = []
         self._ids: dict[str, list[int]] = {}  # of a tensor's channels
         self._makers: list[NodeProto] = []
@@ -215,7 +217,8 @@ class _Channels:
 
     def _follow(self, node: NodeProto) -> None:
         known = [self._ids.get(name) for name in node.input]
-        if node.op_type == "Conv" and node.input[1] in self._weights:
+        is_own = all(self._shared[name] == 1 for name in node.input[1:])
+        if node.op_type == "Conv" and node.input[1] in self._weights and is_own:
             count = self._weights[node.input[1]].dims[0]
             self._ids[node.output[0]] = list(range(len(self._parents), len(self._parents) + count))
             self._parents += self._ids[node.output[0]]
@@ -233,8 +236,10 @@ class _Channels:
         if node.op_type == "Conv":
             weight = self._weights.get(node.input[1])
             in_weights = list(node.input).count(name) == 1 and node.input[0] == name
-            groups = (1, len(self._ids[name]))
-            return in_weights and weight is not None and _group(node) in groups
+            if not in_weights or weight is None or self._shared[node.input[1]] > 1:
+                return False
+            count = len(self._ids[name])
+            return _group(node) == 1 or _group(node) == count == weight.dims[0]
         return node.op_type in ("Add", "Concat") and node.output[0] in self._ids
 
     def _root(self, number: int) -> int:
@@ -252,9 +257,9 @@ class _Channels:
 
 
 def corrected(quantised: ModelProto, model: ModelProto, images: Float32, run: Run) -> ModelProto:
-    """A quantised graph with the biases of its products moved, in the graph's order.
+    """A quantised graph with the biases of its convolutions moved, in the graph's order.
 
-    Rounding moves the mean of what a product puts out; the next is measured with that undone (bias
+    Rounding moves the mean of what each puts out; the next is measured with that undone (bias
     correction, Nagel et al., ICCV 2019). `model` is the float32 graph, `images` `[N, 3, H, W]`.
     """
     copy = ModelProto()
@@ -349,8 +354,8 @@ def _group(node: NodeProto) -> int:
     return next((item.i for item in node.attribute if item.name == "group"), 1)
 
 
-def _axis(node: NodeProto) -> int:
-    return next((item.i for item in node.attribute if item.name == "axis"), math.inf)  # type: ignore[return-value]
+def _axis(node: NodeProto) -> int | None:
+    return next((item.i for item in node.attribute if item.name == "axis"), None)
 
 
 def _once(feeds: dict[str, Float32]) -> Any:

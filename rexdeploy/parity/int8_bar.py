@@ -19,6 +19,7 @@ from rexdeploy.parity.compare import Limits, Signal, compare
 from rexdeploy.parity.limits import LIMITS, ceiling
 
 _BATCH = 32
+_NOT_FINITE = 1e30  # of a graph that gives NaN or infinity, which JSON has no number for
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Trial:
     equalized: bool = False
     corrected: bool = False
     float32: tuple[str, ...] = ()  # the blocks that it keeps
-    rms: float = float("inf")  # of the logits, in units of signal
-    error: float = float("inf")
+    rms: float = _NOT_FINITE  # of the logits, in units of signal
+    error: float = _NOT_FINITE
     correlation: float = -1.0
     agreement: float = 0.0  # share of answers that are the float32 graph's
     paired: PairedDifference | None = None  # of top-1, where the images have labels
-    over: float = float("inf")  # how far it is from its bar: 0 or less, it passes
+    over: float = _NOT_FINITE  # how far it is from its bar: 0 or less, it passes
 
     @property
     def passes(self) -> bool:

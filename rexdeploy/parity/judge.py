@@ -116,7 +116,7 @@ class Judge:
             return False
         rounding = self._rounding(candidate) if candidate.narrow else None
         if self._is_strange(candidate, rounding):
-            again = "quantize" if candidate.narrow == "int8" else "build-trt"
+            again = "quantize --calib DIR" if candidate.narrow == "int8" else "build-trt"
             reason = (
                 "it is not the float32 graph that it was made from, in other types: its nodes are "
                 f"others; make it again: rexdeploy {again} --force"
@@ -124,7 +124,7 @@ class Judge:
             self.broken.append(Skipped(candidate.parent, label, name, reason))
             return False
         if candidate.narrow == "int8" and rounding is None:
-            reason = "no float32 graph here has its nodes: nothing tells what its scales alone do"
+            reason = "no float32 graph here has its nodes: nothing tells what its scales do"
             self.skipped.append(Skipped(candidate.parent, label, name, reason))
             return False
         exact = name == "onnxruntime" and rounding is not None and rounding.logits is not None
@@ -146,7 +146,7 @@ class Judge:
             self.edges.append(edge)
         if rounding is not None and exact and not edge.nonfinite:
             if candidate.narrow == "int8":
-                self._hold_as_written(candidate, rounding)
+                self._hold_as_written(candidate, rounding, counts=not refusal)
             else:
                 self._hold_against_twin(candidate, label, rows, rounding)
         if parent != self._reference_name and not refusal:
@@ -191,16 +191,16 @@ class Judge:
         return replace(rows, logits=comparable(rows.logits, candidate.spec.output, self._compared))
 
     def _is_strange(self, candidate: Candidate, rounding: _Rounding | None) -> bool:
-        """Whether a 16-bit graph of our making is not the float32 graph that it was made from.
+        """Whether a graph of our making is not the float32 graph that it was made from.
 
         Without one it would be held to the looser limits of somebody else's.
         """
+        if candidate.narrow == "int8":  # whatever it says that it was made from
+            return rounding is None and candidate.kind == "onnx" and candidate.is_ours
         parent = self._candidates.get(candidate.parent)
-        if parent is None or (rounding is not None and rounding.logits is not None):
+        if parent is None or rounding is None or rounding.logits is not None:
             return False
         is_ours = candidate.kind == parent.kind == "onnx" and candidate.is_ours
-        if rounding is None:  # of 16 bits: it cannot be measured here
-            return is_ours and candidate.narrow == "int8"
         # Of somebody's own graph, whose opset bfloat16 may have to raise, the nodes can differ.
         is_like_it = candidate.spec.family != "onnx" or candidate.narrow == "fp16"
         return is_ours and is_like_it and parent.narrow is None
@@ -226,12 +226,13 @@ class Judge:
         if allowed.hold(needed) or not LIMITS[candidate.narrow].hold(rounding.numbers):
             return None  # there is room, or it fails by what no graph may do
         other = "--bf16" if candidate.narrow == "fp16" else "float16"
+        other += ", or 'rexdeploy tune-precision'" if candidate.narrow != "int8" else ""
         return (
             f"rounding to {candidate.narrow} alone makes an error of {rounding.numbers.error:.2g} "
             f"(root mean square {rounding.numbers.rms:.2g}) of the signal, and an answer that "
             f"ignores its image has {self.signal.constant.error:.2g} "
             f"({self.signal.constant.rms:.2g}) on these images: too near to judge; more or other "
-            f"images (--samples, --images), {other}, or 'rexdeploy tune-precision' may help"
+            f"images (--samples, --images), or {other} may help"
         )
 
     def _hold_against_twin(
@@ -251,15 +252,13 @@ class Judge:
         if candidate.is_ours or not comparison.failures:
             self.edges.append(self._if_reproducible(candidate, comparison, rounding))
 
-    def _hold_as_written(self, candidate: Candidate, rounding: _Rounding) -> None:
+    def _hold_as_written(self, candidate: Candidate, rounding: _Rounding, counts: bool) -> None:
         """Compares what an INT8 graph says with its parent, rounded alike, by the same arithmetic.
 
-        What a runtime makes of it in int8 has been compared with the parent itself: kernels round
-        halves otherwise, where a small average pool meets many.
+        Where its kernels, which round halves otherwise, were refused, it `counts` as no pass.
         """
         model = written_out(candidate.graph)
-        assert model is not None
-        assert rounding.logits is not None
+        assert model is not None and rounding.logits is not None  # noqa: PT018
         comparison = compare(
             rounding.logits,
             self._by_image(model, candidate.spec, self._sizes(candidate)[-1]),
@@ -267,7 +266,7 @@ class Judge:
             signal=self.signal,
             limits=self._float32,
         )
-        if candidate.is_ours or not comparison.failures:
+        if (candidate.is_ours or not comparison.failures) and (counts or comparison.failures):
             self.edges.append(comparison)
 
     def _if_reproducible(
@@ -334,17 +333,18 @@ class Judge:
         return self._rounded(*(self._by_image(model, candidate.spec, size) for model in models))
 
     def _of_quantization(self, candidate: Candidate, size: int) -> _Rounding | None:
-        """What rounding to 8 bits by the candidate's own scales does to its parent."""
+        """What rounding by its scales does to its parent: corrected biases make no room here."""
         own_biases = candidate.claimed is None or candidate.claimed.has_own_biases
         for parent in self._float32_graphs(candidate):
-            model = quantized_twin(parent.graph, candidate.graph, own_biases)
-            if model is not None:
-                logits = self._by_image(
-                    model, parent.spec, parent.batch.opt if parent.batch else size
-                )
-                expected = self._logits.get(parent.file, self._logits[self._reference_name])
-                rounding = self._rounded(expected, logits)
-                return replace(rounding, logits=logits, parent=parent.file)
+            model = quantized_twin(parent.graph, candidate.graph, own_biases=False)
+            if model is None:
+                continue
+            logits = self._by_image(model, parent.spec, size)
+            expected = self._logits.get(parent.file, self._logits[self._reference_name])
+            rounding = self._rounded(expected, logits)
+            if own_biases and (own := quantized_twin(parent.graph, candidate.graph, True)):
+                logits = self._by_image(own, parent.spec, size)
+            return replace(rounding, logits=logits, parent=parent.file)
         return None
 
     def _of_conversion(self, candidate: Candidate) -> _Rounding | None:

@@ -12,7 +12,7 @@ from typing import Protocol
 from rexdeploy.bundle.precision import FLOATING, TYPES, PrecisionProof
 from rexdeploy.graphs.products import Product
 
-PROOF_REVISION = "2"
+PROOF_REVISION = "3"
 """Of `prove` and of what a layer's type is read from: raise it with every change of the rule."""
 
 

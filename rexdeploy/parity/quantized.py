@@ -101,6 +101,8 @@ def quantized_twin(
                 rounded = found.weights[there]
                 if value.shape != rounded.value.shape:
                     return None
+                if not (found.fits(other) if index == _BIAS else rounded.fits(value)):
+                    return None
                 own = f"{name}/{there}"
                 arithmetic.constant(own, rounded.of(value))
                 node.input[index] = own
@@ -147,6 +149,16 @@ class _Weight:
     zero: Float32
     kind: int  # TensorProto.DataType of its codes
 
+    def fits(self, value: Float32) -> bool:
+        """Whether the scales are those of such weights: by their largest values, of 7 or 8 bits.
+
+        Of scales that nobody would take, rounding alone would pass for the network.
+        """
+        axes = tuple(axis for axis, size in enumerate(self.scale.shape) if size == 1)
+        largest = np.abs(value).max(axis=axes, keepdims=True, initial=0)
+        ratio = 127 * self.scale.reshape(largest.shape) / np.where(largest > 0, largest, np.inf)
+        return bool(((ratio > 0.99) & (ratio < _COARSEST) | (largest == 0)).all())
+
     def of(self, value: Float32) -> _Weight:
         """Another constant, rounded alike.
 
@@ -161,6 +173,7 @@ class _Weight:
         return _Weight(rounded, self.scale, self.zero, self.kind)
 
 
+_COARSEST = 2.05  # of a 7-bit weight; 8 bits have 1
 _BOUNDS: dict[int, tuple[int, int]] = {
     TensorProto.INT8: (-128, 127),
     TensorProto.UINT8: (0, 255),
@@ -218,6 +231,15 @@ class _Quantized:
         if maker is not None and maker.op_type == _DEQUANTIZE and name in self.activations:
             maker = self._makers.get(self.activations[name][0])
         return maker if maker is not None and maker.op_type == kind else None
+
+    def fits(self, node: NodeProto) -> bool:
+        """Whether a product's bias has the scales of its sums: input's times weights'."""
+        if node.input[0] not in self.activations or node.input[1] not in self.weights:
+            return False
+        weight = self.weights[node.input[1]].scale.ravel()
+        sums = self.activations[node.input[0]][1].scale * weight
+        own = self.weights[node.input[_BIAS]].scale.ravel()
+        return own.size in (1, sums.size) and np.allclose(own, sums, rtol=1e-2, atol=0)
 
     def constant(self, name: str) -> Float32 | None:
         """A constant's values, rounded or not."""

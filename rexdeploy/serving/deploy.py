@@ -275,8 +275,8 @@ def _choose(manifest: Manifest, wanted: str, why: str) -> tuple[TritonBackend, l
         wanted, why = "python", "the bundle has TensorRT-RTX engines only"
     choices: dict[str, tuple[TritonBackend, list[Artifact]]] = {
         "tensorrt": ("tensorrt", plans[:1]),
-        # Triton's onnxruntime takes a GPU where there is one, on which INT8 is slow.
-        "onnxruntime": ("onnxruntime", graphs if machine.has_device() else [*int8, *graphs]),
+        # Triton's onnxruntime asks for no VNNI where it is served, and may take a GPU.
+        "onnxruntime": ("onnxruntime", graphs),
         "python": ("python", [*proven, *graphs, *int8]),  # the first graph of a bundle is its root
     }
     if wanted not in choices:

@@ -109,7 +109,7 @@ def build_trt(
             bundle = bundle.update(*form.made, files=files)
         return BuildResult(bundle, engine, reused=True)
 
-    precision = graph_artifact.precision or "mixed"
+    precision = graph_artifact.precision or ("int8-mixed" if int8 else "mixed")
     report(f"building an engine in {precision} with {trt.__name__} {trt.__version__}")
     built = tensorrt_build.build(data, settings)
     report("proving its precision")

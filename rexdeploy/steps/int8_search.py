@@ -30,11 +30,12 @@ from rexdeploy.bundle.manifest import (
     to_json,
 )
 from rexdeploy.bundle.store import Bundle, sha256
-from rexdeploy.errors import UsageError
+from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.graphs import quantize as ops
 from rexdeploy.graphs.products import precision_of
 from rexdeploy.graphs.wrapper import change_core
 from rexdeploy.interleaved import Ratio, Task, paired_ratio, time_rounds
+from rexdeploy.machine import machine
 from rexdeploy.minimal_set import minimal
 from rexdeploy.parity.block_by_block import GraphWalk
 from rexdeploy.parity.int8_bar import Bar, Trial
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from onnxruntime.quantization.calibrate import TensorsData
 
 FILES: dict[ops.Target, str] = {"cpu": INT8, "trt": INT8_TRT}
-STATE = "quantize.json"
+STATES: dict[ops.Target, str] = {"cpu": "quantize.json", "trt": "quantize.tensorrt.json"}
 ROUNDS = 60
 _CORRECTED = 64  # images that biases are corrected by
 _TIMED = 6  # graphs at the most, beside the float32 one
@@ -102,7 +103,8 @@ class Search:
             + bar.key
             + calibrated.tobytes()
         ).hexdigest()
-        self._state = _read_state(bundle, key)
+        self.warnings: list[str] = []
+        self._state = _read_state(bundle, STATES[target], key)
         self.resumed = len(self._state.trials)
 
     @property
@@ -116,7 +118,7 @@ class Search:
             return plain
         tried = [plain, self.judge(replace(plain, corrected=True))]
         for corrected in (False, True):
-            if min(tried, key=_rank).passes:
+            if min(tried, key=_rank).passes or self._equalized == self._model:
                 break
             for method in dict.fromkeys(("minmax", plain.method)):
                 tried.append(self.judge(Trial(method, equalized=True, corrected=corrected)))
@@ -128,7 +130,11 @@ class Search:
     def _with_blocks(self, base: Trial, most: int) -> Trial:
         """The trial with few blocks given back to float32, the worst first."""
         model = self._base(base.equalized)
-        blocks = {name: nodes for name, nodes in GraphWalk(model).node_names.items() if nodes}
+        try:
+            blocks = {name: nodes for name, nodes in GraphWalk(model).node_names.items() if nodes}
+        except UsageError as error:
+            self.warnings.append(f"no blocks can be given back to float32: {error}")
+            return base
         order = {name: index for index, name in enumerate(blocks)}
         every = set[str]().union(*blocks.values())
         self._report("measuring each block in int8 alone")
@@ -153,8 +159,9 @@ class Search:
         trial = self._bar.judged(Trial(*settings), self.model(asked))
         self._state = replace(self._state, trials=(*self._state.trials, trial))
         data = to_json(self._state)
-        state = Artifact("report", STATE, sha256(data), parent_sha256=self._root.sha256)
-        self.bundle = self.bundle.update(state, files={STATE: data})
+        file = STATES[self._target]
+        state = Artifact("report", file, sha256(data), parent_sha256=self._root.sha256)
+        self.bundle = self.bundle.update(state, files={file: data})
         return trial
 
     def model(self, trial: Trial) -> bytes:
@@ -194,6 +201,7 @@ class Search:
             "onnx": onnx.__version__,
             REVISION: ops.REVISION,
             "target": self._target,
+            "judged_on": machine()["processor"],
             "quantised": trial.title,
             WEIGHT_BITS: "7" if self._reduce else "8",
             "agreement": f"{trial.agreement:.4f}",
@@ -216,6 +224,13 @@ class Search:
         self.bundle = self.bundle.update(*made, artifact, files=files)
         return artifact.file
 
+    def refuse_earlier(self, refused: list[str]) -> None:
+        """Marks the graph that is there from before: nothing takes what is not accepted now."""
+        earlier = self.bundle.manifest.find_file(FILES[self._target])
+        if earlier is not None:
+            notes = earlier.built_with | {REFUSED: f"judged again: {'; '.join(refused)}"}
+            self.bundle = self.bundle.update(replace(earlier, built_with=notes), files={})
+
     def time(self, best: Trial) -> tuple[float, tuple[Timed, ...]]:
         """The float32 graph's time, and those of the graphs on the way to the best; it is last."""
         nearest = {len(item.float32): item for item in sorted(self.trials, key=lambda t: -t.rank)}
@@ -232,6 +247,10 @@ class Search:
                 stack.callback(backend.close)
                 tasks.append(Task(functools.partial(backend.run, images)))
             rounds = time_rounds(tasks, ROUNDS, silent)
+        if rounds.interrupted:
+            raise KeyboardInterrupt
+        if rounds.faults:
+            raise RexdeployError(f"timing: {next(iter(rounds.faults.values()))}")
         own, *rest = rounds.samples_ms
         timed = [
             Timed(trial, float(np.median(taken)), paired_ratio(own, taken))
@@ -263,9 +282,9 @@ def _rank(trial: Trial) -> float:
     return trial.rank
 
 
-def _read_state(bundle: Bundle, key: str) -> _State:
+def _read_state(bundle: Bundle, file: str, key: str) -> _State:
     """What an earlier run of this very search has found; nothing if there is none to be read."""
-    artifact = bundle.manifest.find_file(STATE)
+    artifact = bundle.manifest.find_file(file)
     if artifact is None:
         return _State(key)
     try:

@@ -29,12 +29,13 @@ from rexdeploy.text import printable
 AGREEMENT = 0.99  # of answers with the float32 graph's, where no labels are given
 MAX_DROP = 0.5  # points of top-1, where they are
 MAX_BLOCKS = 6
+MIN_OPSET = 13  # the first in which a weight has a scale for each channel
 FASTER = 1.02  # what the interval of the ratio has to lie above
 
 
 @dataclass(frozen=True, repr=False)
 class Quantization(Result):
-    """What an INT8 graph of a network comes to."""
+    """What an INT8 graph of a network comes to; for TensorRT it is judged by its accuracy alone."""
 
     bundle: Bundle
     target: ops.Target
@@ -139,6 +140,8 @@ def quantize(
     written = None
     if not refused or keep:
         written = search.write(best, whole, refused, pools.calibrated_as, command)
+    else:
+        search.refuse_earlier(refused)
     return Quantization(
         bundle=search.bundle,
         target=wanted,
@@ -156,7 +159,7 @@ def quantize(
         float_operators=tuple(ops.float_operators(model)),
         refused=tuple(refused),
         written=written,
-        warnings=(*warnings, *pools.warnings),
+        warnings=(*warnings, *pools.warnings, *search.warnings),
         resumed=search.resumed,
     )
 
@@ -205,4 +208,10 @@ def _float32_form(
         form = Form(root, bundle.read(root), (), {})
     if form.artifact.precision != "fp32":
         raise UsageError(f"{form.artifact.file} is not a float32 graph, which INT8 is made from")
+    opset = next((e.version for e in parse(form.data, "").opset_import if not e.domain), 0)
+    if opset < MIN_OPSET:
+        raise UsageError(
+            f"{form.artifact.file} is of opset {opset}, and INT8 by channel needs {MIN_OPSET}; "
+            "export it again with a later one"
+        )
     return bundle, form

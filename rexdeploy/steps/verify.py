@@ -247,6 +247,8 @@ def _walk(
             unable.append(f"{candidate.file}: its Q/DQ pairs cut the blocks; it is held as a whole")
             continue
         if candidate.is_equalized:  # its blocks give other values, its logits have to be equal
+            if "onnxruntime" not in candidate.backends:
+                unable.append(f"{candidate.file}: only onnxruntime holds it to the bit")
             continue
         report(f"walking the blocks of {candidate.file}")
         try:
