@@ -87,7 +87,7 @@ def honest(bundle: Bundle, images: Path) -> list[dict[str, Any]]:
                 rows.append(
                     {
                         "edge": f"{edge.reference} -> {edge.candidate}",
-                        "images": "photographs" if folder else "synthetic",
+                        "images": "own" if folder else "synthetic",
                         "rms": edge.rms,
                         "share": edge.share,
                         "fails": bool(edge.failures),
@@ -158,7 +158,7 @@ def tables(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, network in found["networks"].items():
-        for kind in ("photographs", "synthetic"):
+        for kind in ("own", "synthetic"):
             rows = [row for row in network["honest"] if row.get("images") == kind]
             skipped = sum("skipped" in row for row in network["honest"])
             lines.append(

@@ -23,7 +23,7 @@ from rexdeploy import machine
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.tensorrt_build import Layer
 from rexdeploy.bundle.manifest import INT8, INT8_TRT
-from rexdeploy.bundle.store import Bundle
+from rexdeploy.bundle.store import Bundle, commit
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.graphs import quantize as ops
 from rexdeploy.graphs.products import precision_of
@@ -37,6 +37,7 @@ from rexdeploy.serving.deploy import _choose
 from rexdeploy.steps.build_trt import build_trt
 from rexdeploy.steps.evaluate import evaluate
 from rexdeploy.steps.export import export
+from rexdeploy.steps.import_onnx import import_onnx
 from rexdeploy.steps.int8_search import STATES, _run
 from rexdeploy.steps.quantize import FASTER, Quantization, quantize, slow
 from rexdeploy.steps.verify import verify
@@ -683,6 +684,15 @@ def test_equalising_leaves_alone_what_it_cannot_scale() -> None:
     assert set(np.log2(ratio) % 1) == {0.0}
     before, after = (_run(item, x)["y"] for item in (model, balanced))
     assert (before == after).all()
+    # Nor a weight that two share, nor a depthwise one that makes two channels of each.
+    twice = [*conv[:2], helper.make_node("Conv", ["x", "a"], ["again"], name="again"), *conv[2:]]
+    twice.insert(3, helper.make_node("Conv", ["again", "c"], ["seen"], name="seen"))
+    two = dict(weights, b=rng.normal(size=(8, 1, 1, 1)).astype(np.float32))
+    two["c"] = rng.normal(size=(4, 8, 1, 1)).astype(np.float32)
+    wide = [conv[0], helper.make_node("Conv", ["first", "b"], ["second"], group=4), *conv[2:]]
+    for nodes, values in ((twice, weights), (wide, two)):
+        shared = small_graph(nodes, [2, 4, 5, 5], values, output_shape=[2, 4, 5, 5])
+        assert ops.equalized(shared, x, _run) == shared
     read = helper.make_node("Relu", ["first"], ["other"], name="other")
     watched = small_graph(
         [*conv[:1], read, *conv[1:]], [2, 4, 5, 5], weights, output_shape=[2, 4, 5, 5]
@@ -791,6 +801,8 @@ def test_bundles_that_cannot_be_quantised(
     with pytest.raises(UsageError, match="untrained weights"):
         quantize(untrained, calib=images / "train")
     assert_refused(run_cli("quantize", accepted.path, cwd=tmp_path), "--calib")
+    drawn = ("--calib", images / "train", "--target", "trt", "--plot", "a.png")
+    assert_refused(run_cli("quantize", accepted.path, *drawn, cwd=tmp_path), "--plot", "trt")
     notes = replace(entry(small_lite, "fp32.onnx"), precision="fp16")
     with pytest.raises(UsageError, match="is not a float32 graph"):
         quantize(small_lite.update(notes, files={}), calib=images / "train")
@@ -811,11 +823,20 @@ def test_with_other_operators_the_rest_is_quantised(images: Path, tmp_path: Path
     model = small_graph(nodes, ["N", 3, 32, 32], weights, output_shape=["N", 12])
     path = tmp_path / "own.onnx"
     path.write_bytes(model.SerializeToString())
-    from rexdeploy.steps.import_onnx import import_onnx
-
     source = import_onnx(path, out=tmp_path / "artifacts")
-    assert ops.float_operators(model) == ["Elu", "ReduceMean"]
-    pixels = np.random.default_rng(2).normal(size=(8, 3, 32, 32)).astype(np.float32)
-    made = ops.quantized(model, ops.calibrate(model, pixels, "minmax"), "cpu")
-    assert precision_of(made) == "int8"
-    assert source.bundle.manifest.model.family == "onnx"
+    # No ReXNet: no blocks to give back, nothing to equalise, and a result all the same.
+    bundle = commit(source.bundle.path, lambda _: source.bundle.manifest, source.new_files)
+    result = quantize(bundle, calib=images / "train", agreement=1, max_blocks=2, **KEPT)
+    assert not any(trial.equalized or trial.float32 for trial in result.trials)
+    assert any("no blocks can be given back" in text for text in result.warnings)
+    assert result.float_operators == ("Elu", "ReduceMean")
+    assert verify(result.bundle, images=images / "val", **FAST).failures == ()
+    model.opset_import[0].version = 11
+    for node in nodes_of(model, "ReduceMean"):
+        node.attribute.append(helper.make_attribute("axes", [2, 3]))
+        del node.input[1:]
+    (tmp_path / "old.onnx").write_bytes(model.SerializeToString())
+    old = import_onnx(tmp_path / "old.onnx", out=tmp_path / "artifacts")
+    bundle = commit(old.bundle.path, lambda _: old.bundle.manifest, old.new_files)
+    with pytest.raises(UsageError, match="is of opset 11, and INT8 by channel needs 13"):
+        quantize(bundle, calib=images / "train")

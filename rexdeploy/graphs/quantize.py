@@ -270,6 +270,8 @@ def corrected(quantised: ModelProto, model: ModelProto, images: Float32, run: Ru
         for node in copy.graph.node
         if node.op_type == "Conv" and node.name in there and len(node.input) > 2
     ]
+    if not layers:
+        return copy
     names = [there[node.name] for node in layers]
     exact = run(_with_outputs(model, names), images)
     wanted = {name: exact[name].mean(axis=(0, 2, 3)) for name in names}
