@@ -137,8 +137,9 @@ class Bar:
             ]
         if trial.paired is not None:
             lost = -100 * trial.paired.difference.value
-            return [f"it loses {lost:.2f} points of top-1, expected {self}"]
-        return [f"{trial.agreement:.2%} of its answers are the float32 graph's, expected {self}"]
+            return [f"it loses {lost:.2f} points of top-1, expected at most {self._max_drop:g}"]
+        asked = f"{100 * self._agreement:g} % or more"
+        return [f"{trial.agreement:.2%} of its answers are the float32 graph's, expected {asked}"]
 
     def _logits(self, model: bytes) -> Array:
         """What a graph makes of the images, float32 `[N, classes]`."""
