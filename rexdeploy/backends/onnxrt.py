@@ -137,9 +137,8 @@ def load_session(
 def fused(model: bytes) -> bytes:
     """The graph that ONNX Runtime makes of a model for this CPU, in its own operators.
 
-    Raises like `load_session`.
+    Raises RexdeployError where it cannot load the model.
     """
-    load_session(model)  # says what is wrong with it
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -147,7 +146,8 @@ def fused(model: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fused.onnx"
         options.optimized_model_filepath = str(path)
-        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        with _named_errors("onnxruntime cannot load the graph"):
+            ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return path.read_bytes()
 
 

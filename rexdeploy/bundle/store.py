@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from rexdeploy.bundle.manifest import (
     MANIFEST,
@@ -35,6 +38,7 @@ SIGNATURE = "bundle.sig"
 """See `rexdeploy.bundle.signing`; it is of one state of the bundle, and goes with it."""
 _JOURNAL = ".manifest.commit"
 _STAGED = ".{}.staged"
+_Report = TypeVar("_Report")
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,6 +112,22 @@ class Bundle:
                 f"make it again: {artifact.command or 'rexdeploy export'}"
             )
         return data
+
+    def read_report(self, file: str, kind: type[_Report]) -> _Report | None:
+        """What `with_report` has kept; None where there is nothing that can be read as such."""
+        artifact = self.manifest.find_file(file)
+        if artifact is None:
+            return None
+        try:
+            return msgspec.json.decode(self.read(artifact), type=kind)
+        except (UsageError, msgspec.DecodeError):
+            return None
+
+    def with_report(self, file: str, report: object, parent: Artifact) -> Bundle:
+        """Keeps what a search has found so far, of a graph; raises like `update`."""
+        data = to_json(report)
+        artifact = Artifact("report", file, sha256(data), parent_sha256=parent.sha256)
+        return self.update(artifact, files={file: data})
 
     def update(self, *added: Artifact, files: Mapping[str, bytes]) -> Bundle:
         """Adds or replaces artifacts (`files`: bytes by file name) in one atomic step.

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 import onnx
 from onnx import ModelProto
@@ -27,7 +26,6 @@ from rexdeploy.bundle.manifest import (
     REVISION,
     WEIGHT_BITS,
     Artifact,
-    to_json,
 )
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.errors import RexdeployError, UsageError
@@ -95,6 +93,7 @@ class Search:
         self._target, self._reduce, self._report = target, reduce_range, report
         self._ranges: dict[tuple[ops.Method, bool], TensorsData] = {}
         self._models: dict[tuple[object, ...], bytes] = {}
+        self._found: dict[bool, dict[str, set[str]]] = {}  # blocks, by whether it is equalised
         import onnxruntime
 
         key = hashlib.sha256(
@@ -104,7 +103,8 @@ class Search:
             + calibrated.tobytes()
         ).hexdigest()
         self.warnings: list[str] = []
-        self._state = _read_state(bundle, STATES[target], key)
+        earlier = bundle.read_report(STATES[target], _State)
+        self._state = earlier if earlier and earlier.key == key else _State(key)
         self.resumed = len(self._state.trials)
 
     @property
@@ -129,9 +129,8 @@ class Search:
 
     def _with_blocks(self, base: Trial, most: int) -> Trial:
         """The trial with few blocks given back to float32, the worst first."""
-        model = self._base(base.equalized)
         try:
-            blocks = {name: nodes for name, nodes in GraphWalk(model).node_names.items() if nodes}
+            blocks = self._blocks(base.equalized)
         except UsageError as error:
             self.warnings.append(f"no blocks can be given back to float32: {error}")
             return base
@@ -158,17 +157,14 @@ class Search:
         self._report(f"trial {len(self._state.trials) + 1}: {asked.title}")
         trial = self._bar.judged(Trial(*settings), self.model(asked))
         self._state = replace(self._state, trials=(*self._state.trials, trial))
-        data = to_json(self._state)
-        file = STATES[self._target]
-        state = Artifact("report", file, sha256(data), parent_sha256=self._root.sha256)
-        self.bundle = self.bundle.update(state, files={file: data})
+        self.bundle = self.bundle.with_report(STATES[self._target], self._state, self._root)
         return trial
 
     def model(self, trial: Trial) -> bytes:
         """The trial's graph, its core only."""
         key = (trial.method, trial.equalized, trial.corrected, trial.float32)
         if key not in self._models:
-            blocks = GraphWalk(self._base(trial.equalized)).node_names if trial.float32 else {}
+            blocks = self._blocks(trial.equalized) if trial.float32 else {}
             nodes = set[str]().union(*(blocks[name] for name in trial.float32))
             made = self._graph(trial, nodes)
             self._models[key] = made.SerializeToString(deterministic=True)
@@ -263,6 +259,13 @@ class Search:
         self._report("equalising channels")
         return ops.equalized(self._model, self._calibrated[:_CORRECTED], _run)
 
+    def _blocks(self, equalized: bool) -> dict[str, set[str]]:
+        """The names of each block's nodes; raises UsageError for what is no ReXNet."""
+        if equalized not in self._found:
+            names = GraphWalk(self._base(equalized)).node_names
+            self._found[equalized] = {name: nodes for name, nodes in names.items() if nodes}
+        return self._found[equalized]
+
     def _base(self, equalized: bool) -> ModelProto:
         return self._equalized if equalized else self._model
 
@@ -280,15 +283,3 @@ class Search:
 
 def _rank(trial: Trial) -> float:
     return trial.rank
-
-
-def _read_state(bundle: Bundle, file: str, key: str) -> _State:
-    """What an earlier run of this very search has found; nothing if there is none to be read."""
-    artifact = bundle.manifest.find_file(file)
-    if artifact is None:
-        return _State(key)
-    try:
-        state = msgspec.json.decode(bundle.read(artifact), type=_State)
-    except (UsageError, msgspec.DecodeError):
-        return _State(key)
-    return state if state.key == key else _State(key)

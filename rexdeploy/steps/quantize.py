@@ -110,6 +110,12 @@ def quantize(
     bundle = Bundle.find(bundle)
     bundle, form = _float32_form(bundle, wanted, force, command, report)
     whole = parse(form.data, form.artifact.file)
+    opset = next((e.version for e in whole.opset_import if not e.domain), 0)
+    if opset < MIN_OPSET:
+        raise UsageError(
+            f"{form.artifact.file} is of opset {opset}, and INT8 by channel needs {MIN_OPSET}; "
+            "export it again with a later one"
+        )
     check_writable(bundle.path)
     warnings = []
     saturates = not machine.has_int8() and wanted == "cpu"
@@ -208,10 +214,4 @@ def _float32_form(
         form = Form(root, bundle.read(root), (), {})
     if form.artifact.precision != "fp32":
         raise UsageError(f"{form.artifact.file} is not a float32 graph, which INT8 is made from")
-    opset = next((e.version for e in parse(form.data, "").opset_import if not e.domain), 0)
-    if opset < MIN_OPSET:
-        raise UsageError(
-            f"{form.artifact.file} is of opset {opset}, and INT8 by channel needs {MIN_OPSET}; "
-            "export it again with a later one"
-        )
     return bundle, form

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 from onnx import ModelProto
@@ -27,7 +26,7 @@ from rexdeploy.backends import (
     tensorrt_build,
 )
 from rexdeploy.backends.tensorrt_api import Flavor
-from rexdeploy.bundle.manifest import KEPT, REVISION, Artifact, BatchRange, ModelSpec, to_json
+from rexdeploy.bundle.manifest import KEPT, REVISION, Artifact, BatchRange, ModelSpec
 from rexdeploy.bundle.store import Bundle, check_writable, sha256
 from rexdeploy.errors import BackendUnavailable, UsageError, VerificationFailed
 from rexdeploy.graphs.cast import REVISIONS, beyond_fp16, to_precision
@@ -260,7 +259,8 @@ class _Search:
             f"{REVISIONS['fp16']} {PROOF_REVISION} {tensorrt_build.BUILD_REVISION}".encode()
             + pool.tobytes()
         ).hexdigest()
-        self._state = _read_state(bundle, key)
+        earlier = bundle.read_report(STATE, _State)
+        self._state = earlier if earlier and earlier.key == key else _State(key)
         self.resumed = len(self._state.trials)
 
     def nodes_of(self, trial: Trial) -> set[str]:
@@ -288,9 +288,7 @@ class _Search:
         self._seconds.append(time.perf_counter() - start)
         self.made += 1
         self._state = replace(self._state, trials=(*self._state.trials, trial))
-        data = to_json(self._state)
-        state = Artifact("report", STATE, sha256(data), parent_sha256=self._root.sha256)
-        self.bundle = self.bundle.update(state, files={STATE: data})
+        self.bundle = self.bundle.with_report(STATE, self._state, self._root)
         return trial
 
     def is_kept(self, trial: Trial) -> bool:
@@ -350,15 +348,3 @@ class _Search:
 
     def _mixed(self, trial: Trial) -> ModelProto:
         return to_precision(self._model, "fp16", trial.nodes or self.nodes_of(trial))
-
-
-def _read_state(bundle: Bundle, key: str) -> _State:
-    """What an earlier run of this very search has found; nothing if there is none to be read."""
-    artifact = bundle.manifest.find_file(STATE)
-    if artifact is None:
-        return _State(key)
-    try:
-        state = msgspec.json.decode(bundle.read(artifact), type=_State)
-    except (UsageError, msgspec.DecodeError):
-        return _State(key)
-    return state if state.key == key else _State(key)
