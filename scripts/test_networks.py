@@ -22,10 +22,10 @@ import torch
 import rexdeploy
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.images import decode
-from rexdeploy.images.class_folders import find_class_folders
 from rexdeploy.machine import machine
 from rexdeploy.models.checkpoints import load_checkpoint
 from rexdeploy.models.notes import save_with_notes
+from rexdeploy.training.class_folders import find_class_folders
 from tests.drawn_images import SIZE, write_digits, write_drawn_images
 
 DATA = Path(__file__).parents[1] / "tests" / "data"

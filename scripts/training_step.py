@@ -21,7 +21,7 @@ import torch
 
 from rexdeploy.machine import machine
 from rexdeploy.models.rexnet import RexNet, v1_config
-from rexdeploy.models.training import RECIPES, Trainer
+from rexdeploy.training.trainer import RECIPES, Trainer
 
 ROUNDS, WARMUP, BATCH, SIZE, CLASSES = 60, 5, 64, 64, 10
 

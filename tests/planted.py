@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
+import safetensors
+import safetensors.torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from rexdeploy.bundle.store import Bundle
@@ -334,3 +337,38 @@ def rounded_gates(model: ModelProto) -> ModelProto:
                 cast(f"{name}_half", f"{name}_again", TensorProto.FLOAT),
             ]
     return with_nodes(half, nodes)
+
+
+def unbalanced(source: Path, target: Path, factor: float = 128.0) -> Path:
+    """The network with some channels `factor` times as large, and divided out where they are read.
+
+    Behind the first block, and behind others whose shortcut does not reach those channels, a
+    strided block reads them and nothing else. No logit changes but by rounding.
+    """
+    with safetensors.safe_open(str(source), "pt") as file:
+        notes = file.metadata()
+    state = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in safetensors.torch.load_file(source).items()
+    }
+    blocks = sorted({int(name.split(".")[1]) for name in state if ".out." in name})
+
+    def own(block: int, dimensions: int) -> list[str]:
+        """A block's weights of so many dimensions that are not squeeze and excitation's."""
+        prefix = f"features.{block}.out."
+        found = [name for name in state if name.startswith(prefix) and name.count(".") == 4]
+        kept = [name for name in found if name.endswith("weight")]
+        kept = [name for name in kept if state[name].ndim == dimensions]
+        return sorted(kept, key=lambda name: int(name.split(".")[3]))
+
+    for place in (0, 2, 4, 10):
+        block, following = blocks[place], blocks[place + 1]
+        width = len(state[own(block, 4)[-1]])
+        reached = state[own(block, 4)[0]].shape[1] if place else 0
+        channels = list(range(reached, width))[:8]
+        norm = own(block, 1)[-1].removesuffix(".weight")
+        for name in (f"{norm}.weight", f"{norm}.bias"):
+            state[name][channels] *= factor
+        state[own(following, 4)[0]][:, channels] /= factor
+    safetensors.torch.save_file(state, target, notes)
+    return target

@@ -133,7 +133,8 @@ import sys
 from dataclasses import replace
 import torch
 from rexdeploy.models.rexnet import ReXNetV1
-from rexdeploy.models.training import RECIPES, Trainer, group, place
+from rexdeploy.training.processes import group, place
+from rexdeploy.training.trainer import RECIPES, Trainer
 torch.manual_seed(0)
 images, labels = torch.randn(8, 3, 32, 32).double(), torch.arange(8) % 3
 model = ReXNetV1(width_mult=0.1, classes=3).double()

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-import safetensors
-import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,12 +20,13 @@ from PIL import Image
 from rexdeploy import machine
 from rexdeploy.backends import open_backend
 from rexdeploy.backends.tensorrt_build import Layer
-from rexdeploy.bundle.manifest import INT8, INT8_TRT
+from rexdeploy.bundle.labels import read_labels
+from rexdeploy.bundle.manifest import INT8, INT8_TRT, Preprocess
 from rexdeploy.bundle.store import Bundle, commit
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.graphs import quantize as ops
 from rexdeploy.graphs.products import precision_of
-from rexdeploy.images.calibration import CALIBRATED
+from rexdeploy.images.calibration import CALIBRATED, read_pools
 from rexdeploy.images.decode import normalise
 from rexdeploy.images.sets import find, load_batch
 from rexdeploy.inference.classifier import load
@@ -56,8 +55,10 @@ from tests.helpers import (
     with_file,
     with_notes,
 )
+from tests.planted import unbalanced
 from tests.test_verify_defects import FAST
 
+SPEC = Preprocess(32, 32)
 DATA = ROOT / "tests" / "data"
 # Seconds, and with --keep: whether it is faster here is the machine's word, not a test's.
 KEPT: dict[str, Any] = {"keep": True}
@@ -102,41 +103,6 @@ def accepted(lite: Quantization, tmp_path: Path) -> Bundle:
     notes = dict(entry(bundle, INT8).built_with)
     notes.pop("refused", None)
     return with_notes(bundle, INT8, built_with=notes)
-
-
-def unbalanced(source: Path, target: Path, factor: float = 128.0) -> Path:
-    """The network with some channels `factor` times as large, and divided out where they are read.
-
-    Behind the first block, and behind others whose shortcut does not reach those channels, a
-    strided block reads them and nothing else. No logit changes but by rounding.
-    """
-    with safetensors.safe_open(str(source), "pt") as file:
-        notes = file.metadata()
-    state = {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in safetensors.torch.load_file(source).items()
-    }
-    blocks = sorted({int(name.split(".")[1]) for name in state if ".out." in name})
-
-    def own(block: int, dimensions: int) -> list[str]:
-        """A block's weights of so many dimensions that are not squeeze and excitation's."""
-        prefix = f"features.{block}.out."
-        found = [name for name in state if name.startswith(prefix) and name.count(".") == 4]
-        kept = [name for name in found if name.endswith("weight")]
-        kept = [name for name in kept if state[name].ndim == dimensions]
-        return sorted(kept, key=lambda name: int(name.split(".")[3]))
-
-    for place in (0, 2, 4, 10):
-        block, following = blocks[place], blocks[place + 1]
-        width = len(state[own(block, 4)[-1]])
-        reached = state[own(block, 4)[0]].shape[1] if place else 0
-        channels = list(range(reached, width))[:8]
-        norm = own(block, 1)[-1].removesuffix(".weight")
-        for name in (f"{norm}.weight", f"{norm}.bias"):
-            state[name][channels] *= factor
-        state[own(following, 4)[0]][:, channels] /= factor
-    safetensors.torch.save_file(state, target, notes)
-    return target
 
 
 def logits(model: ModelProto, bundle: Bundle, folder: Path) -> np.ndarray:
@@ -197,16 +163,27 @@ def test_blocks_are_given_back_where_nothing_else_is_enough(
     made: Callable[[str], Bundle], images: Path, tmp_path: Path
 ) -> None:
     bundle = copied(made("drawn_lite"), tmp_path / "lite")
-    result = quantize(bundle, calib=images / "train", agreement=0.9999, max_blocks=2, keep=True)
+    measured: list[str] = []
+
+    def report(text: str) -> None:
+        if text.endswith("in int8 alone"):
+            measured.append(text)
+            if len(measured) == 3:
+                raise KeyboardInterrupt
+
+    asked: dict[str, Any] = {"agreement": 0.9999, "max_blocks": 2, "keep": True}
+    with pytest.raises(KeyboardInterrupt):
+        quantize(bundle, calib=images / "train", report=report, **asked)
+    result = quantize(Bundle.open(bundle.path), calib=images / "train", report=report, **asked)
+    assert len(measured) == len(set(measured)) + 1  # the one that was interrupted
     tried = [trial for trial in result.trials if trial.float32]
     assert {len(trial.float32) for trial in tried} == {1, 2}
     assert min(trial.rms for trial in tried) < min(trial.rms for trial in result.trials[:3])
     kept = min(tried, key=lambda trial: trial.rank)
     assert result.best in (kept, *result.trials[:6])
     # An interrupted search goes on where it was: nothing is made twice, and the result is equal.
-    again = quantize(
-        result.bundle, calib=images / "train", agreement=0.9999, max_blocks=2, keep=True, force=True
-    )
+    again = quantize(result.bundle, calib=images / "train", report=report, force=True, **asked)
+    assert len(measured) == len(set(measured)) + 1
     assert again.resumed == len(result.trials)
     assert again.trials == result.trials
     assert entry(again.bundle, INT8).sha256 == entry(result.bundle, INT8).sha256
@@ -553,6 +530,7 @@ def test_an_int8_engine_is_proven_product_by_product(
         build_trt(bundle, int8=True, flavor="rtx", target="sm89")
     result = quantize(bundle, calib=images / "train", data=images / "val", target="trt")
     assert result.written == INT8_TRT
+    assert entry(result.bundle, INT8_TRT).built_with["speed"] == "not judged: nothing here runs it"
     assert result.timed == ()  # nothing here runs it as TensorRT would
     assert verify(result.bundle, images=images / "val", **FAST).failures == ()
     built = build_trt(result.bundle, int8=True, flavor="rtx", target="sm89", batch="1:2:8")
@@ -786,10 +764,15 @@ def test_few_and_unreadable_images_are_told_of(
     bundle = copied(made("drawn_lite"), tmp_path / "lite")
     result = quantize(bundle, calib=folder, max_blocks=0, **KEPT)
     told = " ".join(result.warnings)
+    assert "images to judge by" not in told
     assert "12 images to take ranges from: 100 or more would be better" in told
     assert "1 images of calib cannot be read; the first: " in told
     assert result.judged == "12 images (the same)"
     assert len(find(images / "train")) > CALIBRATED
+    pools = read_pools(images / "train", images / "train", read_labels(bundle), SPEC)
+    assert pools.warnings == (
+        "144 images to judge by: an answer is 0.7 points of top-1; 500 or more would be better",
+    )
 
 
 def test_bundles_that_cannot_be_quantised(

@@ -142,7 +142,7 @@ class BatchRange:
 DEFAULT_BATCH = BatchRange(1, 8, 64)
 
 
-REVISION, KEPT, REFUSED = "revision", "float32", "refused"  # keys of Artifact.built_with
+REVISION, KEPT, REFUSED, SPEED = "revision", "float32", "refused", "speed"  # of built_with
 WEIGHT_BITS, BIASES, CHANNELS = "weight_bits", "biases", "channels"
 INT8, INT8_TRT = "int8.onnx", "int8.tensorrt.onnx"  # what quantize writes, by its target
 

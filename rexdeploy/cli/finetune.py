@@ -77,6 +77,14 @@ def finetune(
         bool,
         typer.Option("--force", help="Replace --out's file, or another training's state for it."),
     ] = False,
+    qat: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BUNDLE",
+            help="Learn with INT8's rounding in it: the network of a bundle whose INT8 missed its "
+            "bar.",
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the learning curve: .png, .svg or .pdf."),
@@ -124,6 +132,7 @@ def finetune(
             workers=workers,
             out=out,
             force=force,
+            qat=qat,
             report=report,
         )
     if not first:

@@ -19,6 +19,7 @@ from rexdeploy.text import one_line, printable
 
 LEAST = 8
 FEW = 100  # below them the ranges are worth a warning
+FEW_JUDGED = 500  # below them one answer is more than a fifth of a point
 CALIBRATED = 128
 JUDGED = 2048
 
@@ -62,6 +63,11 @@ def read_pools(calib: Path, data: Path | None, labels: Sequence[str], spec: Prep
         by_path = {Path(labelled.folder) / file: label for file, label in classes.items()}
         known = _read(list(by_path), spec, "data", data, warnings)
         judged, shown = list(known.values()), tuple(by_path[path] for path in known)
+        if len(judged) < FEW_JUDGED:
+            warnings.append(
+                f"{len(judged)} images to judge by: an answer is {100 / len(judged):.1f} points of "
+                f"top-1; {FEW_JUDGED} or more would be better"
+            )
         which = f"labelled ones of {printable(str(data))}"
     elif len(judged) < count:
         judged, which = calibrated, "the same"

@@ -5,63 +5,36 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
-from torch import Tensor
 
+from rexdeploy import machine
+from rexdeploy.backends.pytorch import reference
+from rexdeploy.bundle.labels import read_labels
 from rexdeploy.bundle.manifest import Preprocess
-from rexdeploy.errors import UsageError, VerificationFailed
-from rexdeploy.images.class_folders import ClassFolders, find_class_folders, unreadable
-from rexdeploy.images.training import (
-    AsServed,
-    Batches,
-    Examples,
-    loader,
-    readable,
-    seed_of,
-    training_transform,
-)
-from rexdeploy.models import unfinished
-from rexdeploy.models.notes import Notes, check_names, save_with_notes
+from rexdeploy.bundle.store import Bundle
+from rexdeploy.errors import UsageError
+from rexdeploy.models.notes import Notes, check_names
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet, check_width
-from rexdeploy.models.training import (
-    RECIPES,
-    Recipe,
-    Trainer,
-    device,
-    first_not_finite,
-    group,
-    import_timm,
-    place,
-    replace_classifier,
-    shared,
-)
 from rexdeploy.models.weights import read_weights
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.steps.export import DEFAULT_IMAGE_SIZE, check_image_size
 from rexdeploy.text import printable
+from rexdeploy.training import unfinished
+from rexdeploy.training.class_folders import find_class_folders, unreadable
+from rexdeploy.training.examples import seed_of
+from rexdeploy.training.processes import group, shared
+from rexdeploy.training.run import Epoch, Plan, Run, goodness
+from rexdeploy.training.trainer import RECIPES, import_timm, replace_classifier
 
+QAT_EPOCHS = 10
+QAT_SLOWER = 10.0  # times: a network that has learned is to change little
 DEFAULT_OUT = Path("finetuned.safetensors")
 _MAX_WORKERS = 8
-_CHECK_STEPS = 20  # between two looks at the losses: on a GPU each look waits for it
-_TELL_S = 10.0
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch; `val_loss` and `correct` are of the network that would be kept."""
-
-    number: int
-    loss: float  # mean over the training steps, as the recipe smooths labels
-    val_loss: float
-    correct: int  # of the images that it is validated by
-    learning_rate: float  # at its end
-    seconds: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,7 +56,7 @@ class FinetuneResult(Result):
     @property
     def best(self) -> Epoch:
         """The epoch whose network was kept."""
-        return max(self.epochs, key=_goodness)
+        return max(self.epochs, key=goodness)
 
     @property
     def top1(self) -> float:
@@ -122,6 +95,7 @@ def finetune(
     workers: int | None = None,
     out: Path | str = DEFAULT_OUT,
     force: bool = False,
+    qat: Bundle | Path | str | None = None,
     report: Report = silent,
 ) -> FinetuneResult:
     """Trains on the images of `folder/CLASS/...`, and writes the best epoch's network to `out`.
@@ -134,6 +108,10 @@ def finetune(
     `out`, or another training's state, that is there. Under torchrun a batch is split over the
     processes.
 
+    `qat` is a bundle (one, its folder, its name in artifacts/) whose INT8 missed its bar: its
+    network goes on learning with INT8's rounding in it, at a tenth of the rate, for 10 epochs. What
+    is written is a float32 checkpoint; an epoch's figures are those with rounding.
+
     Raises UsageError for what cannot be used, BackendUnavailable without timm, RexdeployError where
     a file cannot be written, and VerificationFailed where the loss is NaN or infinite; the last
     good checkpoint and state stay.
@@ -141,7 +119,11 @@ def finetune(
     Example: `rexdeploy.finetune("train", lite=True, image_size=64, out="mine.safetensors").best`
     """
     import_timm()
-    plan = _plan(recipe, epochs, batch, lr, seed)
+    plan = _plan(recipe, epochs, batch, lr, seed, qat is not None)
+    if qat is not None and (weights, lite, width, image_size) != (None, False, None, None):
+        raise UsageError(
+            "qat takes a bundle's own network: leave weights, lite, width and image size out"
+        )
     if width is not None:
         check_width(width)
     if image_size is not None:
@@ -161,7 +143,12 @@ def finetune(
             stack.enter_context(unfinished.lock(out))
         stack.enter_context(group())
         report("loading the network")
-        model, notes, origin = _network(weights, lite, width, image_size, images.classes, seed)
+        spec = None
+        if qat is None:
+            model, notes, origin = _network(weights, lite, width, image_size, images.classes, seed)
+        else:
+            model, notes, origin, spec = _network_of(Bundle.find(qat), images.classes)
+        spec = spec or Preprocess(height=notes.image_size, width=notes.image_size)
         settings = {
             **plan.settings,
             "network": f"{model.config.family} {notes.width:g}",
@@ -174,7 +161,6 @@ def finetune(
             "names or sizes of the validation images": held.fingerprint if held else "",
         }
         state = shared(lambda: unfinished.read_state(out, settings, force) if first else None)
-        spec = Preprocess(height=notes.image_size, width=notes.image_size)
         found = state and state["unreadable"]
         if found is None:
             data = [part for part in (images, held) if part and first]
@@ -189,7 +175,7 @@ def finetune(
                 f"{folder}: {len(training)} images to train on are fewer than a batch of "
                 f"{plan.batch}; give --batch {len(training)} or less, or more images"
             )
-        run = _Run(model, notes, plan, training, held, workers, out, settings, found, report)
+        run = Run(model, notes, spec, plan, training, held, workers, out, settings, found, report)
         before, history = run.restore(state), run.train(first)
         return FinetuneResult(
             out=printable(str(out)),
@@ -210,24 +196,18 @@ def finetune(
         )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    recipe: Recipe
-    epochs: int
-    batch: int  # of all processes together
-    lr: float
-    seed: int
-    settings: dict[str, Any]  # what a training that goes on must have in common
-
-
-def _plan(name: str, epochs: int | None, batch: int | None, lr: float | None, seed: int) -> _Plan:
+def _plan(
+    name: str, epochs: int | None, batch: int | None, lr: float | None, seed: int, in_int8: bool
+) -> Plan:
     """The recipe with the options that replace its own; raises UsageError."""
     if name not in RECIPES:
         raise UsageError(f"recipe: got '{name}', expected {' or '.join(RECIPES)}")
     recipe = RECIPES[name]
-    epochs = recipe.epochs if epochs is None else epochs
+    if epochs is None:
+        epochs = QAT_EPOCHS if in_int8 else recipe.epochs
     batch = recipe.batch if batch is None else batch
-    lr = recipe.lr * batch / recipe.batch if lr is None else lr
+    if lr is None:
+        lr = recipe.lr * batch / recipe.batch / (QAT_SLOWER if in_int8 else 1)
     if not 1 <= epochs <= 100_000:
         raise UsageError(f"epochs: got {epochs}, expected 1 to 100000")
     if not 2 <= batch <= 1_000_000:
@@ -242,8 +222,19 @@ def _plan(name: str, epochs: int | None, batch: int | None, lr: float | None, se
             f"batch: got {batch} for {processes} processes, expected a multiple of {processes}, "
             "two images or more each"
         )
-    settings = {"recipe": name, "epochs": epochs, "batch": batch, "lr": lr, "seed": seed}
-    return _Plan(recipe, epochs, batch, lr, seed, settings)
+    settings: dict[str, Any] = {
+        "recipe": name,
+        "epochs": epochs,
+        "batch": batch,
+        "lr": lr,
+        "seed": seed,
+    }
+    if not in_int8:
+        return Plan(recipe, epochs, batch, lr, seed, settings)
+    # Such as `quantize` gives them here.
+    bits = 8 if machine.has_int8() else 7
+    settings["INT8's weights"] = f"{bits} bits"
+    return Plan(recipe, epochs, batch, lr, seed, settings, bits)
 
 
 def _network(
@@ -272,129 +263,21 @@ def _network(
     return model, Notes(classes, checkpoint.width, size), source.sha256
 
 
-class _Run:
-    """A training under way."""
-
-    def __init__(
-        self,
-        model: RexNet,
-        notes: Notes,
-        plan: _Plan,
-        training: ClassFolders,
-        held: ClassFolders,
-        workers: int,
-        out: Path,
-        settings: dict[str, Any],
-        found: list[dict[str, str]],
-        report: Report,
-    ) -> None:
-        self.notes, self.plan, self.out, self.report = notes, plan, out, report
-        self.kept = {"settings": settings, "unreadable": found}
-        self.history: list[Epoch] = []
-        rank, processes = place()
-        spec = Preprocess(height=notes.image_size, width=notes.image_size)
-        transform = training_transform(plan.recipe.augmentation, spec)
-        self.batches = Batches(len(training), plan.batch, plan.seed, rank, processes)
-        examples = Examples(training, transform, plan.seed)
-        self.training = loader(examples, self.batches, workers, unfinished.let_go)
-        share = [[(0, at)] for at in range(rank, len(held), processes)]
-        size = max(1, plan.batch // processes)
-        grouped = [
-            [key for keys in share[at : at + size] for key in keys]
-            for at in range(0, len(share), size)
-        ]
-        examples = Examples(held, AsServed(spec), None)
-        self.validation = loader(examples, grouped, workers, unfinished.let_go)
-        self.trainer = Trainer(
-            model, plan.recipe, plan.lr, plan.epochs, len(self.batches), device()
+def _network_of(bundle: Bundle, classes: tuple[str, ...]) -> tuple[RexNet, Notes, str, Preprocess]:
+    """A bundle's network, what will be noted of it, its hash, and how its images are prepared."""
+    spec, weights = bundle.manifest.model, bundle.manifest.find("weights")
+    if weights is None or spec.width is None:
+        raise UsageError(f"{bundle.path} holds somebody's own ONNX graph, which cannot be trained")
+    labels = tuple(read_labels(bundle)) if bundle.manifest.find("labels") else None
+    if labels not in (None, classes) or spec.num_classes != len(classes):
+        raise UsageError(
+            f"{bundle.path} knows {spec.num_classes} classes, and the images show "
+            f"{len(classes)} others: INT8 is learned on the images that the network was trained on"
         )
-
-    def restore(self, state: dict[str, Any] | None) -> int:
-        """Goes on from a state, if there is one; returns how many epochs were done."""
-        if state is not None:
-            self.trainer.restore(state["trainer"])
-            self.history = [Epoch(**epoch) for epoch in state["history"]]
-        return len(self.history)
-
-    def train(self, first: bool) -> list[Epoch]:
-        """All epochs that are left; after each the state, and the network if it is the best."""
-        for number in range(len(self.history) + 1, self.plan.epochs + 1):
-            epoch = self._epoch(number)
-            best = max(map(_goodness, self.history), default=None)
-            self.history.append(epoch)
-            if first:
-                # In this order: a kill between the two repeats the epoch, to the same weights.
-                if best is None or _goodness(epoch) > best:
-                    unfinished.write(self.out, self.out, self._checkpoint())
-                if number < self.plan.epochs:
-                    state = {
-                        **self.kept,
-                        "history": msgspec.to_builtins(self.history),
-                        "trainer": self.trainer.state(),
-                    }
-                    unfinished.write_state(self.out, state)
-        if first:
-            unfinished.state_of(self.out).unlink(missing_ok=True)
-        return self.history
-
-    def _epoch(self, number: int) -> Epoch:
-        begun = told = time.monotonic()
-        # What came before does not matter: a training that goes on draws what it would have drawn.
-        torch.manual_seed(seed_of(self.plan.seed, number))
-        self.batches.epoch = number
-        losses: list[float] = []
-        unseen: list[Tensor] = []
-        title = f"epoch {number} of {self.plan.epochs}"
-        self.report(title + self._so_far())
-        steps = len(self.batches)
-        for step, found in enumerate(self.training, start=1):
-            unseen.append(self.trainer.step(*readable(found)))
-            if step % _CHECK_STEPS and step != steps:
-                continue
-            losses += (self.trainer.summed(torch.stack(unseen)) / place()[1]).tolist()
-            unseen.clear()
-            wrong = first_not_finite(losses)
-            if wrong is not None:
-                raise VerificationFailed(
-                    f"the loss is {losses[wrong]} in epoch {number}, step {wrong + 1} of {steps}; "
-                    f"{self._what_stays()}: give a lower --lr (it is {self.plan.lr:g})"
-                )
-            if time.monotonic() - told > _TELL_S:
-                told = time.monotonic()
-                self.report(f"{title}: step {step} of {steps}, loss {losses[-1]:.3f}")
-        val_loss, correct, _ = self.trainer.validate(map(readable, self.validation))
-        if not math.isfinite(val_loss):
-            raise VerificationFailed(
-                f"the validation loss is {val_loss} after epoch {number}, step {steps} of {steps}; "
-                f"{self._what_stays()}: give a lower --lr (it is {self.plan.lr:g})"
-            )
-        mean = math.fsum(losses) / len(losses)
-        rate, taken = self.trainer.learning_rate, time.monotonic() - begun
-        return Epoch(number, mean, val_loss, correct, rate, round(taken, 3))
-
-    def _so_far(self) -> str:
-        if not self.history:
-            return ""
-        last, best = self.history[-1], max(self.history, key=_goodness)
-        images = len(self.validation.dataset)  # type: ignore[arg-type]
-        return (
-            f" (loss {last.loss:.3f}, top-1 {last.correct / images:.1%}; best "
-            f"{best.correct / images:.1%})"
+    size = spec.preprocess.height
+    if size != spec.preprocess.width:
+        raise UsageError(
+            f"{bundle.path} takes {spec.preprocess.width} x {size} pixels, expected a square"
         )
-
-    def _what_stays(self) -> str:
-        if not self.history:
-            return "nothing was written"
-        return f"{self.out} is the best network of the epochs before"
-
-    def _checkpoint(self) -> bytes:
-        """The network in the published format and order of memory."""
-        state = {
-            name: tensor.cpu().contiguous()
-            for name, tensor in self.trainer.result.state_dict().items()
-        }
-        return save_with_notes(state, self.notes)
-
-
-def _goodness(epoch: Epoch) -> tuple[int, float]:
-    return epoch.correct, -epoch.val_loss
+    model = cast(RexNet, reference(bundle.read(weights), spec))
+    return model, Notes(classes, spec.width, size), weights.sha256, spec.preprocess

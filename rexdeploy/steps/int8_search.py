@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ from rexdeploy.bundle.manifest import (
     KEPT,
     REFUSED,
     REVISION,
+    SPEED,
     WEIGHT_BITS,
     Artifact,
 )
@@ -64,6 +65,7 @@ class _State:
 
     key: str  # of everything that a trial's outcome depends on
     trials: tuple[Trial, ...] = ()
+    alone: dict[str, float] = field(default_factory=dict)  # rms of a trial with one block in int8
 
 
 def _run(model: ModelProto, images: Float32) -> dict[str, Float32]:
@@ -136,11 +138,7 @@ class Search:
             return base
         order = {name: index for index, name in enumerate(blocks)}
         every = set[str]().union(*blocks.values())
-        self._report("measuring each block in int8 alone")
-        alone = {
-            name: self._bar.judged(base, self._graph(base, every - nodes).SerializeToString()).rms
-            for name, nodes in blocks.items()
-        }
+        alone = {name: self._alone(base, name, every - nodes) for name, nodes in blocks.items()}
 
         def judge(names: Iterable[str]) -> Trial:
             kept = tuple(sorted(names, key=order.__getitem__))
@@ -156,9 +154,22 @@ class Search:
                 return known
         self._report(f"trial {len(self._state.trials) + 1}: {asked.title}")
         trial = self._bar.judged(Trial(*settings), self.model(asked))
-        self._state = replace(self._state, trials=(*self._state.trials, trial))
-        self.bundle = self.bundle.with_report(STATES[self._target], self._state, self._root)
+        self._keep(replace(self._state, trials=(*self._state.trials, trial)))
         return trial
+
+    def _alone(self, base: Trial, name: str, others: set[str]) -> float:
+        """What a block in int8 does to the logits where all `others` are float32."""
+        key = f"{base.title}: {name}"
+        if key not in self._state.alone:
+            self._report(f"{name} in int8 alone")
+            made = self._graph(base, others).SerializeToString()
+            found = self._bar.judged(base, made).rms
+            self._keep(replace(self._state, alone=self._state.alone | {key: found}))
+        return self._state.alone[key]
+
+    def _keep(self, state: _State) -> None:
+        self._state = state
+        self.bundle = self.bundle.with_report(STATES[self._target], state, self._root)
 
     def model(self, trial: Trial) -> bytes:
         """The trial's graph, its core only."""
@@ -206,6 +217,7 @@ class Search:
         notes |= {BIASES: "corrected"} if trial.corrected else {}
         notes |= {KEPT: ", ".join(trial.float32)} if trial.float32 else {}
         notes |= {REFUSED: "; ".join(refused)} if refused else {}
+        notes |= {SPEED: "not judged: nothing here runs it"} if self._target == "trt" else {}
         artifact = Artifact(
             "onnx",
             FILES[self._target],

@@ -143,6 +143,8 @@ def quantize(
         report("timing")
         float32_ms, timed = search.time(best)
         refused += slow(timed[-1].ratio)
+    else:
+        warnings.append("its speed is not judged: nothing here runs it as TensorRT would")
     written = None
     if not refused or keep:
         written = search.write(best, whole, refused, pools.calibrated_as, command)

@@ -1,24 +1,20 @@
-"""How a network is trained: recipes, one step of it, averaged weights, and validation.
-
-Several processes train as one would: a batch is split over them, its batch norms' statistics and
-its gradients are those of the whole batch, and dropout is drawn for the whole batch by each.
-"""
+"""How a network is trained: recipes, one step of it, averaged weights, and validation."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rexdeploy.errors import BackendUnavailable
 from rexdeploy.models.rexnet import RexNet
+from rexdeploy.training.fake_quantization import FakeQuantized
+from rexdeploy.training.processes import place, summed, whole_batch_layers
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,8 @@ class Recipe:
     channels_last: bool  # on a CPU too; on a GPU it always is
 
 
+_AT_ONCE = 32  # images that ranges are taken from
+
 RECIPES = {
     # The published command line (timm's train.py on four GPUs with 128 images each). It states no
     # warm-up and no decay of the average: those are timm's own.
@@ -49,26 +47,32 @@ class Trainer:
     """A network in training, with its optimiser, schedule and averaged weights."""
 
     def __init__(
-        self, model: RexNet, recipe: Recipe, lr: float, epochs: int, steps: int, device: str
+        self,
+        model: RexNet,
+        recipe: Recipe,
+        lr: float,
+        epochs: int,
+        steps: int,
+        device: str,
+        weight_bits: int | None = None,
     ) -> None:
-        """`steps` are those of an epoch; raises BackendUnavailable without timm."""
+        """`steps` are those of an epoch; raises BackendUnavailable without timm.
+
+        With `weight_bits` the network learns in fake int8; see `take_ranges`.
+        """
         timm = import_timm()
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
-        if place()[1] > 1:
-            _swap(model, nn.Dropout, lambda layer: _SharedDropout(layer.p))
-            if on_gpu:
-                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-            else:
-                _swap(model, nn.BatchNorm2d, _SummedBatchNorm.of)
+        model = whole_batch_layers(model, on_gpu)
         self.memory_format = (
             torch.channels_last if on_gpu or recipe.channels_last else torch.contiguous_format
         )
         model = model.to(self.device).to(memory_format=self.memory_format)
         self.model = model
-        self._wrapped: nn.Module = model
+        self._rounding = FakeQuantized(model, weight_bits) if weight_bits else None
+        self._wrapped: nn.Module = self._rounding or model
         if place()[1] > 1:
-            self._wrapped = nn.parallel.DistributedDataParallel(model)
+            self._wrapped = nn.parallel.DistributedDataParallel(self._wrapped)
         self._optimizer = timm.optim.create_optimizer_v2(
             model, recipe.optimizer, lr=lr, weight_decay=recipe.weight_decay, momentum=0.9
         )
@@ -91,7 +95,9 @@ class Trainer:
         self._loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=on_gpu)
         self._autocast = (
-            (lambda: torch.autocast("cuda", torch.float16)) if on_gpu else contextlib.nullcontext
+            (lambda: torch.autocast("cuda", torch.float16))
+            if on_gpu and not weight_bits  # torch rounds float32 only
+            else contextlib.nullcontext
         )
         self._updates = 0
 
@@ -143,13 +149,23 @@ class Trainer:
         if self._ema is not None:
             self._ema.module.load_state_dict(state["ema"])
 
+    def take_ranges(self, images: Tensor) -> None:
+        """Takes the ranges of fake int8 anew, from images `[N, 3, H, W]`, before a step."""
+        if self._rounding is not None:
+            moved = images.to(self.device, memory_format=self.memory_format)
+            self._rounding.take_ranges(torch.split(moved, _AT_ONCE))
+
     @torch.inference_mode()
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int, int]:
         """Mean loss, correct answers and images; of all processes together, each with its share.
 
-        In float32 on every device, and without label smoothing: what the network will answer.
+        In float32 on every device (or in fake int8), and without label smoothing: what the network
+        will answer.
         """
-        model = self.result.eval()
+        model: nn.Module = self.result
+        if self._rounding is not None:
+            model = self._rounding.around(self.result)
+        model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         for images, labels in batches:
             images = images.to(self.device, memory_format=self.memory_format)
@@ -162,10 +178,7 @@ class Trainer:
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum of all processes' values, on the CPU."""
-        if place()[1] > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values.cpu()
+        return summed(values.to(self.device)).cpu()
 
 
 def replace_classifier(model: RexNet, num_classes: int, seed: int) -> RexNet:
@@ -193,117 +206,6 @@ def import_timm() -> Any:
             f"finetune needs {missing}: pip install 'rexdeploy[train]'"
         ) from None
     return timm
-
-
-def device() -> str:
-    """Where this process computes."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
-def place() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-@contextlib.contextmanager
-def group() -> Iterator[None]:
-    """The processes that torchrun has started, if it has, as one group."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def shared(make: Callable[[], Any]) -> Any:
-    """What the first process makes, given to all."""
-    made = [make()]
-    if place()[1] > 1:
-        dist.broadcast_object_list(made)
-    return made[0]
-
-
-def _swap(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> None:
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is kind:
-                setattr(parent, name, make(child))
-
-
-class _SummedBatchNorm(nn.BatchNorm2d):
-    """A batch norm over all processes' images, on a CPU, for which torch has none."""
-
-    @classmethod
-    def of(cls, layer: nn.BatchNorm2d) -> _SummedBatchNorm:
-        """The same layer."""
-        assert layer.momentum is not None
-        new = cls(layer.num_features, layer.eps, layer.momentum)
-        new.load_state_dict(layer.state_dict())
-        return new.to(layer.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.momentum is not None
-        count = x.numel() // x.shape[1] * place()[1]
-        mean = _summed(x.sum((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        # From the mean on: the difference of two large sums would lose the variance's digits.
-        variance = _summed(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1
-        scale = self.weight * (variance + self.eps).rsqrt()
-        normalised: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
-        return normalised
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over all processes; torch's own is deprecated in one version and new in another."""
-
-    @staticmethod
-    def forward(context: Any, values: Tensor) -> Tensor:
-        del context
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        del context
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _summed(values: Tensor) -> Tensor:
-    found: Tensor = _Sum.apply(values)
-    return found
-
-
-class _SharedDropout(nn.Dropout):
-    """Dropout whose mask one process would draw for the whole batch: each takes its own part.
-
-    All processes have to be seeded alike.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p:
-            return x
-        size, own = x.shape[0], place()[0] * x.shape[0]
-        kept = x.new_empty((size * place()[1], *x.shape[1:])).bernoulli_(1 - self.p)
-        return x * kept.div_(1 - self.p)[own : own + size]
 
 
 def first_not_finite(losses: Iterable[float]) -> int | None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from rexdeploy.bundle.manifest import Preprocess
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import decode
-from rexdeploy.images.class_folders import ClassFolders
+from rexdeploy.training.class_folders import ClassFolders
 
 
 class Examples:
@@ -81,7 +81,7 @@ def loader(
         examples,  # type: ignore[arg-type]
         batch_sampler=keys,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=True,
         worker_init_fn=functools.partial(_begin_worker, begin),
@@ -95,7 +95,7 @@ def _begin_worker(begin: Callable[[], None], number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to tell
 
 
-def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+def collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
     """A batch; of one that has an unreadable image, why: an error's own type is lost on the way."""
     read = [item for item in items if not isinstance(item, str)]
     if len(read) < len(items):
