@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,15 @@ def test_decoding_is_torchvisions(weights: boxes.Weights) -> None:
     for wrong in ((x + 1, y, w, h), (x, y + 1, w, h), (x, y, w + 1, h), (x, y, w, h + 1)):
         planted = boxes.decode(deltas, given_boxes[:, None], wrong)
         assert not np.allclose(planted, expected.numpy(), rtol=1e-3, atol=0.1)
+
+
+def test_deltas_beyond_float32_end_at_the_border_without_a_warning() -> None:
+    box = np.array([[10, 10, 50, 50]], np.float32)
+    deltas = np.array([[3e38, -3e38, 3e38, -3e38]], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = boxes.clip(boxes.decode(deltas, box, (1.0, 1.0, 1.0, 1.0)), (100, 200))
+    np.testing.assert_array_equal(found, [[200, 0, 200, 0]])
 
 
 def test_clipping_and_small_boxes_are_torchvisions() -> None:

@@ -80,7 +80,8 @@ def decode(deltas: Float32, boxes: Float32, weights: Weights) -> Float32:
     scaled = deltas / np.array(weights, np.float32)
     # Rounded once from float64: torch's and numpy's own exponentials differ in float32.
     grown = np.exp(np.minimum(scaled[..., 2:], _LARGEST).astype(np.float64)).astype(np.float32)
-    centre = scaled[..., :2] * size + centre
+    with np.errstate(over="ignore"):  # an infinite centre is cut at the image's border
+        centre = scaled[..., :2] * size + centre
     half = np.float32(0.5) * (grown * size)
     decoded: Float32 = np.concatenate([centre - half, centre + half], axis=-1)
     return decoded
@@ -111,7 +112,7 @@ def nms(boxes: Float32, scores: Float32, threshold: float, limit: int | None = N
     x1, y1, x2, y2 = boxes[order].T
     ranked = np.stack([x1, y1, x2, y2, (x2 - x1) * (y2 - y1)])
     kept = np.empty(0, np.int64)
-    for start in range(0, len(order), _BLOCK):
+    for start in range(0, len(order), _BLOCK):  # against all kept before, then among themselves
         block = ranked[:, start : start + _BLOCK]
         alive: Bool = ~np.asarray(_overlap(ranked[:, kept], block, threshold).any(axis=0))
         among = np.triu(_overlap(block, block, threshold), 1)
@@ -182,8 +183,8 @@ def levels(boxes: Float32) -> Int64:
     """int64 `[K]`: the map that each box is pooled from, 0 for p2 to 3 for p5.
 
     torchvision's LevelMapper as its pooler makes it of p2 to p5: a box of 224 x 224 goes to p4.
-    (For an image below 46 pixels on a canvas the pooler takes the maps for others; see
-    `_infer_scale` there.)
+    The pooler itself guesses the maps' strides from the resized image's height, wrongly where that
+    is below 46 pixels (`_infer_scale` there); here they are always 4 to 32.
     """
     sides = boxes[:, 2:] - boxes[:, :2]
     with np.errstate(divide="ignore"):  # a box without area goes to p2
@@ -247,7 +248,7 @@ def _top(values: Float32, count: int) -> Int64:
 
 
 def _overlap(first: Float32, second: Float32, threshold: float) -> Bool:
-    """`[N, M]`: which overlap by more. Columns of both are x1, y1, x2, y2 and the area."""
+    """`[N, M]`: which overlap by more, of `[5, N]` and `[5, M]`: x1, y1, x2, y2 and the area."""
     limit = np.float32(threshold)
     if float(limit) > threshold:  # the kernel compares a float32 ratio with the limit in float64
         limit = np.nextafter(limit, np.float32(-np.inf))
