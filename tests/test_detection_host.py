@@ -365,6 +365,16 @@ def test_small_detections_are_removed_as_torchvision_does() -> None:
     assert (found[0][:, 2:] - found[0][:, :2]).min() < 0.02
 
 
+@pytest.mark.parametrize(("threshold", "count"), [(0.5, 0), (0.4999, 1)])
+def test_a_score_at_the_threshold_is_none_as_in_torchvision(threshold: float, count: int) -> None:
+    """Equal logits of two classes are 0.5 each, exactly."""
+    head = (np.zeros((1, 2), np.float32), np.zeros((1, 8), np.float32))
+    box = np.array([[1, 2, 30, 40]], np.float32)
+    found = boxes.detections(*head, box, (800, 1200), threshold)
+    _same_detections(found, _expected_detections(*head, box, (800, 1200), threshold, 0.5, 100))
+    assert len(found[1]) == count
+
+
 def test_wrong_weights_of_the_deltas_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     head = _box_head(np.random.default_rng(0), 100, 5, 3.0)
     expected = _expected_detections(*head, (800, 1200))
