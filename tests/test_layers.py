@@ -22,6 +22,7 @@ LEVELS = [
     {"graphs", "images", "models"},
     {"backends", "training"},
     {"inference", "parity"},
+    {"detection"},
     {"serving", "steps", "timing"},
     {"cli"},
     {"__init__", "__main__", "triton_backend"},  # where Python and Triton come in

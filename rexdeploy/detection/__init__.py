@@ -1,0 +1,1 @@
+"""Detectors: their graphs, and what is done before, between and after them."""
