@@ -169,11 +169,21 @@ class GraphSession:
     Raises BackendUnavailable without onnxruntime, RexdeployError where it cannot load the graph.
     """
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, threads: int | None = None) -> None:
         try:
-            self._session = load_session(model)
+            self._session = load_session(model, threads=threads)
         except UsageError as error:  # a copy that we made, not somebody's file
             raise RexdeployError(str(error)) from None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Their names, in the graph's order."""
+        return tuple(value.name for value in self._session.get_inputs())
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Their names, in the graph's order."""
+        return tuple(value.name for value in self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, Images], outputs: Sequence[str]) -> dict[str, Float32]:
         """The tensors `outputs` as float32; what is fed is cast to the type of the graph's input.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -14,6 +14,8 @@ from rexdeploy.bundle.precision import TYPE_NAMES, Precision, PrecisionProof
 from rexdeploy.errors import UsageError
 
 FORMAT = 1
+DETECTOR_FORMAT = 2
+"""Of detectors' bundles: whoever reads only format 1 would take them for classifiers'."""
 MANIFEST = "manifest.json"
 """The file itself, in its bundle's folder."""
 VERIFICATION = "verify.json"
@@ -22,6 +24,10 @@ MAX_CLASSES = 1_000_000
 MAX_BATCH = 4096
 MAX_IMAGE_SIZE = 4096  # pixels a side; no ReXNet is used at a quarter of it
 Kind = Literal["weights", "onnx", "engine", "labels", "report"]
+Task = Literal["classify", "detect", "segment"]
+TASKS: tuple[Task, ...] = get_args(Task)
+Role = Literal["features", "boxes", "masks"]
+"""Which part of a detector a file is; see `models/detector_stages.py`."""
 InputForm = Literal["float32", "uint8"]
 """What a model's files take: float32 `[N, 3, H, W]`, normalised, or uint8 RGB `[N, H, W, 3]`."""
 OutputForm = Literal["logits", "probabilities"]
@@ -79,6 +85,7 @@ class ModelSpec:
     weights: WeightsOrigin
     input: InputForm = "float32"
     output: OutputForm = "logits"
+    task: Task = "classify"
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_classes <= MAX_CLASSES or (self.width is None) != (
@@ -100,6 +107,8 @@ class ModelSpec:
     def title(self) -> str:
         """`rexnet 1.5`, with `(untrained weights)` where a person must see it."""
         name = self.weights.source if self.width is None else f"{self.family} {self.width:g}"
+        if self.task != "classify":
+            name = f"{'Mask' if self.task == 'segment' else 'Faster'} R-CNN over {name}"
         return name if self.weights.trained else f"{name} (untrained weights)"
 
 
@@ -160,6 +169,7 @@ class Artifact:
     built_with: dict[str, str] = field(default_factory=dict)
     command: str = ""  # makes the file again
     proof: PrecisionProof | None = None  # of an engine: what its build reported of its layers
+    role: Role | None = None  # of a detector's graphs and engines
 
     def __post_init__(self) -> None:
         if not _FILE_NAME.fullmatch(self.file) or self.file == MANIFEST:
@@ -252,6 +262,8 @@ class Manifest:
     updated_at: str = ""  # ISO 8601, UTC, with microseconds
 
     def __post_init__(self) -> None:
+        if (self.format == FORMAT) != (self.model.task == "classify"):
+            raise ValueError(f"a {self.model.task} network in a manifest of format {self.format}")
         names = [artifact.file for artifact in self.artifacts]
         if len(set(names)) != len(names):
             raise ValueError("two artifacts have the same file name")
@@ -323,7 +335,7 @@ def decode(data: bytes, where: str) -> Manifest:
     try:
         strict_json.check(data)
         found = msgspec.json.decode(data, type=_OfSomeFormat).format
-        if found == FORMAT:
+        if found in (FORMAT, DETECTOR_FORMAT):
             return msgspec.json.decode(data, type=Manifest)
     except (ValueError, msgspec.DecodeError) as error:
         reason = " ".join(str(error).split())  # it may quote the file's own line breaks
@@ -332,7 +344,7 @@ def decode(data: bytes, where: str) -> Manifest:
             "remove the folder and make it anew with 'rexdeploy export'"
         ) from None
     raise UsageError(
-        f"{where}: got manifest format {found}, this rexdeploy reads {FORMAT}; "
+        f"{where}: got manifest format {found}, this rexdeploy reads {FORMAT} and {DETECTOR_FORMAT}; "
         "use the rexdeploy that wrote it, or export again"
     )
 
@@ -340,7 +352,10 @@ def decode(data: bytes, where: str) -> Manifest:
 def judged(artifacts: Iterable[Artifact]) -> set[tuple[str, ...]]:
     """What a verification's answer depends on: every model file, and what is claimed of it."""
     return {
-        (item.file, item.sha256, item.parent_sha256 or "", item.precision or "", str(item.batch))
+        (
+            *(item.file, item.sha256, item.parent_sha256 or ""),
+            *(item.precision or "", str(item.batch), item.role or ""),
+        )
         for item in artifacts
         if item.kind in ("weights", "onnx", "engine")
     }

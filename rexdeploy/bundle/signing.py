@@ -13,11 +13,11 @@ import errno
 import io
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rexdeploy.bundle.manifest import MANIFEST, decode
+from rexdeploy.bundle.manifest import MANIFEST, TASKS, Task, decode
 from rexdeploy.bundle.store import SIGNATURE, Bundle, attach_signature, readable, sha256
 from rexdeploy.errors import BackendUnavailable, RexdeployError, UsageError, first_line
 from rexdeploy.files import MAX_TEXT_BYTES, read_plain
@@ -36,7 +36,7 @@ def sign(bundle: Bundle | Path | str | None = None, *, private_key: Path | str) 
 
     Example: `rexdeploy.sign("rexnet_1.5", private_key="key.pem")`
     """
-    path, private_key = Bundle.find(bundle).path, Path(private_key)
+    path, private_key = Bundle.find(bundle, tasks=TASKS).path, Path(private_key)
     signing, _, hashing = _library()
     config = _with_key(
         private_key,
@@ -69,9 +69,13 @@ def sign(bundle: Bundle | Path | str | None = None, *, private_key: Path | str) 
     return len(signed)
 
 
-def find(bundle: Bundle | Path | str | None, public_key: Path | str | None) -> Bundle:
+def find(
+    bundle: Bundle | Path | str | None,
+    public_key: Path | str | None,
+    tasks: Sequence[Task] = ("classify",),
+) -> Bundle:
     """The bundle that `Bundle.find` finds; with a key, only if it is signed by it (`check`)."""
-    found = Bundle.find(bundle)
+    found = Bundle.find(bundle, tasks=tasks)
     return found if public_key is None else check(found.path, Path(public_key))
 
 

@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,6 +26,7 @@ from rexdeploy.bundle.manifest import (
     VERIFICATION,
     Artifact,
     Manifest,
+    Task,
     decode,
     judged,
     to_json,
@@ -60,12 +61,28 @@ class Bundle:
             return cls(path, _read_manifest(path))
 
     @classmethod
-    def find(cls, where: Bundle | Path | str | None, root: Path = DEFAULT_ROOT) -> Bundle:
+    def find(
+        cls,
+        where: Bundle | Path | str | None,
+        root: Path = DEFAULT_ROOT,
+        tasks: Sequence[Task] = ("classify",),
+    ) -> Bundle:
         """The bundle itself, at a folder, or of a name under `root`; of None the latest in `root`.
 
         The latest is the one a command changed last, by the time in its manifest. Raises UsageError
-        where there is none.
+        where there is none, and for one of a task that is not among those asked for.
         """
+        found = cls._find(where, root)
+        task = found.manifest.model.task
+        if task not in tasks:
+            raise UsageError(
+                f"{found.path} holds a network that can {task}, expected one that can "
+                f"{' or '.join(tasks)}: this command does not know the others"
+            )
+        return found
+
+    @classmethod
+    def _find(cls, where: Bundle | Path | str | None, root: Path) -> Bundle:
         if isinstance(where, Bundle):
             return where
         if where is not None:

@@ -1,0 +1,237 @@
+"""Writes a detector's bundle: its weights, and a checked graph of each stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+import safetensors.torch
+from onnx import ModelProto
+
+from rexdeploy.bundle.manifest import (
+    DETECTOR_FORMAT,
+    Artifact,
+    Manifest,
+    ModelSpec,
+    Preprocess,
+    Role,
+    Task,
+    WeightsOrigin,
+)
+from rexdeploy.bundle.store import DEFAULT_ROOT, MANIFEST, Bundle, check_writable, commit, sha256
+from rexdeploy.detection.compare import SetComparison
+from rexdeploy.detection.judge import Judge
+from rexdeploy.detection.preprocess import MAX_SIZE, MIN_SIZE
+from rexdeploy.detection.reference import sized
+from rexdeploy.detection.stage_graphs import stage_graphs
+from rexdeploy.detection.stages import ONNXRUNTIME, OnnxStage
+from rexdeploy.errors import UsageError, VerificationFailed
+from rexdeploy.files import sha256_of
+from rexdeploy.graphs.from_torch import MIN_OPSET, simplify
+from rexdeploy.images.sets import varied_pixels
+from rexdeploy.models.weights import load_detector
+from rexdeploy.parity.compare import Comparison
+from rexdeploy.progress import Report, Result, silent
+from rexdeploy.text import printable
+
+SEED = 0
+_CHECK_SEED = 2  # of the images that the graphs are checked over
+_CHECK_IMAGES = 2
+_MIN_SIZE, _LARGEST = 64, 2048
+IMAGES, DETECTIONS = "images", "detections"
+
+
+@dataclass(frozen=True, repr=False)
+class DetectorExport(Result):
+    """A new bundle, and how far its graphs are from the network."""
+
+    bundle: Bundle
+    heads_trained: bool
+    nodes: dict[Role, int]
+    comparisons: tuple[Comparison, ...]
+    whole: SetComparison
+
+    def __repr__(self) -> str:
+        worst = max(comparison.share for comparison in self.comparisons)
+        return (
+            f"<DetectorExport {self.bundle.path}: {self.bundle.manifest.model.title}, "
+            f"{len(self.nodes)} stages; {worst:.0%} of the limit: ok>"
+        )
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "bundle": printable(str(self.bundle.path)),
+            "manifest": self.bundle.manifest,
+            "heads_trained": self.heads_trained,
+            "comparisons": self.comparisons,
+            "whole": self.whole,
+        }
+
+
+def export_detector(
+    *,
+    task: Task = "detect",
+    width: float | None = None,
+    weights: Path | str | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    name: str | None = None,
+    out: Path | str = DEFAULT_ROOT,
+    command: str = "rexdeploy export",
+    report: Report = silent,
+) -> DetectorExport:
+    """Writes a bundle of a Faster ("detect") or Mask R-CNN ("segment") over a ReXNet.
+
+    `weights` is the file of a detector (torchvision's names) or of a classifier, whose heads are
+    then seeded and untrained, or None: nothing is trained. `image_size` is the length that an
+    image's short side is resized to, 800 by default; the long side gets at most 1333/800 of it.
+    Classes count the background, as torchvision does: 91 for COCO.
+
+    Raises UsageError for what cannot be used, BackendUnavailable where a library is missing, and
+    VerificationFailed where a graph does not compute what torchvision's detector does; then it has
+    written nothing.
+    """
+    size = MIN_SIZE if image_size is None else image_size
+    if not _MIN_SIZE <= size <= _LARGEST:
+        raise UsageError(
+            f"image size: got {size}, expected {_MIN_SIZE} to {_LARGEST} pixels, of a detector's "
+            "short side"
+        )
+    out = Path(out)
+    check_writable(out)
+    report("loading the network")
+    path = None if weights is None else Path(weights)
+    masks = task == "segment"
+    loaded = load_detector(
+        path, masks=masks, width=width, num_classes=num_classes, family=None, seed=SEED
+    )
+    origin = WeightsOrigin(f"untrained (seed {SEED})", "", trained=False)
+    if path is not None:
+        origin = WeightsOrigin(printable(path.name), sha256_of(path), trained=loaded.heads_trained)
+    spec = ModelSpec(
+        family=loaded.config.family,
+        width=loaded.config.width,
+        num_classes=loaded.config.num_classes,
+        input_name=IMAGES,
+        output_name=DETECTIONS,
+        preprocess=Preprocess(height=size, width=size * MAX_SIZE // MIN_SIZE),
+        weights=origin,
+        task=task,
+    )
+    folder = out / (name or f"{spec.family}_{spec.width:.5g}_{task}")
+    _check_replaceable(folder, spec)
+    detector = sized(loaded.build(), spec)
+    report(f"exporting {spec.title} to ONNX")
+    graphs = {
+        role: labelled(simplify(graph), spec, role)
+        for role, graph in stage_graphs(detector, masks, grid_sample=False).items()
+    }
+    report("comparing with torchvision")
+    comparisons, whole = _checked(detector, spec, graphs)
+    saved = safetensors.torch.save(
+        {key: value.contiguous() for key, value in loaded.state_dict.items()}
+    )
+    if path is None:
+        spec = ModelSpec(**{**vars(spec), "weights": WeightsOrigin(origin.source, sha256(saved), False)})
+    files = {"weights.safetensors": saved}
+    files |= {f"{role}.onnx": _bytes(graph) for role, graph in graphs.items()}
+    report(f"writing {folder}")
+    bundle = _write(folder, spec, files, command)
+    return DetectorExport(
+        bundle,
+        loaded.heads_trained,
+        {role: len(graph.graph.node) for role, graph in graphs.items()},
+        tuple(comparisons),
+        whole,
+    )
+
+
+def labelled(model: ModelProto, spec: ModelSpec, role: Role) -> ModelProto:
+    """The graph with a note of what it is."""
+    onnx.helper.set_model_props(
+        model, {"rexdeploy.name": spec.title, "rexdeploy.role": role, "rexdeploy.task": spec.task}
+    )
+    return model
+
+
+def _checked(
+    detector: Any, spec: ModelSpec, graphs: dict[Role, ModelProto]
+) -> tuple[list[Comparison], SetComparison]:
+    """Each graph beside torch, and all together; raises VerificationFailed."""
+    # Small images: what the graph computes does not hang on their size, and theirs is open.
+    small = Preprocess(height=96, width=128)
+    judge = Judge(detector, spec, list(varied_pixels(_CHECK_IMAGES, small, _CHECK_SEED)))
+    comparisons = []
+    for role, graph in graphs.items():
+        artifact = Artifact("onnx", f"{role}.onnx", "0" * 64, precision="fp32", role=role)
+        comparisons += judge.compare(artifact, graph, None)
+    stages = {role: OnnxStage(_bytes(graph), role) for role, graph in graphs.items()}
+    whole = judge.end_to_end(stages, ONNXRUNTIME)
+    for item in (*comparisons, whole):
+        if item.failures:
+            raise VerificationFailed(
+                f"the edge {item.reference} -> {item.candidate} is broken: {item.failures[0]}; "
+                "nothing was written"
+            )
+    return comparisons, whole
+
+
+def _check_replaceable(path: Path, spec: ModelSpec) -> None:
+    """Raises UsageError if an untrained network would replace a trained one, or another task's."""
+    if not (path / MANIFEST).exists():
+        return
+    current = Bundle.open(path).manifest.model
+    if current.task != spec.task:
+        raise UsageError(
+            f"{path} holds a network that can {current.task}, and would be replaced by one that "
+            f"can {spec.task}; give another --name"
+        )
+    if current.weights.trained and not spec.weights.trained:
+        raise UsageError(
+            f"{path} holds trained weights ({current.weights.source}) and would be replaced by "
+            "an untrained network; give --weights, or another --name"
+        )
+
+
+def _bytes(model: ModelProto) -> bytes:
+    return model.SerializeToString(deterministic=True)
+
+
+def _write(path: Path, spec: ModelSpec, files: dict[str, bytes], command: str) -> Bundle:
+    built_with = {"opset": str(MIN_OPSET)} | {
+        package: metadata.version(package)
+        for package in ("rexdeploy", "torch", "torchvision", "onnx", "onnxsim", "onnxruntime")
+    }
+    weights = Artifact(
+        "weights", "weights.safetensors", sha256(files["weights.safetensors"]), command=command
+    )
+    added = [weights]
+    for role in ("features", "boxes", "masks"):
+        data = files.get(f"{role}.onnx")
+        if data is not None:
+            added.append(
+                Artifact(
+                    "onnx",
+                    f"{role}.onnx",
+                    sha256(data),
+                    parent_sha256=weights.sha256,
+                    precision="fp32",
+                    built_with=built_with,
+                    command=command,
+                    role=role,
+                )
+            )
+
+    def merge(current: Manifest | None) -> Manifest:
+        names = {item.file for item in added}
+        derived = [
+            item
+            for item in (current.artifacts if current else ())
+            if item.parent_sha256 and item.file not in names
+        ]
+        return Manifest(DETECTOR_FORMAT, path.name, spec, ()).with_artifacts(*added, *derived)
+
+    return commit(path, merge, files)

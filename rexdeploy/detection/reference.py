@@ -1,0 +1,75 @@
+"""The reference of a detector's bundle: torchvision's own detector, rebuilt from the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rexdeploy.arrays import UInt8
+from rexdeploy.bundle.manifest import ModelSpec
+from rexdeploy.detection.masks import to_rle
+from rexdeploy.detection.result import Detections
+from rexdeploy.errors import BackendUnavailable, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def rebuilt(weights: bytes, spec: ModelSpec) -> nn.Module:
+    """The detector in evaluation mode, with the bundle's sizes; raises UsageError for a misfit.
+
+    Raises BackendUnavailable without torch or torchvision.
+    """
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise BackendUnavailable(
+            "the reference needs torch: pip install 'rexdeploy[detect]'"
+        ) from None
+    from rexdeploy.models.detector import DetectorConfig, build_detector
+
+    if spec.width is None or spec.family == "onnx":
+        raise UsageError("this bundle holds somebody's own graph: it has no PyTorch code")
+    masks = spec.task == "segment"
+    model: Any = build_detector(DetectorConfig(spec.width, spec.num_classes, masks, spec.family))
+    try:
+        model.load_state_dict(safetensors.torch.load(weights))
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise UsageError(
+            f"the bundle's weights do not fit {spec.title} ({str(error).splitlines()[0]}); "
+            "run 'rexdeploy export' again"
+        ) from None
+    return sized(model, spec)
+
+
+def sized(model: Any, spec: ModelSpec) -> nn.Module:
+    """The detector with the bundle's own preprocessing."""
+    model.transform.min_size = (spec.preprocess.height,)
+    model.transform.max_size = spec.preprocess.width
+    model.transform.image_mean = list(spec.preprocess.mean)
+    model.transform.image_std = list(spec.preprocess.std)
+    detector: nn.Module = model
+    return detector
+
+
+def detect(model: nn.Module, pixels: UInt8, is_double: bool = False) -> Detections:
+    """What torchvision's detector itself finds in uint8 RGB `[H, W, 3]`, from end to end.
+
+    With `is_double` the model has to be one of float64.
+    """
+    import torch
+
+    kind = torch.float64 if is_double else torch.float32
+    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).to(kind) / 255
+    with torch.inference_mode():
+        (found,) = model([image])
+    masks = None
+    if "masks" in found:
+        masks = tuple(to_rle((mask[0] > 0.5).numpy()) for mask in found["masks"])
+    return Detections(
+        boxes=found["boxes"].float().numpy(),
+        scores=found["scores"].float().numpy(),
+        labels=found["labels"].numpy(),
+        masks=masks,
+    )

@@ -1,0 +1,133 @@
+"""A detector's stages one after the other: whoever runs them, and what is decided between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from rexdeploy.arrays import Float32
+from rexdeploy.bundle.manifest import Role
+from rexdeploy.detection import boxes as host
+from rexdeploy.detection import masks
+from rexdeploy.detection.preprocess import Prepared, to_original
+from rexdeploy.detection.result import Detections, Int64
+
+_LEVELS = (2, 3, 4, 5)
+MAPS = tuple(f"p{level}" for level in _LEVELS)
+ROIS = tuple(f"rois{level}" for level in _LEVELS)
+INPUTS: dict[Role, tuple[str, ...]] = {
+    "features": ("images",),
+    "boxes": (*MAPS, *ROIS),
+    "masks": (*MAPS, *ROIS),
+}
+OUTPUTS: dict[Role, tuple[str, ...]] = {
+    "features": (*MAPS, "objectness", "deltas"),
+    "boxes": ("class_logits", "box_deltas"),
+    "masks": ("mask_logits",),
+}
+"""What each stage takes and gives, float32; the shapes are in `models/detector_stages.py`."""
+Tensors = dict[str, Float32]
+_FILLER = np.array([[0, 0, 32, 32]], np.float32)
+
+
+class Stage(Protocol):
+    """One stage in some library."""
+
+    least: int  # boxes that each level has to have at the least
+
+    def run(self, feeds: Mapping[str, Float32]) -> Tensors:
+        """The stage's outputs by name; raises RexdeployError where it fails."""
+
+    def close(self) -> None: ...
+
+
+Stages = Mapping[Role, Stage]
+"""All stages of a detector; "masks" only where it has them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which detections are given."""
+
+    score: float = 0.05  # the least
+    limit: int = 100  # the most
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What each stage was given and gave for one image."""
+
+    inputs: dict[Role, Tensors]
+    outputs: dict[Role, Tensors]
+    detections: Detections
+
+
+def trace(
+    stages: Stages, prepared: Prepared, original: tuple[int, int], choice: Choice | None = None
+) -> Trace:
+    """Runs all stages over one image, whose height and width were `original`.
+
+    Raises RexdeployError where a stage fails, or gives NaN or infinite values.
+    """
+    choice = choice or Choice()
+    inputs: dict[Role, Tensors] = {"features": {"images": prepared.canvas[None]}}
+    outputs: dict[Role, Tensors] = {"features": stages["features"].run(inputs["features"])}
+    features = outputs["features"]
+    maps = {name: features[name] for name in MAPS}
+    height, width = prepared.canvas.shape[1:]
+    proposed = host.proposals(
+        features["objectness"][0],
+        features["deltas"][0],
+        host.anchors(height, width),
+        host.anchor_counts(height, width),
+        prepared.size,
+    )
+    order, rois = split(proposed)
+    inputs["boxes"] = {**maps, **rois}
+    outputs["boxes"] = run_heads(stages["boxes"], "boxes", inputs["boxes"])
+    found, scores, labels = host.detections(
+        outputs["boxes"]["class_logits"],
+        outputs["boxes"]["box_deltas"],
+        proposed[order],
+        prepared.size,
+        score_threshold=choice.score,
+        limit=choice.limit,
+    )
+    shown = to_original(found, prepared.size, original)
+    pasted = None
+    if "masks" in stages:
+        order, rois = split(found)
+        inputs["masks"] = {**maps, **rois}
+        outputs["masks"] = run_heads(stages["masks"], "masks", inputs["masks"])
+        own = masks.select(outputs["masks"]["mask_logits"], labels[order])
+        own = own[np.argsort(order)]
+        pasted = masks.rles(own, shown, *original)
+    return Trace(inputs, outputs, Detections(shown, scores, labels, pasted))
+
+
+def split(boxes: Float32) -> tuple[Int64, Tensors]:
+    """Boxes `[K, 4]` by the level that each is pooled from, and the order in which they are then.
+
+    The order is int64 `[K]`: the heads' row i is of box `order[i]`.
+    """
+    levels = host.levels(boxes)
+    order = np.argsort(levels, kind="stable").astype(np.int64)
+    return order, {name: boxes[levels == level] for level, name in enumerate(ROIS)}
+
+
+def run_heads(stage: Stage, role: Role, feeds: Mapping[str, Float32]) -> Tensors:
+    """A head's outputs, one row a box; a level that has too few for the stage is filled up."""
+    counts = [len(feeds[name]) for name in ROIS]
+    filled = dict(feeds)
+    for name, count in zip(ROIS, counts, strict=True):
+        filler = np.repeat(_FILLER, max(stage.least - count, 0), axis=0)
+        filled[name] = np.concatenate([feeds[name], filler])
+    given = stage.run(filled)
+    sizes = [len(filled[name]) for name in ROIS]
+    kept = np.concatenate(
+        [np.arange(size) < count for size, count in zip(sizes, counts, strict=True)]
+    )
+    return {name: given[name][kept] for name in OUTPUTS[role]}
