@@ -492,6 +492,12 @@ def test_a_mask_half_a_pixel_off_is_noticed() -> None:
     assert (shifted != expected)[~undecided].mean() > 0.001
 
 
+def test_a_probability_of_a_half_is_not_in_the_mask() -> None:
+    half = np.full((1, 28, 28), 0.5, np.float32)
+    box = np.array([[0, 0, 27, 27]], np.float32)
+    assert not masks.paste(half, box, 30, 30).any()
+
+
 def test_a_box_outside_of_the_image_has_an_empty_mask() -> None:
     outside = np.array([[-40, -40, -20, -20], [90, 2, 99, 8], [2, 90, 8, 99]], np.float32)
     probabilities = np.ones((3, 28, 28), np.float32)

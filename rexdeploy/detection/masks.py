@@ -64,7 +64,7 @@ def to_rle(mask: Bool, at: tuple[int, int] = (0, 0), size: tuple[int, int] | Non
     changes, times = np.unique((columns + at[1]) * height + rows + at[0], return_counts=True)
     changes = changes[times == 1]  # a run to the bottom goes on where one begins at the top
     counts = np.diff(changes, prepend=0, append=height * width)
-    if len(counts) > 1 and counts[-1] == 0:
+    if counts[-1] == 0:
         counts = counts[:-1]
     return Rle(height=height, width=width, counts=tuple(counts.tolist()))
 
