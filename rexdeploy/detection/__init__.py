@@ -1,0 +1,1 @@
+"""Detection: from a torch detector to the graphs that run it."""
