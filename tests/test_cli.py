@@ -135,13 +135,16 @@ def test_verify_prints_the_table_and_what_was_skipped(small_v1: Bundle, tmp_path
         assert "passed: 4 edges are within their limits; NOT verified: 1 skipped" in result.out
 
 
-def test_models_prints_eleven_networks_that_agree(tmp_path: Path) -> None:
+def test_models_prints_eleven_networks_and_six_detectors_that_agree(tmp_path: Path) -> None:
     result = run_cli("models", "--json", "models.json", cwd=tmp_path)
     assert result.code == 0
-    assert result.out.count("agrees\n") + result.out.count("agrees ") >= 11
+    assert result.out.count("agrees\n") + result.out.count("agrees ") >= 17
     assert "DIFFERS" not in result.out
     assert "which is width 2.2" in result.out
-    assert len(json.loads((tmp_path / "models.json").read_text())) == 11
+    assert "their '1200x800' is 1280 x 800" in result.out
+    rows = [row["published"] for row in json.loads((tmp_path / "models.json").read_text())]
+    assert ["detector" in row for row in rows] == [False] * 11 + [True] * 6
+    assert (rows[1]["top1"], rows[11]["box_ap"]) == (77.9, 38.0)
 
 
 @pytest.mark.parametrize("step", ["loading", "exporting", "comparing"])

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,6 +17,9 @@ import torch
 
 from rexdeploy.errors import UsageError
 from rexdeploy.models import zoo
+from rexdeploy.models.detector import DetectorConfig, build_detector
+from rexdeploy.models.detector_stages import FeatureStage
+from rexdeploy.models.layers import layers
 from tests.helpers import run_python
 
 # huggingface_hub waits for 23 s between its five further tries.
@@ -46,6 +50,29 @@ def test_a_wrong_figure_would_be_noticed() -> None:
     cost = zoo.cost(row.family, row.width)
     assert not zoo.Model(row, zoo.Cost(cost.parameters, cost.macs + 20_000_000)).agrees
     assert not zoo.Model(row, zoo.Cost(cost.parameters + 200_000, cost.macs)).agrees
+
+
+@pytest.mark.parametrize("row", zoo.published_detectors(), ids=lambda row: row.detector)
+def test_a_detectors_cost_is_the_networks_and_the_published(row: zoo.PublishedDetector) -> None:
+    cost = zoo.detector_cost(row)
+    assert zoo.Model(row, cost).agrees
+    assert cost.macs / 1e9 == pytest.approx(row.gmacs, rel=1e-3)
+    with torch.device("meta"):
+        model: Any = build_detector(DetectorConfig(row.width, masks=row.detector == "mask_rcnn"))
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        frozen = sum(p.numel() for norm in norms for p in norm.parameters())
+        assert cost.parameters == sum(p.numel() for p in model.parameters()) - frozen
+        features = sum(layer.macs for layer in layers(FeatureStage(model), zoo.DETECTOR_SIZE))
+    boxes = (49 * 256 + 1024) * 1024 + 1024 * 5 * 91
+    assert cost.macs == features + zoo.DETECTOR_BOXES * boxes
+
+
+def test_all_six_detectors_are_in_the_table() -> None:
+    rows = [(row.detector, row.width, row.mask_ap) for row in zoo.published_detectors()]
+    assert rows == [
+        *(("faster_rcnn", width, None) for width in (0.9, 1.0, 2.2)),
+        *(("mask_rcnn", width, ap) for width, ap in ((0.9, 35.2), (1.0, 35.4), (2.2, 37.8))),
+    ]
 
 
 @pytest.mark.parametrize(("family", "width"), [("rexnet_lite", 1.0), ("rexnet", 0.9)])

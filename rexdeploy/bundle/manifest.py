@@ -344,8 +344,8 @@ def decode(data: bytes, where: str) -> Manifest:
             "remove the folder and make it anew with 'rexdeploy export'"
         ) from None
     raise UsageError(
-        f"{where}: got manifest format {found}, this rexdeploy reads {FORMAT} and {DETECTOR_FORMAT}; "
-        "use the rexdeploy that wrote it, or export again"
+        f"{where}: got manifest format {found}, this rexdeploy reads {FORMAT} and "
+        f"{DETECTOR_FORMAT}; use the rexdeploy that wrote it, or export again"
     )
 
 

@@ -16,8 +16,14 @@ from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.detection.preprocess import prepare
 from rexdeploy.detection.result import Detections
-from rexdeploy.detection.runtime import Choice, Stages, trace
-from rexdeploy.detection.stages import ONNXRUNTIME, PYTORCH, OnnxStage, torch_stages
+from rexdeploy.detection.runtime import (
+    ONNXRUNTIME,
+    PYTORCH,
+    Choice,
+    OnnxStage,
+    Stages,
+    trace,
+)
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import decode
 
@@ -111,7 +117,7 @@ def load_detector(
     spec = found.manifest.model
     labels = read_labels(found)
     if backend == PYTORCH:
-        from rexdeploy.detection.reference import rebuilt
+        from rexdeploy.detection.reference import rebuilt, torch_stages
 
         weights = found.manifest.find("weights")
         if weights is None:

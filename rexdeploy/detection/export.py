@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import onnx
 import safetensors.torch
+import torch
 from onnx import ModelProto
+from torch import nn
+from torch.export import Dim
 
 from rexdeploy.bundle.manifest import (
     DETECTOR_FORMAT,
+    MANIFEST,
     Artifact,
     Manifest,
     ModelSpec,
@@ -21,17 +25,23 @@ from rexdeploy.bundle.manifest import (
     Task,
     WeightsOrigin,
 )
-from rexdeploy.bundle.store import DEFAULT_ROOT, MANIFEST, Bundle, check_writable, commit, sha256
-from rexdeploy.detection.compare import SetComparison
-from rexdeploy.detection.judge import Judge
+from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
+from rexdeploy.detection.judge import Judge, SetComparison
 from rexdeploy.detection.preprocess import MAX_SIZE, MIN_SIZE
 from rexdeploy.detection.reference import sized
-from rexdeploy.detection.stage_graphs import stage_graphs
-from rexdeploy.detection.stages import ONNXRUNTIME, OnnxStage
+from rexdeploy.detection.runtime import INPUTS, LEVELS, ONNXRUNTIME, OUTPUTS, OnnxStage
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.files import sha256_of
-from rexdeploy.graphs.from_torch import MIN_OPSET, simplify
+from rexdeploy.graphs.from_torch import MIN_OPSET, export_module, simplify
 from rexdeploy.images.sets import varied_pixels
+from rexdeploy.models.detector import FPN_CHANNELS
+from rexdeploy.models.detector_stages import (
+    POOLED_STRIDES,
+    SIZE_MULTIPLE,
+    BoxStage,
+    FeatureStage,
+    MaskStage,
+)
 from rexdeploy.models.weights import load_detector
 from rexdeploy.parity.compare import Comparison
 from rexdeploy.progress import Report, Result, silent
@@ -41,6 +51,7 @@ SEED = 0
 _CHECK_SEED = 2  # of the images that the graphs are checked over
 _CHECK_IMAGES = 2
 _MIN_SIZE, _LARGEST = 64, 2048
+_SAMPLE_SIZE = (128, 160)  # different, and more than one value on every level
 IMAGES, DETECTIONS = "images", "detections"
 
 
@@ -135,7 +146,9 @@ def export_detector(
         {key: value.contiguous() for key, value in loaded.state_dict.items()}
     )
     if path is None:
-        spec = ModelSpec(**{**vars(spec), "weights": WeightsOrigin(origin.source, sha256(saved), False)})
+        spec = ModelSpec(
+            **{**vars(spec), "weights": WeightsOrigin(origin.source, sha256(saved), False)}
+        )
     files = {"weights.safetensors": saved}
     files |= {f"{role}.onnx": _bytes(graph) for role, graph in graphs.items()}
     report(f"writing {folder}")
@@ -170,7 +183,8 @@ def _checked(
         comparisons += judge.compare(artifact, graph, None)
     stages = {role: OnnxStage(_bytes(graph), role) for role, graph in graphs.items()}
     whole = judge.end_to_end(stages, ONNXRUNTIME)
-    for item in (*comparisons, whole):
+    checked: list[Comparison | SetComparison] = [*comparisons, whole]
+    for item in checked:
         if item.failures:
             raise VerificationFailed(
                 f"the edge {item.reference} -> {item.candidate} is broken: {item.failures[0]}; "
@@ -197,7 +211,8 @@ def _check_replaceable(path: Path, spec: ModelSpec) -> None:
 
 
 def _bytes(model: ModelProto) -> bytes:
-    return model.SerializeToString(deterministic=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def _write(path: Path, spec: ModelSpec, files: dict[str, bytes], command: str) -> Bundle:
@@ -235,3 +250,79 @@ def _write(path: Path, spec: ModelSpec, files: dict[str, bytes], command: str) -
         return Manifest(DETECTOR_FORMAT, path.name, spec, ()).with_artifacts(*added, *derived)
 
     return commit(path, merge, files)
+
+
+def stage_graphs(
+    detector: nn.Module, masks: bool, grid_sample: bool, opset: int = MIN_OPSET
+) -> dict[Role, ModelProto]:
+    """All graphs of torchvision's detector over a ReXNet, float32, as torch exports them.
+
+    Inputs and outputs are those of the stages in `models/detector_stages.py`, by the names in
+    `INPUTS` and `OUTPUTS`. Raises UsageError if masks are asked of a detector that has none.
+    """
+    heads = head_graphs(detector, masks, grid_sample, opset)
+    return {"features": feature_graph(detector, opset), **heads}
+
+
+def feature_graph(detector: nn.Module, opset: int = MIN_OPSET) -> ModelProto:
+    """`FeatureStage`: any batch, and any height and width that are multiples of 32."""
+    sizes = {
+        0: Dim("batch"),
+        2: SIZE_MULTIPLE * Dim("rows", min=1),
+        3: SIZE_MULTIPLE * Dim("columns", min=1),
+    }
+    samples = (torch.zeros(2, 3, *_SAMPLE_SIZE),)  # torch.export specialises on a batch of 1
+    return _graph(FeatureStage(detector), "features", samples, (sizes,), opset)
+
+
+def head_graphs(
+    detector: nn.Module, masks: bool, grid_sample: bool, opset: int = MIN_OPSET
+) -> dict[Role, ModelProto]:
+    """`BoxStage`, and `MaskStage` if masks are asked for: one image, any number of boxes.
+
+    With `grid_sample` the pooling is GridSample and AveragePool, for builders without RoiAlign, and
+    each level needs at least one box; RoiAlign takes none, too.
+    """
+    heads: dict[Role, nn.Module] = {"boxes": BoxStage(detector, grid_sample)}
+    if masks:
+        if getattr(detector.roi_heads, "mask_predictor", None) is None:
+            raise UsageError("masks: got a detector without a mask head; export it without masks")
+        heads["masks"] = MaskStage(detector, grid_sample)
+    height, width = _SAMPLE_SIZE
+    samples = (
+        *(torch.zeros(1, FPN_CHANNELS, height // s, width // s) for s in POOLED_STRIDES),
+        *(torch.tensor([[0.0, 0.0, 32.0, 32.0]]).repeat(level, 1) for level in LEVELS),
+    )
+    sizes = (
+        *({2: Dim(f"height{level}"), 3: Dim(f"width{level}")} for level in LEVELS),
+        *({0: Dim(f"boxes{level}")} for level in LEVELS),
+    )
+    return {role: _graph(stage, role, samples, sizes, opset) for role, stage in heads.items()}
+
+
+def _graph(
+    stage: nn.Module,
+    role: Role,
+    samples: tuple[torch.Tensor, ...],
+    sizes: tuple[dict[int, Any], ...],
+    opset: int,
+) -> ModelProto:
+    graph = export_module(stage.eval(), samples, sizes, INPUTS[role], OUTPUTS[role], opset)
+    _name_sizes(graph)
+    return graph
+
+
+def _name_sizes(graph: ModelProto) -> None:
+    """Plain names for the open sizes of outputs, which torch.export gives as formulas."""
+    for value in graph.graph.output:
+        dims = value.type.tensor_type.shape.dim
+        counted = "anchors" if value.name in ("objectness", "deltas") else "boxes"
+        names = {
+            **({0: "batch"} if value.name in OUTPUTS["features"] else {0: counted}),
+            1: counted,
+            2: f"height{value.name[1:]}",
+            3: f"width{value.name[1:]}",
+        }
+        for place, dim in enumerate(dims):
+            if dim.HasField("dim_param"):
+                dim.dim_param = names[place]

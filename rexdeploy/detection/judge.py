@@ -12,24 +12,172 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from onnx import ModelProto
 
-from rexdeploy.arrays import UInt8
+from rexdeploy.arrays import Array, Float32, UInt8
 from rexdeploy.bundle.manifest import Artifact, ModelSpec, Role
 from rexdeploy.detection import reference
-from rexdeploy.detection.compare import SetComparison, Stage, set_limit, unmatched
+from rexdeploy.detection.masks import from_rle
 from rexdeploy.detection.preprocess import prepare
 from rexdeploy.detection.result import Detections
-from rexdeploy.detection.runtime import Stages, Trace, run_heads, trace
-from rexdeploy.detection.stages import ONNXRUNTIME, PYTORCH, OnnxStage, torch_stages
-from rexdeploy.errors import RexdeployError
+from rexdeploy.detection.runtime import (
+    ONNXRUNTIME,
+    OUTPUTS,
+    PYTORCH,
+    OnnxStage,
+    Stages,
+    Trace,
+    run_heads,
+    trace,
+)
+from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.graphs.emulate import as_typed, twin
 from rexdeploy.graphs.products import precision_of
-from rexdeploy.parity.compare import Comparison, Limits
+from rexdeploy.parity.compare import Comparison, Limits, Signal, compare
 from rexdeploy.parity.limits import GRAPH_MARGIN, float32_limits, rounding_limits
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_RATIOS = 3  # anchors of one place
+
+
+@dataclass(frozen=True)
+class Alike:
+    """When two detections of the same class are one."""
+
+    overlap: float = 0.95  # of boxes, intersection over union, at the least; of masks, too
+    score: float = 0.02  # difference at the most
+
+
+@dataclass(frozen=True)
+class SetComparison:
+    """Detections of a candidate matched with the reference's, over the same images."""
+
+    reference: str
+    candidate: str
+    images: int
+    expected: int  # detections of the reference
+    found: int  # of the candidate
+    unmatched: int  # of both, that have no partner
+    limit: int  # from what float32 does to the reference itself, see `set_limit`
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Why the candidate does not pass; empty if it does."""
+        if self.unmatched <= self.limit:
+            return ()
+        return (
+            f"{self.unmatched} of {self.expected + self.found} detections have no partner, limit "
+            f"{self.limit}",
+        )
+
+
+def rows(name: str, tensors: Sequence[Array]) -> Array:
+    """A tensor of all images as `[N, values]`: what is alike in kind stands in one column.
+
+    Feature maps by channel, objectness and deltas by anchor of a place, the heads' by class.
+    """
+    if name == "objectness":
+        parts = [tensor.reshape(-1, _RATIOS) for tensor in tensors]
+    elif name == "deltas":
+        parts = [tensor.reshape(-1, 4 * _RATIOS) for tensor in tensors]
+    elif tensors[0].ndim == 4:
+        parts = [np.moveaxis(tensor, 1, 3).reshape(-1, tensor.shape[1]) for tensor in tensors]
+    else:
+        parts = list(tensors)
+    return np.concatenate(parts)
+
+
+class Stage:
+    """What the reference's stage gives over the images, and what float32 does to it."""
+
+    def __init__(
+        self, role: Role, float32: Sequence[dict[str, Array]], float64: Sequence[dict[str, Array]]
+    ) -> None:
+        """Raises UsageError where a tensor does not vary, so that agreement would prove nothing."""
+        self.role = role
+        self.expected: dict[str, Array] = {}
+        self.signals: dict[str, Signal] = {}
+        self.noise: dict[str, Limits] = {}
+        for name in OUTPUTS[role]:
+            rounded, exact = (
+                rows(name, [one[name] for one in all_]) for all_ in (float32, float64)
+            )
+            self.expected[name] = rounded
+            try:
+                self.signals[name] = Signal.of(rounded)
+            except UsageError as error:
+                raise UsageError(f"stage '{role}', tensor {name}: {error}") from None
+            # Every column counts: a feature map has no class that hardly varies.
+            self.noise[name] = compare(
+                exact, rounded, signal=self.signals[name], limits=Limits(1, 1, 0)
+            ).numbers
+
+    def compared(
+        self, given: Sequence[dict[str, Float32]], limits: dict[str, Limits], names: tuple[str, str]
+    ) -> list[Comparison]:
+        """One comparison a tensor of what a candidate gives for the reference's own inputs."""
+        return [
+            compare(
+                self.expected[name],
+                rows(name, [one[name] for one in given]),
+                signal=self.signals[name],
+                limits=limits[name],
+                names=(names[0], f"{names[1]}: {name}"),
+            )
+            for name in OUTPUTS[self.role]
+        ]
+
+
+def unmatched(expected: Detections, found: Detections, alike: Alike | None = None) -> int:
+    """How many detections of the two have no partner; partners are taken by overlap, best first."""
+    alike = alike or Alike()
+    overlaps = _overlaps(expected.boxes, found.boxes)
+    same = expected.labels[:, None] == found.labels[None]
+    close = np.abs(expected.scores[:, None] - found.scores[None]) <= alike.score
+    pairs = np.argwhere(same & close & (overlaps >= alike.overlap))
+    by_overlap = pairs[np.argsort(-overlaps[tuple(pairs.T)], kind="stable")]
+    left, right = set[int](), set[int]()
+    for first, second in by_overlap.tolist():
+        if (
+            first in left
+            or second in right
+            or not _same_masks(expected, found, first, second, alike)
+        ):
+            continue
+        left.add(first)
+        right.add(second)
+    return len(expected) - len(left) + len(found) - len(right)
+
+
+def set_limit(noise: int, total: int) -> int:
+    """How many of `total` detections may be without a partner, where float32 alone leaves `noise`.
+
+    Rounding near a threshold flips some of both: another runtime's rounding is as large, and
+    flips others (three standard deviations of the count), so that none is no limit either.
+    """
+    return min(total // 4, round(2 * noise + 3 * float(np.sqrt(noise + 1))))
+
+
+def _same_masks(a: Detections, b: Detections, first: int, second: int, alike: Alike) -> bool:
+    if a.masks is None or b.masks is None:
+        return a.masks is b.masks
+    one, other = from_rle(a.masks[first]), from_rle(b.masks[second])
+    union = int((one | other).sum())
+    return union == 0 or int((one & other).sum()) >= alike.overlap * union
+
+
+def _overlaps(a: Float32, b: Float32) -> Array:
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    inside = np.prod(np.maximum(high - low, 0), axis=2)
+    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (a, b)]
+    union = areas[0][:, None] + areas[1][None] - inside
+    overlaps: Array = np.where(union > 0, inside / np.maximum(union, 1e-12), 1.0)
+    return overlaps
 
 
 @dataclass(frozen=True)
@@ -48,8 +196,8 @@ class Judge:
         self._detector, self._images, self._spec = detector, list(images), spec
         self._has_masks = spec.task == "segment"
         exact = reference.sized(copy.deepcopy(detector).double(), spec)
-        own = torch_stages(detector, self._has_masks)
-        doubled = torch_stages(exact, self._has_masks, is_double=True)
+        own = reference.torch_stages(detector, self._has_masks)
+        doubled = reference.torch_stages(exact, self._has_masks, is_double=True)
         self._traces = [self._trace(own, pixels) for pixels in self._images]
         self._stages: dict[Role, Stage] = {}
         for role in own:

@@ -12,7 +12,7 @@ import numpy as np
 
 from rexdeploy.arrays import Float32
 from rexdeploy.detection.boxes import sigmoid
-from rexdeploy.detection.interpolate import Neighbours, along_columns, along_rows, neighbours
+from rexdeploy.detection.preprocess import Neighbours, along_columns, along_rows, neighbours
 from rexdeploy.detection.result import Bool, Int64, Rle, check_finite
 from rexdeploy.errors import UsageError
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rexdeploy.arrays import UInt8
-from rexdeploy.bundle.manifest import ModelSpec
+from rexdeploy.bundle.manifest import ModelSpec, Role
 from rexdeploy.detection.masks import to_rle
 from rexdeploy.detection.result import Detections
+from rexdeploy.detection.runtime import INPUTS, OUTPUTS, Stage
 from rexdeploy.errors import BackendUnavailable, UsageError
 
 if TYPE_CHECKING:
@@ -73,3 +75,39 @@ def detect(model: nn.Module, pixels: UInt8, is_double: bool = False) -> Detectio
         labels=found["labels"].numpy(),
         masks=masks,
     )
+
+
+class TorchStage:
+    """A stage of the reference in PyTorch, in float32 or (to measure its rounding) float64."""
+
+    least = 0
+
+    def __init__(self, module: nn.Module, role: Role, is_double: bool = False) -> None:
+        self._inputs, self._outputs = INPUTS[role], OUTPUTS[role]
+        self._module, self._is_double = module.double() if is_double else module, is_double
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        import torch
+
+        kind = np.float64 if self._is_double else np.float32
+        with torch.inference_mode():
+            given = self._module(
+                *(torch.from_numpy(feeds[name].astype(kind)) for name in self._inputs)
+            )
+        tensors = given if isinstance(given, tuple) else (given,)
+        return {name: tensor.numpy() for name, tensor in zip(self._outputs, tensors, strict=True)}
+
+    def close(self) -> None: ...
+
+
+def torch_stages(detector: nn.Module, masks: bool, is_double: bool = False) -> dict[Role, Stage]:
+    """The reference's stages: torchvision's own modules."""
+    from rexdeploy.models.detector_stages import BoxStage, FeatureStage, MaskStage
+
+    modules: dict[Role, nn.Module] = {
+        "features": FeatureStage(detector),
+        "boxes": BoxStage(detector, grid_sample=False),
+    }
+    if masks:
+        modules["masks"] = MaskStage(detector, grid_sample=False)
+    return {role: TorchStage(module.eval(), role, is_double) for role, module in modules.items()}

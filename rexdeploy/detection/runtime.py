@@ -9,15 +9,17 @@ from typing import Protocol
 import numpy as np
 
 from rexdeploy.arrays import Float32
+from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bundle.manifest import Role
 from rexdeploy.detection import boxes as host
 from rexdeploy.detection import masks
 from rexdeploy.detection.preprocess import Prepared, to_original
 from rexdeploy.detection.result import Detections, Int64
+from rexdeploy.errors import UsageError
 
-_LEVELS = (2, 3, 4, 5)
-MAPS = tuple(f"p{level}" for level in _LEVELS)
-ROIS = tuple(f"rois{level}" for level in _LEVELS)
+LEVELS = (2, 3, 4, 5)
+MAPS = tuple(f"p{level}" for level in LEVELS)
+ROIS = tuple(f"rois{level}" for level in LEVELS)
 INPUTS: dict[Role, tuple[str, ...]] = {
     "features": ("images",),
     "boxes": (*MAPS, *ROIS),
@@ -30,6 +32,7 @@ OUTPUTS: dict[Role, tuple[str, ...]] = {
 }
 """What each stage takes and gives, float32; the shapes are in `models/detector_stages.py`."""
 Tensors = dict[str, Float32]
+PYTORCH, ONNXRUNTIME = "pytorch", "onnxruntime"
 _FILLER = np.array([[0, 0, 32, 32]], np.float32)
 
 
@@ -42,6 +45,29 @@ class Stage(Protocol):
         """The stage's outputs by name; raises RexdeployError where it fails."""
 
     def close(self) -> None: ...
+
+
+class OnnxStage:
+    """A stage's graph in ONNX Runtime on the CPU; it casts to the graph's own types."""
+
+    def __init__(
+        self, model: bytes, role: Role, least: int = 0, threads: int | None = None
+    ) -> None:
+        """Raises UsageError for a graph with other inputs or outputs than the stage's."""
+        self.least, self._outputs = least, OUTPUTS[role]
+        self._session = GraphSession(model, threads)
+        got = self._session.inputs, self._session.outputs
+        if got != (INPUTS[role], OUTPUTS[role]):
+            raise UsageError(
+                f"a graph from {', '.join(got[0])} to {', '.join(got[1])}; expected stage "
+                f"'{role}': {', '.join(INPUTS[role])} to {', '.join(OUTPUTS[role])}"
+            )
+
+    def run(self, feeds: Mapping[str, Float32]) -> Tensors:
+        return self._session.run(feeds, self._outputs)
+
+    def close(self) -> None:
+        del self._session
 
 
 Stages = Mapping[Role, Stage]

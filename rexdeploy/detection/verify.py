@@ -11,11 +11,9 @@ from rexdeploy.arrays import UInt8
 from rexdeploy.bundle.manifest import VERIFICATION, Artifact, Preprocess, Role, Task, to_json
 from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle, sha256
-from rexdeploy.detection.compare import SetComparison
-from rexdeploy.detection.judge import Judge, Skip
+from rexdeploy.detection.judge import Judge, SetComparison, Skip
 from rexdeploy.detection.reference import rebuilt
-from rexdeploy.detection.runtime import Stage
-from rexdeploy.detection.stages import ONNXRUNTIME, OnnxStage
+from rexdeploy.detection.runtime import ONNXRUNTIME, OnnxStage, Stage
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.graphs.read import parse
 from rexdeploy.images import decode, sets

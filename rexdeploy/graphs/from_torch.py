@@ -6,14 +6,14 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import onnx
 import torch
 from onnx import ModelProto
-from torch import nn
+from torch import Tensor, nn
 
 from rexdeploy.bundle.manifest import ModelSpec
 from rexdeploy.errors import BackendUnavailable, RexdeployError, VerificationFailed
@@ -26,14 +26,26 @@ def export_graph(model: nn.Module, spec: ModelSpec, batch: int | None, opset: in
     # A sample batch of 2: torch.export specialises on a batch of 1.
     sample = torch.zeros(batch or 2, 3, spec.preprocess.height, spec.preprocess.width)
     dynamic = None if batch else ({0: torch.export.Dim("batch")},)
+    return export_module(model, (sample,), dynamic, [spec.input_name], [spec.output_name], opset)
+
+
+def export_module(
+    model: nn.Module,
+    samples: tuple[Tensor, ...],
+    dynamic: tuple[dict[int, Any], ...] | None,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int,
+) -> ModelProto:
+    """Any module's graph; `dynamic` names the open sizes of each input, None fixes all."""
     with _quiet_exporter(), _out_of_place(model):
         program = torch.onnx.export(
             model,
-            (sample,),
+            samples,
             dynamo=True,
             dynamic_shapes=dynamic,
-            input_names=[spec.input_name],
-            output_names=[spec.output_name],
+            input_names=inputs,
+            output_names=outputs,
             opset_version=opset,
             verbose=False,
         )

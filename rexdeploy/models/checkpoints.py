@@ -7,7 +7,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,19 +62,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Family, width and number of classes come from the weights' names and shapes.
     """
-    state_dict = read_state_dict(path)
+    checkpoint = known_checkpoint(read_state_dict(path), path)
+    config = CONFIGS[checkpoint.family](checkpoint.width, checkpoint.num_classes)
+    notes = _notes_of(path, config)
+    return replace(checkpoint, width=notes.width, notes=notes) if notes else checkpoint
+
+
+def known_checkpoint(state_dict: StateDict, path: Path) -> Checkpoint:
+    """The classifier whose weights these are; `path` is what messages call them."""
     if "stem.conv.weight" in state_dict:
         state_dict = _from_timm(state_dict, path)
     family = _family_of(state_dict, path)
-    width, config = _width_of(family, state_dict, path)
-    notes = _notes_of(path, config)
-    return Checkpoint(
-        family,
-        notes.width if notes else width,
-        config.num_classes,
-        _complete(state_dict, config, path),
-        notes,
-    )
+    num_classes = _classes_of(family, state_dict, path)
+    width = nearest_width(family, state_dict, path)
+    with torch.device("meta"):
+        expected = RexNet(CONFIGS[family](width, num_classes)).state_dict()
+    what = f"{family} of these channels and {num_classes} classes"
+    return Checkpoint(family, width, num_classes, complete(state_dict, expected, what, path))
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -235,12 +239,7 @@ def _family_of(state_dict: StateDict, path: Path) -> Family:
     )
 
 
-def _width_of(family: Family, state_dict: StateDict, path: Path) -> tuple[float, RexNetConfig]:
-    """The simplest width whose network has the checkpoint's channels: 1.5 before 1.50001.
-
-    Judged by the 1x1 head and every block's projection, so that a few missing or damaged tensors
-    do not hide what the rest says.
-    """
+def _classes_of(family: Family, state_dict: StateDict, path: Path) -> int:
     last = "output.4.weight" if family == "rexnet_lite" else "output.1.weight"
     classifier = state_dict[last]
     num_classes = classifier.shape[0] if classifier.ndim == 4 else 0
@@ -249,24 +248,32 @@ def _width_of(family: Family, state_dict: StateDict, path: Path) -> tuple[float,
             f"weights {path}: {last} has shape {list(classifier.shape)}, expected "
             f"[classes, channels, 1, 1] with 1 to {MAX_CLASSES} classes"
         )
+    return num_classes
+
+
+def nearest_width(family: Family, state_dict: StateDict, path: Path) -> float:
+    """The simplest width whose network has the checkpoint's channels: 1.5 before 1.50001.
+
+    Judged by the 1x1 head and every block's projection, so that a few missing or damaged tensors
+    do not hide what the rest says.
+    """
     seen = _channels(state_dict)
-    best: tuple[int, float, RexNetConfig] | None = None
+    best: tuple[int, float] | None = None
     for steps in (10, 20, 100, 1000):  # in steps of 0.1, of 0.05, of 0.01, of 0.001
         for step in range(round(MIN_WIDTH * steps), int(MAX_WIDTH * steps) + 1):
             width = step / steps
-            config = CONFIGS[family](width, num_classes)
-            expected = _config_channels(config)
+            expected = _config_channels(CONFIGS[family](width, 1))
             wrong = sum(expected.get(name) != channels for name, channels in seen.items())
             if not wrong:
-                return width, config
+                return width
             if best is None or wrong < best[0]:
-                best = (wrong, width, config)
+                best = (wrong, width)
     if best is None or best[0] > len(seen) // 2:
         raise UsageError(
             f"weights {path}: the channels fit no {family}; got {list(seen.values())[:6]} ... for "
             "the stem and first blocks (rexnetr_* and custom depths or strides are other networks)"
         )
-    return best[1], best[2]
+    return best[1]
 
 
 def _channels(state_dict: StateDict) -> dict[str, int]:
@@ -274,12 +281,10 @@ def _channels(state_dict: StateDict) -> dict[str, int]:
     channels = {}
     for index in range(20):
         own = f"features.{index}.weight"
-        projections = [
-            name
-            for name in state_dict
-            if re.fullmatch(rf"features\.{index}\.out\.\d{{1,3}}\.weight", name)
+        projection = rf"features\.{index}\.out\.\d{{1,3}}\.weight"
+        convolutions = [
+            name for name, t in state_dict.items() if t.ndim == 4 and re.fullmatch(projection, name)
         ]
-        convolutions = [name for name in projections if state_dict[name].ndim == 4]
         if convolutions:
             last = max(convolutions, key=lambda name: int(name.split(".")[3]))
             channels[f"features.{index}"] = state_dict[last].shape[0]
@@ -296,22 +301,19 @@ def _config_channels(config: RexNetConfig) -> dict[str, int]:
     return {"features.0": config.stem_channels, **blocks, head: config.head_channels}
 
 
-def _complete(state_dict: StateDict, config: RexNetConfig, path: Path) -> StateDict:
-    """The state dict in float32 with every entry that the network has; raises on any misfit."""
-    with torch.device("meta"):
-        expected = RexNet(config).state_dict()
+def complete(state_dict: StateDict, expected: StateDict, what: str, path: Path) -> StateDict:
+    """The state dict in float32 with every entry that is expected; raises on any misfit.
+
+    Only names, shapes and types of `expected` are read: its tensors may be on "meta".
+    """
     missing = [name for name in expected if name not in state_dict and _COUNTER not in name]
     unknown = [name for name in state_dict if name not in expected]
-    wrong = [
-        name
-        for name in expected
-        if name in state_dict and state_dict[name].shape != expected[name].shape
-    ]
+    wrong = [n for n, t in expected.items() if n in state_dict and state_dict[n].shape != t.shape]
     if missing or unknown:
         raise UsageError(
             f"weights {path}: {len(missing)} tensors are missing and {len(unknown)} are unknown "
             f"(first: {(missing + unknown)[0]}), expected the {len(expected)} of a "
-            f"{config.family}; is the file complete?"
+            f"{what}; is the file complete?"
         )
     if wrong:
         raise UsageError(
@@ -321,14 +323,13 @@ def _complete(state_dict: StateDict, config: RexNetConfig, path: Path) -> StateD
     needed = sum(4 * tensor.numel() for tensor in expected.values())
     if needed > _MAX_WEIGHTS_BYTES:
         raise UsageError(
-            f"weights {path}: a {config.family} of these channels and {config.num_classes} classes "
-            f"takes {needed} bytes in float32, expected at most {_MAX_WEIGHTS_BYTES}: an ONNX "
-            "graph holds no more"
+            f"weights {path}: a {what} takes {needed} bytes in float32, expected at most "
+            f"{_MAX_WEIGHTS_BYTES}: an ONNX graph holds no more"
         )
-    complete = {}
+    whole = {}
     for name, tensor in expected.items():
         if name.endswith(_COUNTER):
-            complete[name] = torch.zeros((), dtype=tensor.dtype)
+            whole[name] = torch.zeros((), dtype=tensor.dtype)
             continue
         found = state_dict[name]
         if found.dtype not in _FLOATS or found.layout != torch.strided:
@@ -345,8 +346,8 @@ def _complete(state_dict: StateDict, config: RexNetConfig, path: Path) -> StateD
         if not found.isfinite().all():
             raise UsageError(f"weights {path}: {name} has NaN or infinite values")
         # A copy: the file is mapped, and may change from here on.
-        complete[name] = found.to(tensor.dtype, copy=True).contiguous()
-    return complete
+        whole[name] = found.to(tensor.dtype, copy=True).contiguous()
+    return whole
 
 
 def _from_timm(state_dict: StateDict, path: Path) -> StateDict:

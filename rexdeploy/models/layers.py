@@ -17,8 +17,8 @@ class Layer:
     activations: int  # values that it reads and writes
 
 
-def layers(model: nn.Module, size: int) -> list[Layer]:
-    """The arithmetic layers of a module at `size` x `size`, in the order they run.
+def layers(model: nn.Module, size: int | tuple[int, int]) -> list[Layer]:
+    """The arithmetic layers of a module at height and width `size`, in the order they run.
 
     The module runs once, on its own device, on one image of zeros; on "meta" nothing is computed.
     Activations, batch norms and sums are not counted: they can be fused into these layers.
@@ -37,10 +37,11 @@ def layers(model: nn.Module, size: int) -> list[Layer]:
         for module in model.modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
+    height, width = (size, size) if isinstance(size, int) else size
     device = next(model.parameters()).device
     try:
         with torch.inference_mode():
-            model(torch.zeros(1, 3, size, size, device=device))
+            model(torch.zeros(1, 3, height, width, device=device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 
 from rexdeploy.errors import BackendUnavailable, UsageError, first_line
 from rexdeploy.files import sha256_of
+from rexdeploy.models.detector import COCO_CLASSES, FPN_CHANNELS, Body, stage_ends
 from rexdeploy.models.layers import layers
 from rexdeploy.models.rexnet import CONFIGS, Family, RexNet
 from rexdeploy.progress import Result
@@ -26,6 +28,11 @@ PRETRAINED = {
     3.0: "timm/rexnet_300.nav_in1k",
 }
 """Hugging Face hub repositories of timm's copies of the published V1 weights, by width."""
+
+
+DETECTOR_SIZE = (800, 1280)
+"""Height and width at which the published costs of detectors are; their table says 1200 x 800."""
+DETECTOR_BOXES = 1000  # proposals
 
 
 @dataclass(frozen=True)
@@ -83,18 +90,36 @@ def paper_rows() -> list[PaperRow]:
 
 
 @dataclass(frozen=True)
+class PublishedDetector:
+    """A row of the published tables of detectors: COCO val2017, 1280 x 800."""
+
+    detector: Literal["faster_rcnn", "mask_rcnn"]
+    family: Family
+    width: float
+    box_ap: float  # percent, as the two below: mean over IoU 0.5 to 0.95, at 0.5, at 0.75
+    box_ap50: float
+    box_ap75: float
+    mask_ap: float | None  # of a Mask R-CNN
+    mask_ap50: float | None
+    mask_ap75: float | None
+    gmacs: float  # without the mask head, with 1000 proposals
+    params_m: float
+    decimals: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a network computes for one image."""
 
-    parameters: int
-    macs: int  # multiply-accumulates of convolutions
+    parameters: int  # trained ones: a detector's batch norms are frozen, and count none
+    macs: int  # multiply-accumulates of convolutions and matrix products
 
 
 @dataclass(frozen=True, repr=False)
 class Model(Result):
     """A published network, and what our own computes."""
 
-    published: Published
+    published: Published | PublishedDetector
     computed: Cost
 
     @property
@@ -117,15 +142,20 @@ class Model(Result):
     def __repr__(self) -> str:
         row, verdict = self.published, "agrees" if self.agrees else "DIFFERS"
         costs = f"{row.gmacs:g} GMACs, {row.params_m:g} M parameters"
-        return f"<Model {row.family} {row.width:.1f}: top-1 {row.top1 or '-'}, {costs}: {verdict}>"
+        if isinstance(row, Published):
+            name, result = f"{row.family} {row.width:.1f}", f"top-1 {row.top1 or '-'}"
+        else:
+            name, result = f"{row.detector} {row.width:.1f}", f"box AP {row.box_ap}"
+        return f"<Model {name}: {result}, {costs}: {verdict}>"
 
 
 def published_models() -> list[Model]:
-    """The published networks beside what our own cost.
+    """The published classifiers, then detectors, beside what our own cost.
 
     Example: `all(model.agrees for model in rexdeploy.published_models())`
     """
-    return [Model(row, cost(row.family, row.width)) for row in published()]
+    classifiers = [Model(row, cost(row.family, row.width)) for row in published()]
+    return [*classifiers, *(Model(row, detector_cost(row)) for row in published_detectors())]
 
 
 def published() -> list[Published]:
@@ -146,6 +176,60 @@ def cost(family: Family, width: float, size: int = 224) -> Cost:
         model = RexNet(CONFIGS[family](width, 1000)).eval()
         macs = sum(layer.macs for layer in layers(model, size))
     return Cost(sum(parameter.numel() for parameter in model.parameters()), macs)
+
+
+def published_detectors() -> list[PublishedDetector]:
+    """The published rows of Faster and Mask R-CNN over a ReXNet."""
+    text = resources.files("rexdeploy").joinpath("data/published_detectors.csv").read_text()
+    return [
+        PublishedDetector(
+            detector=cast(Any, row["detector"]),
+            family="rexnet",
+            width=float(row["width"]),
+            box_ap=float(row["box_ap"]),
+            box_ap50=float(row["box_ap50"]),
+            box_ap75=float(row["box_ap75"]),
+            mask_ap=float(row["mask_ap"]) if row["mask_ap"] else None,
+            mask_ap50=float(row["mask_ap50"]) if row["mask_ap50"] else None,
+            mask_ap75=float(row["mask_ap75"]) if row["mask_ap75"] else None,
+            gmacs=float(row["gmacs"]),
+            params_m=float(row["params_m"]),
+            decimals=(_decimals(row["gmacs"]), _decimals(row["params_m"])),
+        )
+        for row in csv.DictReader(text.splitlines())
+    ]
+
+
+def detector_cost(row: PublishedDetector) -> Cost:
+    """A detector's cost at the published size, without torchvision: the body runs on "meta".
+
+    The rest is torchvision's defaults, whose layers are listed here by their sizes.
+    """
+    config = CONFIGS[row.family](row.width, 1)
+    with torch.device("meta"):
+        body = Body(config).eval()
+        macs = sum(layer.macs for layer in layers(body, DETECTOR_SIZE))
+    frozen = {
+        id(p) for m in body.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()
+    }
+    parameters = sum(p.numel() for p in body.parameters() if id(p) not in frozen)
+    height, width = DETECTOR_SIZE
+    places = [(height // stride) * (width // stride) for stride in (4, 8, 16, 32)]
+    places.append(-(-height // 64) * -(-width // 64))
+    channels = [config.blocks[index].out_channels for index in stage_ends(config)]
+    conv = 9 * FPN_CHANNELS  # inputs of a 3x3 convolution
+    # Inputs of each output value, output channels, and how often the layer runs.
+    listed = [(count, FPN_CHANNELS, place) for count, place in zip(channels, places, strict=False)]
+    listed += [(conv, FPN_CHANNELS, place) for place in places[:4]]
+    listed += [(conv, FPN_CHANNELS, sum(places)), (FPN_CHANNELS, 3 * 5, sum(places))]
+    listed += [(49 * FPN_CHANNELS, 1024, DETECTOR_BOXES), (1024, 1024, DETECTOR_BOXES)]
+    listed += [(1024, 5 * COCO_CLASSES, DETECTOR_BOXES)]
+    if row.detector == "mask_rcnn":
+        listed += [(conv, FPN_CHANNELS, 0)] * 4
+        listed += [(4 * FPN_CHANNELS, FPN_CHANNELS, 0), (FPN_CHANNELS, COCO_CLASSES, 0)]
+    parameters += sum((inputs + 1) * outputs for inputs, outputs, _ in listed)
+    macs += sum(inputs * outputs * times for inputs, outputs, times in listed)
+    return Cost(parameters, macs)
 
 
 def fetch_pretrained(family: Family, width: float) -> tuple[Path, str]:
