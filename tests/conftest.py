@@ -36,7 +36,8 @@ def pytest_configure() -> None:
 
 
 LONGEST = (
-    *("test_readme", "test_verify_defects", "test_finetune", "test_verify", "test_serve"),
+    *("test_readme", "test_quantize", "test_verify_defects", "test_finetune", "test_verify"),
+    "test_serve",
     *("test_cli", "test_export", "test_serve_faults", "test_build", "test_localize", "test_tune"),
     *("test_bench", "test_injection", "test_cpp", "test_cpp_package", "test_triton_serve"),
     *("test_rexnet", "test_tune_serving", "test_interface", "test_image_sets", "test_engines"),
@@ -102,7 +103,7 @@ def timm_checkpoint(session_dir: Path) -> Path:
     with _once(path) as missing:
         if missing:
             torch.manual_seed(2)
-            model = reacting(timm.create_model("rexnet_130"))
+            model = reacting(timm.create_model("rexnet_130"), 96)
             safetensors.torch.save_file(model.state_dict(), path)
     return path
 

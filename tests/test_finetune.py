@@ -118,11 +118,10 @@ def test_killed_it_goes_on_to_the_same_bytes(recipe: str, pictures: Path, tmp_pa
     process.wait()
     process.stderr.close()
     assert (tmp_path / "broken.safetensors.training").exists()
-    again = subprocess.run(
-        [*_command(pictures, broken, "--recipe", recipe, "--workers", "2"), "--json", "-"],
-        check=True, capture_output=True, env=_same_threads(),
-    )  # fmt: skip
-    assert json.loads(again.stdout)["resumed"] == 2
+    more = ("--recipe", recipe, "--workers", "2", "--json", "-")
+    again = run_cli("finetune", pictures, "--out", broken, *OPTIONS, *more, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["resumed"] == 2
     assert broken.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.training")) + list(tmp_path.glob(".*"))
 
