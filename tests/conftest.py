@@ -176,12 +176,6 @@ def lite_original(lite_checkpoint: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def pixels_original(v1_checkpoint: Path) -> Bundle:
-    """The V1 bundle's network with uint8 input and probabilities."""
-    return _bundle(v1_checkpoint, "pixels", "uint8", "probabilities")
-
-
-@pytest.fixture(scope="session")
 def small_v1_original(narrow_checkpoint: Path) -> Bundle:
     """The V1 bundle's network at 64 pixels: the same graphs, a twelfth of the arithmetic."""
     return _bundle(narrow_checkpoint, "small_v1", size=64)
@@ -207,16 +201,6 @@ def _copy(original: Bundle, folder: Path) -> Bundle:
 def v1_bundle(v1_original: Bundle, tmp_path: Path) -> Bundle:
     """A copy of the V1 bundle, at artifacts/v1 in the test's own folder."""
     return _copy(v1_original, tmp_path)
-
-
-@pytest.fixture
-def lite_bundle(lite_original: Bundle, tmp_path: Path) -> Bundle:
-    return _copy(lite_original, tmp_path)
-
-
-@pytest.fixture
-def pixels_bundle(pixels_original: Bundle, tmp_path: Path) -> Bundle:
-    return _copy(pixels_original, tmp_path)
 
 
 @pytest.fixture
