@@ -36,7 +36,8 @@ def pytest_configure() -> None:
 
 
 LONGEST = (
-    *("test_readme", "test_verify_defects", "test_finetune", "test_verify", "test_serve"),
+    *("test_readme", "test_quantize", "test_verify_defects", "test_finetune", "test_verify"),
+    "test_serve",
     *("test_cli", "test_export", "test_serve_faults", "test_build", "test_localize", "test_tune"),
     *("test_bench", "test_injection", "test_cpp", "test_cpp_package", "test_triton_serve"),
     *("test_rexnet", "test_tune_serving", "test_interface", "test_image_sets", "test_engines"),
@@ -102,7 +103,7 @@ def timm_checkpoint(session_dir: Path) -> Path:
     with _once(path) as missing:
         if missing:
             torch.manual_seed(2)
-            model = reacting(timm.create_model("rexnet_130"))
+            model = reacting(timm.create_model("rexnet_130"), 96)
             safetensors.torch.save_file(model.state_dict(), path)
     return path
 
@@ -175,12 +176,6 @@ def lite_original(lite_checkpoint: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def pixels_original(v1_checkpoint: Path) -> Bundle:
-    """The V1 bundle's network with uint8 input and probabilities."""
-    return _bundle(v1_checkpoint, "pixels", "uint8", "probabilities")
-
-
-@pytest.fixture(scope="session")
 def small_v1_original(narrow_checkpoint: Path) -> Bundle:
     """The V1 bundle's network at 64 pixels: the same graphs, a twelfth of the arithmetic."""
     return _bundle(narrow_checkpoint, "small_v1", size=64)
@@ -206,16 +201,6 @@ def _copy(original: Bundle, folder: Path) -> Bundle:
 def v1_bundle(v1_original: Bundle, tmp_path: Path) -> Bundle:
     """A copy of the V1 bundle, at artifacts/v1 in the test's own folder."""
     return _copy(v1_original, tmp_path)
-
-
-@pytest.fixture
-def lite_bundle(lite_original: Bundle, tmp_path: Path) -> Bundle:
-    return _copy(lite_original, tmp_path)
-
-
-@pytest.fixture
-def pixels_bundle(pixels_original: Bundle, tmp_path: Path) -> Bundle:
-    return _copy(pixels_original, tmp_path)
 
 
 @pytest.fixture

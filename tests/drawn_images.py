@@ -58,15 +58,16 @@ def write_drawn_images(folder: Path, seed: int, count: int) -> Path:
     return folder
 
 
-def write_digits(folder: Path, held_back: bool) -> Path:
+def write_digits(folder: Path, held_back: bool, most: int | None = None) -> Path:
     """Writes `folder/DIGIT/NUMBER.png`: the fifth of scikit-learn's that is held back, or the rest.
 
-    One pixel wider on each side, so that the crop of the preprocessing cuts off no ink.
+    At `most` so many of them. One pixel wider on each side, so that the crop of the preprocessing
+    cuts off no ink.
     """
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     fifth = len(order) // 5
-    for number in order[:fifth] if held_back else order[fifth:]:
+    for number in (order[:fifth] if held_back else order[fifth:])[:most]:
         ink = Image.fromarray((np.pad(digits.images[number], 1) * (255 / 16)).astype(np.uint8))
         of_class = folder / str(digits.target[number])
         of_class.mkdir(parents=True, exist_ok=True)

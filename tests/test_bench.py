@@ -264,7 +264,10 @@ def test_a_table_keeps_the_cpus_rows_where_no_gpu_is(
 
 
 @pytest.mark.slow
-def test_the_published_table_is_printed_in_its_own_layout(tmp_path: Path) -> None:
+def test_the_published_table_is_printed_in_its_own_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rexdeploy.interleaved.WARMUP_ROUNDS", 0)  # of 17 whole networks
     result = run_cli(
         "bench", "--table", "paper", "--backend", "pytorch", "--rounds", "1",
         "--json", "p.json", "--plot", "p.svg", cwd=tmp_path,

@@ -464,9 +464,9 @@ def test_an_engine_whose_proof_is_of_another_type_is_nowhere_taken(small_v1: Bun
 
 @pytest.mark.parametrize("kind", ["Sigmoid", "Mul", "GlobalAveragePool", "AveragePool"])
 def test_the_nodes_that_may_be_float32_are_ends_and_bfloat16_pools(
-    pixels_original: Bundle, kind: str
+    small_pixels_original: Bundle, kind: str
 ) -> None:
-    model = graph(pixels_original, "fp16.onnx")
+    model = graph(small_pixels_original, "fp16.onnx")
     inner = {node.name for node in nodes_of(model, kind) if not node.name.startswith("interface/")}
     assert not inner & float32_nodes(model, "fp16")
     assert inner & float32_nodes(model, "bf16") == (inner if "Pool" in kind else set())

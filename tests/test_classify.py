@@ -51,34 +51,36 @@ def test_predictions_are_the_networks_own(
         assert [item.probability for item in best] == pytest.approx(sorted(row)[:-6:-1], rel=1e-2)
 
 
-def test_every_backend_that_runs_gives_the_same_classes(v1_original: Bundle, photos: Path) -> None:
+def test_every_backend_that_runs_gives_the_same_classes(
+    small_v1_original: Bundle, photos: Path
+) -> None:
     paths = sets.find(photos)
     answers = {}
     for backend in ("onnxruntime", "pytorch"):
-        with load(v1_original, backend) as classifier:
+        with load(small_v1_original, backend) as classifier:
             assert classifier.backend == backend
             answers[backend] = [[p.index for p in best] for best in classifier.classify(paths, 3)]
     assert answers["onnxruntime"] == answers["pytorch"]
 
 
-def test_better_backends_are_passed_over_with_a_reason(v1_original: Bundle) -> None:
-    with load(v1_original) as classifier:
+def test_better_backends_are_passed_over_with_a_reason(small_v1_original: Bundle) -> None:
+    with load(small_v1_original) as classifier:
         if classifier.backend != "onnxruntime":
             pytest.skip(f"this machine runs {classifier.backend}")
         assert len(classifier.passed_over) >= 1
         assert classifier.passed_over[0].startswith("fp16.rtx-sm89.engine on tensorrt-rtx: ")
     with pytest.raises(BackendUnavailable, match="nothing in the bundle can run here: fp16.rtx"):
-        load(v1_original, "tensorrt-rtx")
+        load(small_v1_original, "tensorrt-rtx")
     with pytest.raises(UsageError, match="backend: got 'cuda', expected one of auto"):
-        load(v1_original, "cuda")
+        load(small_v1_original, "cuda")
     with pytest.raises(
         BackendUnavailable, match="holds no file for backend tensorrt: 'rexdeploy build-trt' makes"
     ):
-        load(v1_original, "tensorrt")
+        load(small_v1_original, "tensorrt")
 
 
 def test_a_cpu_onnxruntime_on_a_machine_with_a_gpu_is_named(
-    v1_original: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small_v1_original: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if has_onnxruntime_cuda():
         pytest.skip("this onnxruntime can use a GPU")
@@ -87,13 +89,13 @@ def test_a_cpu_onnxruntime_on_a_machine_with_a_gpu_is_named(
         if exists:
             device.touch()
         monkeypatch.setattr(machine, "_DEVICES", (device,))
-        with load(v1_original) as classifier:
+        with load(small_v1_original) as classifier:
             assert any("CPU build" in line for line in classifier.passed_over) is exists
 
 
-def test_many_threads_get_their_own_answers(v1_original: Bundle) -> None:
-    pool = sets.synthetic(12, v1_original.manifest.model.preprocess, seed=5)
-    with load(v1_original, "onnxruntime") as classifier:
+def test_many_threads_get_their_own_answers(small_v1_original: Bundle) -> None:
+    pool = sets.synthetic(12, small_v1_original.manifest.model.preprocess, seed=5)
+    with load(small_v1_original, "onnxruntime") as classifier:
         expected = classifier.logits(pool)
 
         def one(index: int) -> arrays.Float32:
@@ -122,10 +124,10 @@ def test_onnxruntime_starts_no_more_threads_than_the_process_has_cores(
     assert threads(1, 2) == 2
 
 
-def test_closing_waits_for_who_runs_and_refuses_who_comes(v1_original: Bundle) -> None:
+def test_closing_waits_for_who_runs_and_refuses_who_comes(small_v1_original: Bundle) -> None:
     """However the threads meet: each gets its logits or the one error, and nothing crashes."""
-    image = sets.synthetic(1, v1_original.manifest.model.preprocess)
-    classifier = load(v1_original, "onnxruntime")
+    image = sets.synthetic(1, small_v1_original.manifest.model.preprocess)
+    classifier = load(small_v1_original, "onnxruntime")
     expected, running = classifier.logits(image), threading.Barrier(5)
 
     def run_until_closed() -> str:
@@ -145,23 +147,23 @@ def test_closing_waits_for_who_runs_and_refuses_who_comes(v1_original: Bundle) -
         assert [answer.result() for answer in answers] == [closed] * 4
 
 
-def test_a_fixed_batch_is_filled_and_cut(v1_original: Bundle, tmp_path: Path) -> None:
+def test_a_fixed_batch_is_filled_and_cut(small_v1_original: Bundle, tmp_path: Path) -> None:
     """The same graph, as if it took exactly four images; the last batch is padded."""
-    shutil.copytree(v1_original.path, tmp_path / "v1")
+    shutil.copytree(small_v1_original.path, tmp_path / "v1")
     bundle = Bundle.open(tmp_path / "v1")
     graph = entry(bundle, "fp32.onnx")
     fixed = bundle.update(replace(graph, batch=BatchRange(4, 4, 4)), files={})
     pool = sets.synthetic(6, bundle.manifest.model.preprocess, seed=6)
-    with load(v1_original, "onnxruntime") as free, load(fixed, "onnxruntime") as filled:
+    with load(small_v1_original, "onnxruntime") as free, load(fixed, "onnxruntime") as filled:
         np.testing.assert_allclose(filled.logits(pool), free.logits(pool), atol=1e-4)
 
 
 def test_pillow_images_are_taken_in_any_mode_and_turned_upright_like_files(
-    v1_original: Bundle, photos: Path, tmp_path: Path
+    small_v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     path, turned, exif = sets.find(photos)[0], tmp_path / "turned.png", Image.Exif()
     exif[0x0112] = 6
-    with load(v1_original) as classifier, Image.open(path) as image:
+    with load(small_v1_original) as classifier, Image.open(path) as image:
         image.save(turned, exif=exif)
         for file, same in ((path, image.convert("RGBA")), (turned, Image.open(turned))):
             first, second = classifier.classify([file, same])
@@ -170,11 +172,11 @@ def test_pillow_images_are_taken_in_any_mode_and_turned_upright_like_files(
 
 
 def test_pillow_images_that_are_broken_are_refused_like_files(
-    v1_original: Bundle, photos: Path
+    small_v1_original: Bundle, photos: Path
 ) -> None:
     photo = sets.find(photos)[0].read_bytes()
     lazy = Image.open(io.BytesIO(photo[: len(photo) // 2]))  # its pixels are not read yet
-    with load(v1_original) as classifier:
+    with load(small_v1_original) as classifier:
         for image, reason in (
             (lazy, "cannot be decoded as an image"),
             (Image.new("RGB", (0, 0)), "an image of 0 x 0 pixels"),
@@ -185,13 +187,13 @@ def test_pillow_images_that_are_broken_are_refused_like_files(
 
 
 def test_what_is_no_list_of_images_or_no_batch_is_refused(
-    v1_original: Bundle, photos: Path
+    small_v1_original: Bundle, photos: Path
 ) -> None:
     def zeros(*shape: int, dtype: type = np.float32) -> Any:
         return np.zeros(shape, dtype)
 
     one, photo = "got one image .* expected a list", sets.find(photos)[0]
-    with load(v1_original) as classifier:
+    with load(small_v1_original) as classifier:
         classify, logits = classifier.classify, classifier.logits
         cases: tuple[tuple[Any, Any, str], ...] = (
             (classifier.prepare, "cat.jpg", one),
@@ -199,30 +201,30 @@ def test_what_is_no_list_of_images_or_no_batch_is_refused(
             (classifier.prepare, Image.new("RGB", (9, 9)), one),
             (classify, [], "got 0 images and top 5"),
             (partial(classify, top=-1), [photo], "got 1 images and top -1"),
-            (logits, zeros(1, 3, 224, 225), "images: got float32 of shape"),
-            (logits, zeros(3, 224, 224), "images: got float32 of shape"),
-            (logits, zeros(0, 3, 224, 224), "images: got float32 of shape"),
-            (logits, zeros(1, 224, 224, 3), "images: got float32 of shape"),
-            (logits, zeros(1, 3, 224, 224, dtype=np.float64), "got float64 of shape"),
+            (logits, zeros(1, 3, 64, 65), "images: got float32 of shape"),
+            (logits, zeros(3, 64, 64), "images: got float32 of shape"),
+            (logits, zeros(0, 3, 64, 64), "images: got float32 of shape"),
+            (logits, zeros(1, 64, 64, 3), "images: got float32 of shape"),
+            (logits, zeros(1, 3, 64, 64, dtype=np.float64), "got float64 of shape"),
         )
         for call, given, part in cases:
             with pytest.raises(UsageError, match=part):
                 call(given)
     with pytest.raises(RexdeployError, match="was closed"):
-        logits(zeros(1, 3, 224, 224))
+        logits(zeros(1, 3, 64, 64))
     classifier.close()
 
 
-def test_labels_of_another_number_of_classes_are_refused(v1_bundle: Bundle) -> None:
+def test_labels_of_another_number_of_classes_are_refused(small_v1: Bundle) -> None:
     data = b"one\ntwo\n"
-    bundle = v1_bundle.update(
+    bundle = small_v1.update(
         Artifact("labels", "labels.txt", sha256(data)), files={"labels.txt": data}
     )
     with pytest.raises(UsageError, match="got 2 labels, expected 37"):
         load(bundle)
 
 
-def test_serving_needs_no_torch(v1_original: Bundle, photos: Path) -> None:
+def test_serving_needs_no_torch(small_v1_original: Bundle, photos: Path) -> None:
     """Nor onnx, nor anything else that only exporting needs."""
     code = (
         "import sys\n"
@@ -232,26 +234,26 @@ def test_serving_needs_no_torch(v1_original: Bundle, photos: Path) -> None:
         "with rexdeploy.load(sys.argv[1]) as classifier:\n"
         "    print(classifier.backend, classifier.classify([sys.argv[2]])[0][0].index)\n"
     )
-    answer = run_python(code, v1_original.path, sets.find(photos)[0])
-    with load(v1_original, "onnxruntime") as classifier:
+    answer = run_python(code, small_v1_original.path, sets.find(photos)[0])
+    with load(small_v1_original, "onnxruntime") as classifier:
         best = classifier.classify([sets.find(photos)[0]])[0][0].index
     assert answer.stdout == f"onnxruntime {best}\n", answer.stderr
 
 
 def test_predict_prints_labels_and_probabilities(
-    v1_bundle: Bundle, photos: Path, tmp_path: Path
+    small_v1: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     paths = sets.find(photos)
     result = run_cli("predict", *paths, "--top", "2", cwd=tmp_path)
     assert result.code == 0
     lines = result.out.splitlines()
-    assert lines[0].startswith("rexnet 1 on ")
+    assert lines[0].startswith("rexnet 0.3 on ")
     assert lines[1] == str(paths[0])
     assert len(lines) == 1 + 2 * 3
     assert "passed over: fp16.rtx-sm89.engine" in result.err or "tensorrt" in lines[0]
 
 
-def test_predict_refuses_what_is_no_image(v1_bundle: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_predict_refuses_what_is_no_image(small_v1: Bundle, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     good = sets.find(photos)[0]
     result = run_cli("predict", good, "notes.txt", "--quiet", cwd=tmp_path)

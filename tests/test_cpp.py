@@ -131,29 +131,33 @@ def test_logits_are_pythons_bit_for_bit(
 
 
 def test_logits_are_the_same_under_the_sanitizers(
-    sanitized: Programs, v1_original: Bundle, tmp_path: Path
+    sanitized: Programs, small_v1_original: Bundle, tmp_path: Path
 ) -> None:
-    pool = sets.synthetic(2, v1_original.manifest.model.preprocess, seed=4)
-    got = _outputs(sanitized, v1_original.path, pool, tmp_path / "logits")
-    with load(v1_original, "onnxruntime") as classifier:
+    pool = sets.synthetic(2, small_v1_original.manifest.model.preprocess, seed=4)
+    got = _outputs(sanitized, small_v1_original.path, pool, tmp_path / "logits")
+    with load(small_v1_original, "onnxruntime") as classifier:
         np.testing.assert_array_equal(got, classifier.logits(pool))
 
 
 def test_bytes_in_and_probabilities_out(
-    release: Programs, v1_original: Bundle, pixels_original: Bundle, photos: Path, tmp_path: Path
+    release: Programs,
+    small_v1_original: Bundle,
+    small_pixels_original: Bundle,
+    photos: Path,
+    tmp_path: Path,
 ) -> None:
     rng = np.random.default_rng(0)
-    pool = rng.integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
-    got = _outputs(release, pixels_original.path, pool, tmp_path / "probabilities")
-    with load(pixels_original, "onnxruntime") as classifier:
+    pool = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    got = _outputs(release, small_pixels_original.path, pool, tmp_path / "probabilities")
+    with load(small_pixels_original, "onnxruntime") as classifier:
         np.testing.assert_array_equal(got, classifier.run(pool))
 
     # No second softmax.
     arguments: list[str | Path] = [*sets.find(photos), "--backend", "onnxruntime"]
-    answer = release.run("run", pixels_original.path, *arguments)
-    expected = run_cli("predict", *arguments, "--bundle", pixels_original.path, cwd=tmp_path)
+    answer = release.run("run", small_pixels_original.path, *arguments)
+    expected = run_cli("predict", *arguments, "--bundle", small_pixels_original.path, cwd=tmp_path)
     assert answer.out == expected.out
-    same = release.run("run", v1_original.path, *arguments)
+    same = release.run("run", small_v1_original.path, *arguments)
     labels = [[line.split()[-1] for line in text.splitlines()] for text in (answer.out, same.out)]
     assert labels[0] == labels[1]
 
@@ -178,9 +182,9 @@ SIZES = [
     ],
 )
 def test_preprocessing_is_pillows_bit_for_bit(
-    release: Programs, v1_original: Bundle, spec: Preprocess, tmp_path: Path
+    release: Programs, small_v1_original: Bundle, spec: Preprocess, tmp_path: Path
 ) -> None:
-    manifest = v1_original.manifest
+    manifest = small_v1_original.manifest
     manifest = replace(manifest, model=replace(manifest.model, preprocess=spec))
     (tmp_path / "manifest.json").write_bytes(to_json(manifest))
     rng = np.random.default_rng(1)
@@ -302,34 +306,34 @@ def test_decoded_pixels_are_pillows(
 
 
 def test_run_prints_what_predict_prints(
-    release: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
+    release: Programs, small_v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     paths = sets.find(photos)
     common = ("--backend", "onnxruntime", "--top", "3")
-    answer = release.run("run", v1_original.path, *paths, *common)
-    expected = run_cli("predict", *paths, "--bundle", v1_original.path, *common, cwd=tmp_path)
+    answer = release.run("run", small_v1_original.path, *paths, *common)
+    expected = run_cli("predict", *paths, "--bundle", small_v1_original.path, *common, cwd=tmp_path)
     assert (answer.code, answer.out, answer.err) == (0, expected.out, "")
     (tmp_path / "empty.png").touch()
     mixed = [tmp_path / "gone.png", paths[0], tmp_path / "empty.png", paths[1], paths[0]]
-    answer = release.run("run", v1_original.path, *mixed, *common)
-    expected = run_cli("predict", *mixed, "--bundle", v1_original.path, *common, cwd=tmp_path)
+    answer = release.run("run", small_v1_original.path, *mixed, *common)
+    expected = run_cli("predict", *mixed, "--bundle", small_v1_original.path, *common, cwd=tmp_path)
     assert (answer.code, answer.out) == (expected.code, expected.out)
     assert answer.code == 2
     starts = [line.rpartition(": ")[0] for line in answer.err.splitlines()]
     assert starts == [f"error: {mixed[0]}", f"error: {mixed[2]}"]
-    answer = release.run("run", v1_original.path, f"{photos}/.//{paths[0].name}", *common)
+    answer = release.run("run", small_v1_original.path, f"{photos}/.//{paths[0].name}", *common)
     assert answer.out.splitlines()[1] == str(paths[0])
-    answer = release.run("run", v1_original.path, *paths)
+    answer = release.run("run", small_v1_original.path, *paths)
     assert answer.err.startswith("passed over: fp16.rtx-sm89.engine on tensorrt-rtx: ")
-    assert release.run("run", v1_original.path, paths[0], "--quiet").out == ""
-    assert "--help: no such file" in release.run("run", v1_original.path, "--", "--help").err
+    assert release.run("run", small_v1_original.path, paths[0], "--quiet").out == ""
+    assert "--help: no such file" in release.run("run", small_v1_original.path, "--", "--help").err
 
 
-def test_labels_are_pythons(release: Programs, v1_bundle: Bundle, photos: Path) -> None:
+def test_labels_are_pythons(release: Programs, small_v1: Bundle, photos: Path) -> None:
     """Both kinds of line ends, a byte order mark, and more than ASCII."""
     names = [f"{'äß犬 '[n % 4]}{n}" for n in range(37)]
     text = "\ufeff" + "".join(name + ["\n", "\r\n"][index % 2] for index, name in enumerate(names))
-    bundle = with_labels(v1_bundle, text.encode())
+    bundle = with_labels(small_v1, text.encode())
     photo = sets.find(photos)[0]
     answer = release.run("run", bundle.path, photo, "--top", "99", "--backend", "onnxruntime")
     with load(bundle, "onnxruntime") as classifier:
@@ -343,18 +347,18 @@ _CONTROLS = [
 ]
 
 
-def test_labels_that_python_refuses_are_refused(sanitized: Programs, v1_bundle: Bundle) -> None:
+def test_labels_that_python_refuses_are_refused(sanitized: Programs, small_v1: Bundle) -> None:
     """Whatever the defect: the same line of the file is named, and the same reason."""
     good = [f"name {n}".encode() for n in range(37)]
     for defect in (b"", b"  ", b"a\0", b"\x1b[2J", b"\t", b"a\rb", b"\x7f", *_CONTROLS):
         data = b"\n".join([*good[:4], defect, *good[5:]]) + b"\n"
-        bundle = with_labels(v1_bundle, data)
+        bundle = with_labels(small_v1, data)
         with pytest.raises(UsageError) as refusal:
             load(bundle)
         assert "line 5 " in str(refusal.value)
         assert str(refusal.value) in sanitized.refused(bundle.path, "a.png")
     for data in (b"", b"\xef\xbb\xbf", b"\xff", b"\xed\xa0\x80", b"\xc0\x80", b"a\xe2\x80"):
-        bundle = with_labels(v1_bundle, data)
+        bundle = with_labels(small_v1, data)
         with pytest.raises(UsageError, match="UTF-8|is empty"):
             load(bundle)
         refused = sanitized.refused(bundle.path, "a.png")
@@ -362,23 +366,23 @@ def test_labels_that_python_refuses_are_refused(sanitized: Programs, v1_bundle: 
 
 
 def test_an_edited_preprocessing_is_refused(
-    sanitized: Programs, v1_bundle: Bundle, photos: Path
+    sanitized: Programs, small_v1: Bundle, photos: Path
 ) -> None:
-    file = v1_bundle.path / "manifest.json"
+    file = small_v1.path / "manifest.json"
     for old, new in (("0.229", "0.228"), ('"bicubic"', '"bilinear"'), ("0.875", "0.876")):
         before = file.read_text()
         file.write_text(before.replace(old, new))
-        refused = sanitized.refused(v1_bundle.path, sets.find(photos)[0])
+        refused = sanitized.refused(small_v1.path, sets.find(photos)[0])
         assert "the manifest's preprocessing is not that of the graph; make it again" in refused
         file.write_text(before)
 
 
-def test_bench_prints_percentiles(release: Programs, v1_original: Bundle) -> None:
+def test_bench_prints_percentiles(release: Programs, small_v1_original: Bundle) -> None:
     arguments = ("--rounds", "3", "--threads", "1", "--batch", "2", "--backend", "onnxruntime")
-    answer = release.run("bench", v1_original.path, *arguments)
+    answer = release.run("bench", small_v1_original.path, *arguments)
     assert answer.code == 0, answer.err
     first, second = answer.out.splitlines()
-    assert first == "rexnet 1 on onnxruntime, batch 2, 3 rounds"
+    assert first == "rexnet 0.3 on onnxruntime, batch 2, 3 rounds"
     numbers = [float(part.split()[-2]) for part in second.split(",")]
     assert numbers[0] <= numbers[1] <= numbers[2]
     assert numbers[3] == pytest.approx(2000 / numbers[0], rel=0.01)
@@ -387,8 +391,8 @@ def test_bench_prints_percentiles(release: Programs, v1_original: Bundle) -> Non
 # What is wrong is refused in one line, under the sanitizers
 
 
-def test_wrong_arguments_are_refused(sanitized: Programs, v1_original: Bundle) -> None:
-    bundle = v1_original.path
+def test_wrong_arguments_are_refused(sanitized: Programs, small_v1_original: Bundle) -> None:
+    bundle = small_v1_original.path
     assert "expected a bundle's folder" in sanitized.refused(bundle)
     assert "no such option: --tops" in sanitized.refused(bundle, "a.png", "--tops", "1")
     assert "needs a value" in sanitized.refused(bundle, "a.png", "--top")
@@ -400,7 +404,7 @@ def test_wrong_arguments_are_refused(sanitized: Programs, v1_original: Bundle) -
 
 
 def test_unusable_images_are_refused(
-    sanitized: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
+    sanitized: Programs, small_v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     photo = sets.find(photos)[0].read_bytes()
     with Image.open(io.BytesIO(photo)) as opened:
@@ -442,7 +446,7 @@ def test_unusable_images_are_refused(
         assert reason in line
 
     Image.new("RGB", (101, 1)).save(tmp_path / "thin.png")
-    line = sanitized.refused(v1_original.path, tmp_path / "thin.png", "--backend=onnxruntime")
+    line = sanitized.refused(small_v1_original.path, tmp_path / "thin.png", "--backend=onnxruntime")
     assert f"{tmp_path / 'thin.png'}: an image of 101 x 1 pixels is too thin" in line
 
 
@@ -470,15 +474,15 @@ def test_the_most_texts_that_are_read_fit_in_memory(release: Programs, tmp_path:
 
 
 def test_damaged_bundles_are_refused(
-    sanitized: Programs, v1_bundle: Bundle, photos: Path, tmp_path: Path
+    sanitized: Programs, small_v1: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     photo = sets.find(photos)[0]
-    graph = entry(v1_bundle, "fp32.onnx")
-    file, manifest = v1_bundle.path / graph.file, v1_bundle.path / "manifest.json"
+    graph = entry(small_v1, "fp32.onnx")
+    file, manifest = small_v1.path / graph.file, small_v1.path / "manifest.json"
     good, document = file.read_bytes(), manifest.read_text()
 
     def refused() -> str:
-        return sanitized.refused(v1_bundle.path, photo, "--backend", "onnxruntime")
+        return sanitized.refused(small_v1.path, photo, "--backend", "onnxruntime")
 
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     assert "fp32.onnx is not the file the manifest describes" in refused()
@@ -493,8 +497,8 @@ def test_damaged_bundles_are_refused(
     assert "fp32.onnx: not an ONNX model that onnxruntime can load (" in refused()
     file.write_bytes(good)
     changes = {
-        '"num_classes": 37': ('"num_classes": 36', "the model maps [-1, 3, 224, 224] to [-1, 37]"),
-        '"height": 224': ('"height": 225', "expected [-1, 3, 225, 224]"),
+        '"num_classes": 37': ('"num_classes": 36', "the model maps [-1, 3, 64, 64] to [-1, 37]"),
+        '"height": 64': ('"height": 65', "expected [-1, 3, 65, 64]"),
         '"file": "fp32.onnx"': ('"file": "../fp32.onnx"', "is not a plain name inside"),
         '"format": 1': ('"format": 2', "got manifest format 2, this program reads 1"),
         '"family": "rexnet"': ('"family": "resnet"', "'family' has the unknown value 'resnet'"),
@@ -506,16 +510,16 @@ def test_damaged_bundles_are_refused(
         manifest.write_text(document.replace(old, new, 1))
         assert reason in refused()
     manifest.write_text(document)
-    (v1_bundle.path / ".manifest.commit").write_text(document)
+    (small_v1.path / ".manifest.commit").write_text(document)
     assert "unfinished work of a killed command: finish it with any rexdeploy" in refused()
     assert "is not a bundle" in sanitized.refused(tmp_path / "nowhere", photo)
     manifest.unlink()
-    (v1_bundle.path / ".manifest.commit").unlink()
+    (small_v1.path / ".manifest.commit").unlink()
     assert "is not a bundle" in refused()
 
 
 def test_libraries_that_are_missing_or_wrong_are_named(
-    sanitized: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
+    sanitized: Programs, small_v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     photo = sets.find(photos)[0]
     (tmp_path / "text.so").write_text("no library")
@@ -533,7 +537,7 @@ def test_libraries_that_are_missing_or_wrong_are_named(
         "libm.so.6": "the library libm.so.6 has no function OrtGetApiBase",
     }.items():
         env = {"REXDEPLOY_ONNXRUNTIME": library}
-        arguments = (v1_original.path, photo, "--backend", "onnxruntime")
+        arguments = (small_v1_original.path, photo, "--backend", "onnxruntime")
         assert reason in sanitized.refused(*arguments, env=env)
 
 
@@ -541,7 +545,7 @@ def test_libraries_that_are_missing_or_wrong_are_named(
 
 
 def test_random_damage_does_no_harm(
-    sanitized: Programs, v1_original: Bundle, tmp_path: Path
+    sanitized: Programs, small_v1_original: Bundle, tmp_path: Path
 ) -> None:
     rng = random.Random(0)
     samples = [(name, data) for name, data in _samples() if "-0" not in name]
@@ -558,7 +562,7 @@ def test_random_damage_does_no_harm(
     refused = sum(line.startswith("error: ") for line in lines)
     assert 100 < refused < 700  # neither all of it was harmless, nor none
 
-    document = (v1_original.path / "manifest.json").read_bytes()
+    document = (small_v1_original.path / "manifest.json").read_bytes()
     manifests = []
     for index in range(300):
         file = tmp_path / f"{index}.json"
@@ -586,13 +590,13 @@ def with_tensorrt(sanitized: Programs) -> Programs:
 
 
 def test_engines_that_cannot_be_loaded_are_explained(
-    with_tensorrt: Programs, v1_bundle: Bundle, photos: Path
+    with_tensorrt: Programs, small_v1: Bundle, photos: Path
 ) -> None:
     """Among them a good one: this machine has no GPU."""
     if machine.detect() is not None:
         pytest.skip("this machine has a GPU")
-    engine = entry(v1_bundle, "fp16.rtx-sm89.engine")
-    good = v1_bundle.read(engine)
+    engine = entry(small_v1, "fp16.rtx-sm89.engine")
+    good = small_v1.read(engine)
     said = "the engine cannot be loaded: IRuntime::deserializeCudaEngine: Error Code 1: "
     cases = [
         (good, "no NVIDIA GPU driver, or too old a one: IRuntime::deserializeCudaEngine: "),
@@ -603,13 +607,13 @@ def test_engines_that_cannot_be_loaded_are_explained(
     ]
     for plan, reason in cases:
         file = replace(engine, sha256=sha256(plan))
-        bundle = v1_bundle.update(file, files={engine.file: plan})
+        bundle = small_v1.update(file, files={engine.file: plan})
         arguments = (bundle.path, sets.find(photos)[0], "--backend", "tensorrt-rtx")
         assert reason in with_tensorrt.refused(*arguments)
 
 
 def test_a_library_of_another_major_version_is_not_called(
-    with_tensorrt: Programs, v1_original: Bundle, photos: Path, tmp_path: Path
+    with_tensorrt: Programs, small_v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     """With other headers, the first call into it would crash."""
     parts = {"Major": 10, "Minor": 9, "Patch": 0, "Build": 34}
@@ -620,7 +624,7 @@ def test_a_library_of_another_major_version_is_not_called(
     library = tmp_path / "libtensorrt_rtx.so.1"
     _compile(source, library)
     line = with_tensorrt.refused(
-        v1_original.path,
+        small_v1_original.path,
         sets.find(photos)[0],
         "--backend",
         "tensorrt-rtx",

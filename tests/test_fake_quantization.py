@@ -35,14 +35,8 @@ BATCH = 16
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dials")
     write_drawn_images(folder / "train", 1, 144)
-    write_drawn_images(folder / "val", 2, 400)
+    write_drawn_images(folder / "val", 2, 240)
     return folder
-
-
-@pytest.fixture(scope="module", params=["drawn_lite", "drawn_v1"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    weights = DATA / f"{request.param}.safetensors"
-    return export(weights=weights, image_size=32, out=tmp_path_factory.mktemp("b")).bundle
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +73,11 @@ def right(bundle: Bundle, model: ModelProto, images: Path) -> int:
     return int((found.argmax(1) == labelled.classes).sum())
 
 
-def test_it_rounds_where_the_graph_does(bundle: Bundle, images: Path) -> None:
+@pytest.mark.parametrize("name", ["small_lite_original", "small_v1_original"])
+def test_it_rounds_where_the_graph_does(
+    name: str, request: pytest.FixtureRequest, images: Path
+) -> None:
+    bundle: Bundle = request.getfixturevalue(name)
     spec, weights = bundle.manifest.model, bundle.manifest.find("weights")
     assert weights is not None
     network = reference(bundle.read(weights), spec)
@@ -106,13 +104,13 @@ def test_it_rounds_where_the_graph_does(bundle: Bundle, images: Path) -> None:
             found = fake(torch.from_numpy(pixels(bundle, val))).numpy()
         errors[bits] = float(np.sqrt(((found - exact) ** 2).mean()))
     assert 0.8 < errors[8] / wanted < 1.25
-    assert errors[4] > 3 * errors[8]
+    assert errors[4] > 1.5 * errors[8]
 
 
 def test_it_learns_to_be_rounded(hard: Bundle, images: Path, tmp_path: Path) -> None:
     model, quantised = plain_int8(hard, images)
     before, exact = right(hard, quantised, images), right(hard, model, images)
-    assert exact - before > 0.1 * 400
+    assert exact - before > 0.1 * 240
     out = tmp_path / "learned.safetensors"
     asked = ("finetune", images / "train", "--qat", hard.path, "--val", images / "val")
     done = run_cli(
@@ -123,7 +121,7 @@ def test_it_learns_to_be_rounded(hard: Bundle, images: Path, tmp_path: Path) -> 
     learned = export(weights=out, name="learned", out=tmp_path).bundle
     assert learned.manifest.model.preprocess.height == 32  # noted in the checkpoint
     _, again = plain_int8(learned, images)
-    assert right(learned, again, images) - before > 0.05 * 400
+    assert right(learned, again, images) - before > 0.05 * 240
 
 
 def test_interrupted_it_goes_on_to_the_same_bytes(
@@ -143,14 +141,12 @@ def test_interrupted_it_goes_on_to_the_same_bytes(
     whole = train("whole")
     with pytest.raises(KeyboardInterrupt):
         train("broken", "epoch 2")
-    assert train("broken") == whole
-    with pytest.raises(KeyboardInterrupt):
-        train("other", "epoch 2")
-    with pytest.raises(rexdeploy.UsageError, match="INT8's weights 8 bits then, none now|7 bits"):
+    with pytest.raises(rexdeploy.UsageError, match="INT8's weights [78] bits then, not given now;"):
         rexdeploy.finetune(
-            images / "train", weights=DATA / "drawn_lite.safetensors", epochs=2, batch=BATCH,
-            out=tmp_path / "other.safetensors",
+            images / "train", weights=hard.path / "weights.safetensors", epochs=2, batch=BATCH,
+            lr=5e-5, image_size=32, out=tmp_path / "broken.safetensors",
         )  # fmt: skip
+    assert train("broken") == whole
 
 
 @pytest.mark.parametrize("option", [("--lite",), ("--width", "1"), ("--image-size", "32")])

@@ -23,9 +23,9 @@ ENGINE = "fp16.rtx-sm89.engine"
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 
-def test_an_engine_in_its_bundle_shows_the_proof_of_its_build(v1_original: Bundle) -> None:
-    before = folder_state(v1_original.path)
-    result = inspect(v1_original.path / ENGINE)
+def test_an_engine_in_its_bundle_shows_the_proof_of_its_build(small_v1_original: Bundle) -> None:
+    before = folder_state(small_v1_original.path)
+    result = inspect(small_v1_original.path / ENGINE)
     assert result.kind == "TensorRT-RTX engine"
     assert result.header is not None
     assert result.header.targets == ("sm89",)
@@ -41,13 +41,13 @@ def test_an_engine_in_its_bundle_shows_the_proof_of_its_build(v1_original: Bundl
         assert [(r.ready, r.reason) for r in result.runners] == [
             (False, "no NVIDIA GPU on this machine")
         ]
-    assert folder_state(v1_original.path) == before
+    assert folder_state(small_v1_original.path) == before
 
 
 def test_an_engine_outside_a_bundle_has_a_header_and_no_proof(
-    v1_original: Bundle, tmp_path: Path
+    small_v1_original: Bundle, tmp_path: Path
 ) -> None:
-    shutil.copy(v1_original.path / ENGINE, tmp_path / "alone.plan")
+    shutil.copy(small_v1_original.path / ENGINE, tmp_path / "alone.plan")
     result = inspect(tmp_path / "alone.plan")
     assert result.header is not None
     assert (result.place, result.proof) == (None, None)
@@ -58,62 +58,62 @@ def test_an_engine_outside_a_bundle_has_a_header_and_no_proof(
     assert "Half" not in shown.out
 
 
-def test_an_engine_that_a_bundle_does_not_list_gets_no_proof_from_it(v1_bundle: Bundle) -> None:
-    shutil.copy(v1_bundle.path / ENGINE, v1_bundle.path / "other.engine")
-    assert inspect(v1_bundle.path / "other.engine").proof_of.startswith("skipped: ")
+def test_an_engine_that_a_bundle_does_not_list_gets_no_proof_from_it(small_v1: Bundle) -> None:
+    shutil.copy(small_v1.path / ENGINE, small_v1.path / "other.engine")
+    assert inspect(small_v1.path / "other.engine").proof_of.startswith("skipped: ")
 
 
 def test_an_engine_that_changed_since_its_proof_is_refused(
-    v1_bundle: Bundle, tmp_path: Path
+    small_v1: Bundle, tmp_path: Path
 ) -> None:
-    path = v1_bundle.path / ENGINE
+    path = small_v1.path / ENGINE
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     assert_refused(run_cli("inspect", path, cwd=tmp_path), "not the file the manifest describes")
 
 
-def test_an_engine_of_a_bundle_without_proofs_is_skipped(v1_bundle: Bundle) -> None:
-    artifacts = tuple(replace(item, proof=None) for item in v1_bundle.manifest.artifacts)
-    path = v1_bundle.path / "manifest.json"
-    path.write_bytes(to_json(replace(v1_bundle.manifest, artifacts=artifacts)))
-    result = inspect(v1_bundle.path / ENGINE)
+def test_an_engine_of_a_bundle_without_proofs_is_skipped(small_v1: Bundle) -> None:
+    artifacts = tuple(replace(item, proof=None) for item in small_v1.manifest.artifacts)
+    path = small_v1.path / "manifest.json"
+    path.write_bytes(to_json(replace(small_v1.manifest, artifacts=artifacts)))
+    result = inspect(small_v1.path / ENGINE)
     assert result.proof is None
     assert result.proof_of.startswith("skipped: the manifest holds no proof")
 
 
-def test_a_graph_is_proven_by_its_types(v1_original: Bundle, tmp_path: Path) -> None:
-    result = inspect(v1_original.path / "fp16.onnx")
+def test_a_graph_is_proven_by_its_types(small_v1_original: Bundle, tmp_path: Path) -> None:
+    result = inspect(small_v1_original.path / "fp16.onnx")
     assert result.graph is not None
-    assert result.graph.inputs == ("input float [batch, 3, 224, 224]",)
+    assert result.graph.inputs == ("input float [batch, 3, 64, 64]",)
     assert result.graph.metadata["rexdeploy.family"] == "rexnet"
     assert result.proof is not None
     assert result.proof.macs.keys() == {"Half"}
     assert [runner.ready for runner in result.runners] == [True]
-    shown = run_cli("inspect", v1_original.path / "fp32.onnx", "--json", "-", cwd=tmp_path)
+    shown = run_cli("inspect", small_v1_original.path / "fp32.onnx", "--json", "-", cwd=tmp_path)
     assert json.loads(shown.out)["proof"]["macs"].keys() == {"Float"}
 
 
 def test_a_graph_that_is_not_what_its_manifest_says_exits_3(
-    v1_bundle: Bundle, tmp_path: Path
+    small_v1: Bundle, tmp_path: Path
 ) -> None:
     """The float32 graph under the float16 one's name, hash and all."""
-    full, half = (v1_bundle.manifest.find("onnx", name) for name in ("fp32", "fp16"))
+    full, half = (small_v1.manifest.find("onnx", name) for name in ("fp32", "fp16"))
     assert full is not None
     assert half is not None
-    model = onnx.load_from_string(v1_bundle.read(full))
+    model = onnx.load_from_string(small_v1.read(full))
     model.producer_name = "other"  # a file of its own, so that hashes tell the two apart
     data = model.SerializeToString()
-    v1_bundle.update(replace(half, sha256=sha256(data)), files={half.file: data})
-    shown = run_cli("inspect", v1_bundle.path / "fp16.onnx", cwd=tmp_path)
+    small_v1.update(replace(half, sha256=sha256(data)), files={half.file: data})
+    shown = run_cli("inspect", small_v1.path / "fp16.onnx", cwd=tmp_path)
     assert shown.code == 3
     assert "  not as asked: node_" in shown.out
-    assert "and 73 more" in shown.out
-    assert "not in the precision asked for: 0 of 83 layers in Half" in shown.error_lines[0]
+    assert "and 68 more" in shown.out
+    assert "not in the precision asked for: 0 of 78 layers in Half" in shown.error_lines[0]
 
 
-def test_a_graph_with_weights_beside_it_is_read(v1_original: Bundle, tmp_path: Path) -> None:
-    model = onnx.load(v1_original.path / "fp32.onnx")
+def test_a_graph_with_weights_beside_it_is_read(small_v1_original: Bundle, tmp_path: Path) -> None:
+    model = onnx.load(small_v1_original.path / "fp32.onnx")
     onnx.save(
         model,
         tmp_path / "split.onnx",
@@ -127,8 +127,8 @@ def test_a_graph_with_weights_beside_it_is_read(v1_original: Bundle, tmp_path: P
     assert [runner.ready for runner in result.runners] == [True]
 
 
-def test_a_graph_that_no_backend_takes_says_why(v1_original: Bundle, tmp_path: Path) -> None:
-    model = onnx.load(v1_original.path / "fp32.onnx")
+def test_a_graph_that_no_backend_takes_says_why(small_v1_original: Bundle, tmp_path: Path) -> None:
+    model = onnx.load(small_v1_original.path / "fp32.onnx")
     model.graph.node[0].domain = "somebody"
     model.opset_import.append(onnx.helper.make_opsetid("somebody", 1))
     (tmp_path / "custom.onnx").write_bytes(model.SerializeToString())
@@ -137,8 +137,10 @@ def test_a_graph_that_no_backend_takes_says_why(v1_original: Bundle, tmp_path: P
     assert "somebody" in result.runners[0].reason
 
 
-def test_text_of_a_graph_does_not_steer_the_terminal(v1_original: Bundle, tmp_path: Path) -> None:
-    model = onnx.load(v1_original.path / "fp32.onnx")
+def test_text_of_a_graph_does_not_steer_the_terminal(
+    small_v1_original: Bundle, tmp_path: Path
+) -> None:
+    model = onnx.load(small_v1_original.path / "fp32.onnx")
     onnx.helper.set_model_props(model, {"note": "\x1b[2J\nbundle: forged" + "x" * 9999})
     (tmp_path / "loud.onnx").write_bytes(model.SerializeToString())
     shown = run_cli("inspect", "loud.onnx", cwd=tmp_path).out
@@ -148,9 +150,9 @@ def test_text_of_a_graph_does_not_steer_the_terminal(v1_original: Bundle, tmp_pa
 
 
 def test_an_engine_of_another_version_is_shown_and_exits_2(
-    v1_original: Bundle, tmp_path: Path
+    small_v1_original: Bundle, tmp_path: Path
 ) -> None:
-    plan = bytearray((v1_original.path / ENGINE).read_bytes())
+    plan = bytearray((small_v1_original.path / ENGINE).read_bytes())
     plan[24:28] = bytes([1, 2, 3, 4])
     (tmp_path / "other.engine").write_bytes(plan)
     shown = run_cli("inspect", "other.engine", cwd=tmp_path)
@@ -161,10 +163,10 @@ def test_an_engine_of_another_version_is_shown_and_exits_2(
 
 
 def test_files_that_are_neither_are_refused_in_one_line(
-    v1_original: Bundle, tmp_path: Path
+    small_v1_original: Bundle, tmp_path: Path
 ) -> None:
-    plan = (v1_original.path / ENGINE).read_bytes()
-    graph = (v1_original.path / "fp32.onnx").read_bytes()
+    plan = (small_v1_original.path / ENGINE).read_bytes()
+    graph = (small_v1_original.path / "fp32.onnx").read_bytes()
     Image.new("RGB", (9, 9)).save(tmp_path / "picture.png")
     files = {
         "empty.onnx": b"",
@@ -180,6 +182,8 @@ def test_files_that_are_neither_are_refused_in_one_line(
         (tmp_path / name).write_bytes(data)
     for name in (*files, "picture.png", "missing.onnx"):
         assert_refused(run_cli("inspect", name, cwd=tmp_path), name)
-    assert_refused(run_cli("inspect", v1_original.path, cwd=tmp_path), "is a folder, expected a")
-    manifest = v1_original.path / "manifest.json"
+    assert_refused(
+        run_cli("inspect", small_v1_original.path, cwd=tmp_path), "is a folder, expected a"
+    )
+    manifest = small_v1_original.path / "manifest.json"
     assert_refused(run_cli("inspect", manifest, cwd=tmp_path), "manifest.json is not a valid ONNX")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,6 +191,9 @@ def test_somebody_elses_graph_of_the_same_blocks(
     """Unoptimised, batch norms apart, shapes and constants computed, other names and sizes."""
     torch.manual_seed(5)
     model = reacting(ReXNetV1(width_mult=0.5, classes=7), size=64)
+    activations: list[Any] = [item for item in model.modules() if hasattr(item, "inplace")]
+    for activation in activations:
+        activation.inplace = False  # the same nodes, in two thirds of the time
     spec = replace(small_v1_original.manifest.model, width=0.5, num_classes=7)
     expected = TorchWalk(safetensors.torch.save(dict(model.state_dict())), spec)
     with monkeypatch.context() as patched:

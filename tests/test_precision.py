@@ -48,8 +48,8 @@ def _assert_converted_inside(model: ModelProto, half: ModelProto) -> None:
     assert half.metadata_props == model.metadata_props
 
 
-def test_our_graph_is_half_throughout_and_float32_outside(v1_original: Bundle) -> None:
-    model = graph(v1_original)
+def test_our_graph_is_half_throughout_and_float32_outside(small_v1_original: Bundle) -> None:
+    model = graph(small_v1_original)
     half = to_precision(model, "fp16")
     assert (precision_of(model), precision_of(half)) == ("fp32", "fp16")
     _assert_converted_inside(model, half)
@@ -97,8 +97,8 @@ def test_casts_to_float32_inside_the_graph_are_kept() -> None:
     np.testing.assert_allclose(_run(to_precision(model, "fp16"), X), _run(model, X), atol=1e-2)
 
 
-def test_weights_beyond_half_are_an_error_not_an_infinity(v1_original: Bundle) -> None:
-    model = graph(v1_original)
+def test_weights_beyond_half_are_an_error_not_an_infinity(small_v1_original: Bundle) -> None:
+    model = graph(small_v1_original)
     weight = nodes_of(model, "Conv")[3].input[1]
     broken = edit_weights(model, [weight], lambda values: values * 1e6)
     with pytest.raises(VerificationFailed, match="beyond float16's 65504"):
@@ -113,8 +113,8 @@ def test_an_open_bound_stays_open() -> None:
     )
 
 
-def test_our_graph_is_bfloat16_throughout_and_float32_outside(v1_original: Bundle) -> None:
-    model = graph(v1_original)
+def test_our_graph_is_bfloat16_throughout_and_float32_outside(small_v1_original: Bundle) -> None:
+    model = graph(small_v1_original)
     half = to_precision(model, "bf16")
     assert precision_of(half) == "bf16"
     assert [entry.version for entry in half.opset_import] == [22]

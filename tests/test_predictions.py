@@ -39,11 +39,11 @@ class _Colours:
 
 
 @pytest.fixture
-def colours(v1_original: Bundle) -> Iterator[Classifier]:
-    graph = v1_original.manifest.find("onnx")
+def colours(small_v1_original: Bundle) -> Iterator[Classifier]:
+    graph = small_v1_original.manifest.find("onnx")
     assert graph is not None
     labels = [f"class {index}" for index in range(37)]
-    with Classifier(v1_original, labels, _Colours(), graph, ()) as classifier:
+    with Classifier(small_v1_original, labels, _Colours(), graph, ()) as classifier:
         yield classifier
 
 
@@ -64,11 +64,11 @@ def _folder(path: Path, count: int) -> list[Path]:
 
 
 def test_rows_are_in_the_files_order_and_are_what_classify_says(
-    v1_original: Bundle, tmp_path: Path
+    small_v1_original: Bundle, tmp_path: Path
 ) -> None:
     files = _folder(tmp_path / "folder", 37)
     files[20].write_bytes(b"")
-    with load(v1_original, "onnxruntime") as classifier:
+    with load(small_v1_original, "onnxruntime") as classifier:
         rows = [row for batch in classify_files(classifier, map(str, files), 3) for row in batch]
         good = [file for file in files if file != files[20]]
         alone = dict(zip(good, classifier.classify(good, 3), strict=True))
@@ -155,7 +155,7 @@ def test_folders_stand_for_their_images_each_once(tmp_path: Path) -> None:
 
 
 def test_predict_prints_the_good_ones_and_a_line_for_each_other(
-    v1_bundle: Bundle, tmp_path: Path
+    small_v1: Bundle, tmp_path: Path
 ) -> None:
     files = _folder(tmp_path / "folder", 3)
     files[1].write_text("no image")
@@ -163,7 +163,7 @@ def test_predict_prints_the_good_ones_and_a_line_for_each_other(
     result = run_cli("predict", *images, "--top", "1", "--json", "r.json", cwd=tmp_path)
     assert result.code == 2
     lines = result.out.splitlines()
-    assert lines[0] == "rexnet 1 on onnxruntime" or "tensorrt" in lines[0]
+    assert lines[0] == "rexnet 0.3 on onnxruntime" or "tensorrt" in lines[0]
     assert lines[1::2] == ["folder/000.png", "folder/002.png"]
     assert [line for line in result.err.splitlines() if line.startswith("error: ")] == [
         "error: folder/001.png: not an image that is read here; "
@@ -176,7 +176,7 @@ def test_predict_prints_the_good_ones_and_a_line_for_each_other(
     assert answer["passed_over"]
 
 
-def test_names_of_any_bytes_are_written(v1_bundle: Bundle, tmp_path: Path) -> None:
+def test_names_of_any_bytes_are_written(small_v1: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     names = [b"a,b.png", b'say "x".png', b"two\nlines.png", "grün.png".encode(), b"latin \xfc.png"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -11,7 +12,7 @@ import re
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,8 @@ import typer.main
 
 from rexdeploy import machine
 from rexdeploy.cli.app import app
+from rexdeploy.graphs import quantize as int8_graphs
+from rexdeploy.steps import int8_search
 from tests.drawn_images import write_digits
 from tests.helpers import ROOT, run_cli, run_program
 
@@ -37,6 +40,7 @@ LINKED = [
     "cpp/README.md",
     *("artifacts/README.md", "artifacts/benchmarks/README.md", "artifacts/limits/README.md"),
 ]
+DIGITS = {"train": 300, "val": 100}  # images: enough to run all, and no page shows what they give
 PHOTO = Path(sklearn.datasets.__path__[0]) / "images" / "flower.jpg"
 
 
@@ -128,6 +132,15 @@ def _differences(command: str, printed: Sequence[str], shown: Sequence[str]) -> 
     return wrong
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _plain_quantize() -> Iterator[None]:
+    """INT8 by one way to take ranges, timed shortly: what comes out is on no page."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(int8_graphs, "METHODS", ("minmax",))
+        patched.setattr(int8_search, "ROUNDS", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def readme_dir(tmp_path_factory: pytest.TempPathFactory, v1_checkpoint: Path, photos: Path) -> Path:
     """A folder with the files that README's commands speak of."""
@@ -137,7 +150,7 @@ def readme_dir(tmp_path_factory: pytest.TempPathFactory, v1_checkpoint: Path, ph
     shutil.copytree(photos, folder / "photos")
     shutil.copy(ROOT / "tests" / "data" / "digits_v1.safetensors", folder)
     for name, held_back in (("train", False), ("val", True)):
-        write_digits(folder / "digits" / name, held_back)
+        write_digits(folder / "digits" / name, held_back, most=DIGITS[name])
     return folder
 
 
@@ -170,8 +183,9 @@ def readmes_outputs(readme_dir: Path, quickstart: dict[str, str]) -> list[tuple[
     ]
 
 
+@functools.cache
 def _output(command: str, folder: Path) -> str:
-    """What a command prints, which must end well."""
+    """What a command prints, which must end well; one that two pages have is run once."""
     program, *arguments = command.split()
     if program == "rexdeploy":
         result = run_cli(*arguments, cwd=folder)

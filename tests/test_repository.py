@@ -232,18 +232,18 @@ cli.main()
 
 @pytest.mark.parametrize("limit", [1000, 2**20])
 def test_a_full_disk_leaves_nothing_of_a_first_deployment(
-    limit: int, v1_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: int, small_v1: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command itself: no file may grow beyond the limit, and the network's does."""
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
-    done = run_python(LIMITED, str(limit), "triton", "v1", "--repository", "served/models")
+    done = run_python(LIMITED, str(limit), "triton", "small_v1", "--repository", "served/models")
     assert done.returncode == 2, done
     assert done.stderr.startswith("error: cannot write the model repository served/models (")
     assert "nothing was changed" in done.stderr
     assert done.stderr.count("\n") == 1
     assert tree(tmp_path) == before
-    assert run_cli("triton", "v1", "--repository", "served/models", cwd=tmp_path).code == 0
+    assert run_cli("triton", "small_v1", "--repository", "served/models", cwd=tmp_path).code == 0
 
 
 CTRL_C = """
@@ -262,7 +262,7 @@ cli.main()
 
 @pytest.mark.parametrize("command", ["triton", "serve"])
 def test_ctrl_c_leaves_nothing(
-    command: str, v1_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, small_v1: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if command == "serve":
         from rexdeploy.serving.front import free_port
@@ -273,7 +273,7 @@ def test_ctrl_c_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
     port = ["--port", str(free_port())] if command == "serve" else []
-    done = run_python(CTRL_C, "5", command, "v1", *port)
+    done = run_python(CTRL_C, "5", command, "small_v1", *port)
     assert done.stderr == "error: interrupted; no model is left half written\n"
     assert done.returncode == 130
     assert tree(tmp_path) == before

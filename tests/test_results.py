@@ -189,9 +189,7 @@ def _interrupt(how: signal.Signals, folder: Path) -> tuple[int, str]:
     return process.wait(), process.stderr.read().splitlines()[-1]
 
 
-def test_interrupted_and_killed_the_same_command_finishes(
-    v1_bundle: Bundle, tmp_path: Path
-) -> None:
+def test_interrupted_and_killed_the_same_command_finishes(small_v1: Bundle, tmp_path: Path) -> None:
     """Each process dies when it has written one batch of many."""
     (tmp_path / "many").mkdir()
     rng = np.random.default_rng(9)

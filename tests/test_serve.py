@@ -123,9 +123,11 @@ def serving(bundle: Bundle, folder: Path, adds: bool = True) -> Iterator[Served]
 
 
 @pytest.fixture(scope="module")
-def served(pixels_original: Bundle, session_dir: Path) -> Iterator[Served]:
+def served(small_pixels_original: Bundle, session_dir: Path) -> Iterator[Served]:
     folder = session_dir / "served"
-    bundle = with_labels(Bundle.open(shutil.copytree(pixels_original.path, folder / "pixels")))
+    bundle = with_labels(
+        Bundle.open(shutil.copytree(small_pixels_original.path, folder / "small_pixels"))
+    )
     with serving(bundle, folder) as server:
         yield server
 
@@ -163,15 +165,17 @@ def test_answers_are_those_of_the_library(served: Served, photos: Path, protocol
     with load(served.bundle, "onnxruntime") as classifier:
         batch = classifier.prepare(paths)
         expected = classifier.run(batch)
-    np.testing.assert_allclose(infer(client, "pixels", "pixels", batch), expected, atol=1e-6)
-    np.testing.assert_allclose(infer(client, "pixels_image", "image", files), expected, atol=1e-6)
+    np.testing.assert_allclose(infer(client, "small_pixels", "pixels", batch), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        infer(client, "small_pixels_image", "image", files), expected, atol=1e-6
+    )
     for index in range(len(paths)):  # files of another batch size, and of their own length
-        row = infer(client, "pixels_image", "image", file_tensor(paths[index].read_bytes()))
+        row = infer(client, "small_pixels_image", "image", file_tensor(paths[index].read_bytes()))
         np.testing.assert_allclose(row, expected[index : index + 1], atol=1e-5)
-    assert 'nv_inference_request_success{model="pixels"' in served.get("/metrics", port=2)
+    assert 'nv_inference_request_success{model="small_pixels"' in served.get("/metrics", port=2)
 
 
-@pytest.mark.parametrize("model", ["pixels", "pixels_image"])
+@pytest.mark.parametrize("model", ["small_pixels", "small_pixels_image"])
 def test_the_classification_extension_gives_the_labels(
     served: Served, photos: Path, model: str
 ) -> None:
@@ -179,7 +183,7 @@ def test_the_classification_extension_gives_the_labels(
     with load(served.bundle, "onnxruntime") as classifier:
         tensor = classifier.prepare([path])
         expected = classifier.classify([path], top=3)[0]
-    if model == "pixels_image":
+    if model == "small_pixels_image":
         answer = infer(served.http, model, "image", file_tensor(path.read_bytes()), classes=3)
     else:
         answer = infer(served.http, model, "pixels", tensor, classes=3)
@@ -202,7 +206,7 @@ def test_requests_are_batched_and_broken_ones_harm_only_themselves(
         "image 0: too large": file_tensor(png(30_000, 30_000, rows=bytes(100))),
         "image 1: not an image": file_tensor(jpeg, b"\0" * 9),
     }
-    expected = infer(served.http, "pixels_image", "image", good)
+    expected = infer(served.http, "small_pixels_image", "image", good)
     wrong: list[str] = []
 
     def ask(number: int) -> None:
@@ -210,7 +214,7 @@ def test_requests_are_batched_and_broken_ones_harm_only_themselves(
         kinds: list[tuple[str, UInt8]] = [("", good)] * 6 + list(bad.items())
         part, tensor = kinds[number % len(kinds)]
         try:
-            answer = infer(client, "pixels_image", "image", tensor)
+            answer = infer(client, "small_pixels_image", "image", tensor)
         except Exception as error:  # the clients' errors, and whatever else comes
             if not part or part not in str(error):
                 wrong.append(f"{part}: {error}")
@@ -229,7 +233,7 @@ def test_requests_are_batched_and_broken_ones_harm_only_themselves(
 
 def _joined(served: Served) -> int:
     """How often the network has run on more than one image; no request above had more to run."""
-    statistics = json.loads(served.get("/v2/models/pixels/stats"))["model_stats"][0]
+    statistics = json.loads(served.get("/v2/models/small_pixels/stats"))["model_stats"][0]
     return sum(
         entry["compute_infer"]["count"]
         for entry in statistics["batch_stats"]
@@ -240,14 +244,14 @@ def _joined(served: Served) -> int:
 @pytest.mark.parametrize(
     ("tensor", "part"),
     [
-        (np.zeros((1, 224, 223, 3), np.uint8), "unexpected shape"),
-        (np.zeros((9, 224, 224, 3), np.uint8), "batch-size must be <= 8"),
-        (np.zeros((1, 224, 224, 3), np.float32), "data-type is 'FP32'"),
+        (np.zeros((1, 64, 63, 3), np.uint8), "unexpected shape"),
+        (np.zeros((9, 64, 64, 3), np.uint8), "batch-size must be <= 8"),
+        (np.zeros((1, 64, 64, 3), np.float32), "data-type is 'FP32'"),
     ],
 )
 def test_wrong_tensors_are_refused(served: Served, tensor: Any, part: str) -> None:
     with pytest.raises(Exception, match=part):
-        infer(served.http, "pixels", "pixels", tensor)
+        infer(served.http, "small_pixels", "pixels", tensor)
 
 
 def test_a_new_version_takes_over_under_load(served: Served, photos: Path) -> None:
@@ -257,7 +261,7 @@ def test_a_new_version_takes_over_under_load(served: Served, photos: Path) -> No
     changed = with_changed_weights(served.bundle)
     with load(changed, "onnxruntime") as classifier:
         new = classifier.run(classifier.prepare([path]))
-    old = infer(served.http, "pixels_image", "image", file)
+    old = infer(served.http, "small_pixels_image", "image", file)
     assert np.abs(old - new).max() > 1e-3
     answers: list[str] = []
     done = threading.Event()
@@ -265,7 +269,7 @@ def test_a_new_version_takes_over_under_load(served: Served, photos: Path) -> No
     def ask() -> None:
         client = served.http
         while not done.is_set():
-            answer = infer(client, "pixels_image", "image", file)
+            answer = infer(client, "small_pixels_image", "image", file)
             known = [name for name, one in (("old", old), ("new", new)) if is_like(answer, one)]
             answers.append(known[0] if known else "neither")
 
@@ -282,60 +286,63 @@ def test_a_new_version_takes_over_under_load(served: Served, photos: Path) -> No
     assert answers[-1] == "new"
     versions = {
         entry["version"]
-        for entry in json.loads(served.get("/v2/models/pixels/stats"))["model_stats"]
+        for entry in json.loads(served.get("/v2/models/small_pixels/stats"))["model_stats"]
     }
     assert "2" in versions
 
 
 def test_a_damaged_version_is_told_and_the_last_one_goes_on(served: Served, photos: Path) -> None:
     file = file_tensor(sets.find(photos)[0].read_bytes())
-    before = infer(served.http, "pixels_image", "image", file)
-    latest = max(int(path.name) for path in (served.repository / "pixels").glob("[1-9]*"))
-    damaged = served.repository / "pixels" / str(latest + 1)
+    before = infer(served.http, "small_pixels_image", "image", file)
+    latest = max(int(path.name) for path in (served.repository / "small_pixels").glob("[1-9]*"))
+    damaged = served.repository / "small_pixels" / str(latest + 1)
     shutil.copytree(damaged.with_name(str(latest)), served.repository.parent / "damaged")
     (served.repository.parent / "damaged" / "fp32.onnx").write_bytes(b"damaged")
     (served.repository.parent / "damaged").rename(damaged)
     wait_until(lambda: "is not the file" in served.said)
-    assert f"failed to load 'pixels' version {latest + 1}" in served.said
-    assert is_like(infer(served.http, "pixels_image", "image", file), before)
+    assert f"failed to load 'small_pixels' version {latest + 1}" in served.said
+    assert is_like(infer(served.http, "small_pixels_image", "image", file), before)
     shutil.rmtree(damaged)
 
 
 def test_float32_gives_logits_ports_are_checked_and_sigterm_ends_it_cleanly(
-    v1_original: Bundle, photos: Path, tmp_path: Path
+    small_v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     paths = sets.find(photos)
-    with load(v1_original, "onnxruntime") as classifier:
+    with load(small_v1_original, "onnxruntime") as classifier:
         batch = classifier.prepare(paths)
         expected = classifier.logits(batch)
     files = file_tensor(*(path.read_bytes() for path in paths))
-    with serving(v1_original, tmp_path) as server:
+    with serving(small_v1_original, tmp_path) as server:
         for client in (server.http, server.grpc):
-            for model, name, tensor in (("v1", "input", batch), ("v1_image", "image", files)):
+            for model, name, tensor in (
+                ("small_v1", "input", batch),
+                ("small_v1_image", "image", files),
+            ):
                 logits = infer(client, model, name, tensor, gives="logits")
                 np.testing.assert_allclose(logits, expected, atol=1e-4)
         for port in (server.port, server.port - 1):  # its own HTTP port, and as gRPC's
-            result = run_cli("serve", v1_original.path, "--port", str(port), cwd=tmp_path)
+            result = run_cli("serve", small_v1_original.path, "--port", str(port), cwd=tmp_path)
             assert_refused(result, f"cannot listen on 127.0.0.1:{server.port}", "--port")
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
         assert not listens(server.port)
 
 
-def test_a_killed_command_leaves_no_server(pixels_original: Bundle, tmp_path: Path) -> None:
-    with serving(pixels_original, tmp_path) as server:
+def test_a_killed_command_leaves_no_server(small_pixels_original: Bundle, tmp_path: Path) -> None:
+    with serving(small_pixels_original, tmp_path) as server:
         server.process.kill()
         server.process.wait()
         wait_until(lambda: not listens(server.port))
 
 
-def test_a_server_that_cannot_start_says_why(pixels_original: Bundle, tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_says_why(small_pixels_original: Bundle, tmp_path: Path) -> None:
     theirs = tmp_path / "models" / "theirs"
     (theirs / "1").mkdir(parents=True)
     (theirs / "config.pbtxt").write_text('name: "theirs"\nbackend: "python"\nmax_batch_size: 1\n')
     (theirs / "1" / "model.py").write_text("import a_module_that_is_not_there\n")
     result = run_cli(
-        "serve", pixels_original.path, "--repository", "models", "--port", str(free_port()),
+        "serve", small_pixels_original.path, "--repository", "models", "--port", str(free_port()),
         cwd=tmp_path,
     )  # fmt: skip
     assert_refused(result, "tritonserver ended while starting", "a_module_that_is_not_there")

@@ -67,7 +67,7 @@ def with_engine(bundle: Bundle, precision: Precision, data: bytes) -> Bundle:
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime", "python"])
-@pytest.mark.parametrize("form", ["v1_bundle", "pixels_bundle"])
+@pytest.mark.parametrize("form", ["small_v1", "small_pixels"])
 def test_configurations_are_those_of_the_engine_and_the_graph(
     form: str, backend: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -118,11 +118,11 @@ def test_configurations_are_those_of_the_engine_and_the_graph(
 
 
 def test_a_version_of_the_python_backend_is_a_bundle_with_the_same_logits(
-    v1_bundle: Bundle, photos: Path, tmp_path: Path
+    small_v1: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    deploy(v1_bundle, tmp_path / "models", "python")
-    folder = tmp_path / "models" / "v1" / "1"
-    with load(folder, "onnxruntime") as served, load(v1_bundle, "onnxruntime") as original:
+    deploy(small_v1, tmp_path / "models", "python")
+    folder = tmp_path / "models" / "small_v1" / "1"
+    with load(folder, "onnxruntime") as served, load(small_v1, "onnxruntime") as original:
         batch = original.prepare(sets.find(photos))
         np.testing.assert_array_equal(served.run(batch), original.run(batch))
     (folder / "fp32.onnx").write_bytes(b"damaged")
@@ -130,28 +130,28 @@ def test_a_version_of_the_python_backend_is_a_bundle_with_the_same_logits(
         load(folder, "onnxruntime")
 
 
-def test_versions_are_added_beside_what_is_there(v1_bundle: Bundle, tmp_path: Path) -> None:
+def test_versions_are_added_beside_what_is_there(small_v1: Bundle, tmp_path: Path) -> None:
     repository = tmp_path / "models"
-    assert deploy(v1_bundle, repository, "onnxruntime").added
+    assert deploy(small_v1, repository, "onnxruntime").added
     before = tree(repository)
-    again = deploy(v1_bundle, repository, "onnxruntime")
+    again = deploy(small_v1, repository, "onnxruntime")
     assert (again.version, again.added) == (1, False)
     assert tree(repository) == before
 
-    changed = deploy(with_changed_weights(v1_bundle), repository, "onnxruntime")
+    changed = deploy(with_changed_weights(small_v1), repository, "onnxruntime")
     assert (changed.version, changed.added) == (2, True)
     after = tree(repository)
-    assert after.keys() - before.keys() == {"v1/2", "v1/2/model.onnx"}
+    assert after.keys() - before.keys() == {"small_v1/2", "small_v1/2/model.onnx"}
     assert {name: after[name] for name in before} == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_two_at_once_leave_one_of_them(
-    v1_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_v1: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other finds that the version it was to write is there meanwhile, and says so."""
     repository, rename = tmp_path / "models", Path.rename
-    deploy(v1_bundle, repository, "onnxruntime")
+    deploy(small_v1, repository, "onnxruntime")
 
     def late(self: Path, target: Path) -> Path:
         target.mkdir()
@@ -160,52 +160,54 @@ def test_two_at_once_leave_one_of_them(
 
     monkeypatch.setattr(Path, "rename", late)
     with pytest.raises(RexdeployError, match="changed by another command meanwhile"):
-        deploy(with_changed_weights(v1_bundle), repository, "onnxruntime")
-    assert (repository / "v1" / "2" / "model.onnx").read_bytes() == b"the other's"
+        deploy(with_changed_weights(small_v1), repository, "onnxruntime")
+    assert (repository / "small_v1" / "2" / "model.onnx").read_bytes() == b"the other's"
     assert not list(tmp_path.glob(".models.*"))
 
 
-@pytest.mark.parametrize("model", ["v1", "v1_preprocess", "v1_image"])
+@pytest.mark.parametrize("model", ["small_v1", "small_v1_preprocess", "small_v1_image"])
 def test_somebody_elses_model_is_refused_and_untouched(
-    model: str, v1_bundle: Bundle, tmp_path: Path
+    model: str, small_v1: Bundle, tmp_path: Path
 ) -> None:
     theirs = tmp_path / "models" / model
     (theirs / "1").mkdir(parents=True)
-    (theirs / "config.pbtxt").write_text('name: "v1"\nbackend: "pytorch"\n')
+    (theirs / "config.pbtxt").write_text('name: "small_v1"\nbackend: "pytorch"\n')
     (theirs / "1" / "model.pt").write_bytes(b"weights")
     before = tree(tmp_path / "models")
-    result = run_cli("triton", v1_bundle.path, "--repository", "models", cwd=tmp_path)
+    result = run_cli("triton", small_v1.path, "--repository", "models", cwd=tmp_path)
     assert_refused(result, f"models/{model} is no", "that rexdeploy has written", "--name")
     assert tree(tmp_path / "models") == before
 
 
 @pytest.mark.parametrize("role", ["image", "preprocess"])
 def test_a_network_does_not_take_the_place_of_another_ones_parts(
-    role: str, v1_bundle: Bundle, tmp_path: Path
+    role: str, small_v1: Bundle, tmp_path: Path
 ) -> None:
     """Also where the two have the same signature."""
     repository = tmp_path / "models"
-    deploy(v1_bundle, repository, "python")
+    deploy(small_v1, repository, "python")
     before = tree(repository)
-    with pytest.raises(UsageError, match=f"v1_{role} is no network that rexdeploy has written"):
-        deploy(v1_bundle, repository, "python", f"v1_{role}")
+    with pytest.raises(
+        UsageError, match=f"small_v1_{role} is no network that rexdeploy has written"
+    ):
+        deploy(small_v1, repository, "python", f"small_v1_{role}")
     assert tree(repository) == before
 
 
 def test_another_signature_under_one_name_is_refused(
-    v1_bundle: Bundle, pixels_bundle: Bundle, tmp_path: Path
+    small_v1: Bundle, small_pixels: Bundle, tmp_path: Path
 ) -> None:
     repository = tmp_path / "models"
-    deploy(v1_bundle, repository, "python")
+    deploy(small_v1, repository, "python")
     before = tree(repository)
     with pytest.raises(UsageError, match="another input, input_name, output, output_name, and"):
-        deploy(pixels_bundle, repository, "python", "v1")
+        deploy(small_pixels, repository, "python", "small_v1")
     with pytest.raises(UsageError, match="another backend, and .*take --backend python, or"):
-        deploy(v1_bundle, repository, "onnxruntime")
+        deploy(small_v1, repository, "onnxruntime")
     with pytest.raises(UsageError, match="another labels, and"):
-        deploy(with_labels(v1_bundle), repository, "python")
+        deploy(with_labels(small_v1), repository, "python")
     assert tree(repository) == before
-    assert deploy(pixels_bundle, repository, "python").version == 1  # by its own name
+    assert deploy(small_pixels, repository, "python").version == 1  # by its own name
 
 
 @pytest.mark.parametrize(
@@ -215,48 +217,48 @@ def test_another_signature_under_one_name_is_refused(
         (["--backend", "pytorch"], ["backend: got 'pytorch', expected one of auto, tensorrt"]),
         (["--name", "../x"], ["name: got '../x'"]),
         (["--repository", "file"], ["file is a file, expected a folder of models"]),
-        (["--repository", "artifacts/v1"], ["artifacts/v1 is a bundle"]),
+        (["--repository", "artifacts/small_v1"], ["artifacts/small_v1 is a bundle"]),
         (["--repository", "file/models"], ["cannot write the model repository file/models"]),
         (["--kserve", "nowhere/x.yaml"], ["cannot write nowhere/x.yaml"]),
         (["--storage-uri", "x"], ["storage-uri: got 'x'"]),
     ],
 )
 def test_bad_usage_is_one_line(
-    arguments: list[str], parts: list[str], v1_bundle: Bundle, tmp_path: Path
+    arguments: list[str], parts: list[str], small_v1: Bundle, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert_refused(run_cli("triton", "v1", *arguments, cwd=tmp_path), *parts)
+    assert_refused(run_cli("triton", "small_v1", *arguments, cwd=tmp_path), *parts)
     assert not (tmp_path / "artifacts" / "triton").exists()
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_fixed_batch_is_for_the_python_backend(
-    size: int, v1_bundle: Bundle, tmp_path: Path
+    size: int, small_v1: Bundle, tmp_path: Path
 ) -> None:
     """Of 1 too: Triton's ONNX Runtime wants a dimension of -1 wherever it may batch."""
-    graph = v1_bundle.manifest.find("onnx")
+    graph = small_v1.manifest.find("onnx")
     assert graph is not None
     batch = BatchRange(size, size, size)
-    fixed = v1_bundle.update(replace(graph, batch=batch), files={graph.file: v1_bundle.read(graph)})
+    fixed = small_v1.update(replace(graph, batch=batch), files={graph.file: small_v1.read(graph)})
     with pytest.raises(UsageError, match=f"takes batches of {size} to {size}, .*--backend python"):
         deploy(fixed, tmp_path / "models")
     assert deploy(fixed, tmp_path / "models", "python").batch.max == 8
 
 
-def test_of_several_engines_the_fastest_is_served(v1_bundle: Bundle, tmp_path: Path) -> None:
-    bundle = with_engine(with_engine(v1_bundle, "fp32", b"slow"), "fp16", b"fast")
+def test_of_several_engines_the_fastest_is_served(small_v1: Bundle, tmp_path: Path) -> None:
+    bundle = with_engine(with_engine(small_v1, "fp32", b"slow"), "fp16", b"fast")
     assert deploy(bundle, tmp_path / "models").backend == "tensorrt"
-    assert (tmp_path / "models" / "v1" / "1" / "model.plan").read_bytes() == b"fast"
+    assert (tmp_path / "models" / "small_v1" / "1" / "model.plan").read_bytes() == b"fast"
 
 
-def test_the_command_says_what_it_wrote(v1_bundle: Bundle, tmp_path: Path) -> None:
-    result = run_cli("triton", "v1", "--kserve", "service.yaml", cwd=tmp_path)
+def test_the_command_says_what_it_wrote(small_v1: Bundle, tmp_path: Path) -> None:
+    result = run_cli("triton", "small_v1", "--kserve", "service.yaml", cwd=tmp_path)
     assert result.code == 0
-    assert "artifacts/triton: version 1\n  v1: onnxruntime backend" in result.out
-    answer = json.loads(run_cli("triton", "v1", "--json", "-", cwd=tmp_path).out)
+    assert "artifacts/triton: version 1\n  small_v1: onnxruntime backend" in result.out
+    answer = json.loads(run_cli("triton", "small_v1", "--json", "-", cwd=tmp_path).out)
     assert (answer["version"], answer["added"], answer["batch"]["max"]) == (1, False, 64)
     assert "kind: InferenceService" in (tmp_path / "service.yaml").read_text()
-    assert "unchanged, version 1" in run_cli("triton", "v1", cwd=tmp_path).out
+    assert "unchanged, version 1" in run_cli("triton", "small_v1", cwd=tmp_path).out
 
 
 GOOD: dict[str, Callable[[Image.Image], bytes]] = {
@@ -273,10 +275,10 @@ GOOD: dict[str, Callable[[Image.Image], bytes]] = {
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_the_server_decodes_what_the_library_decodes(
-    kind: str, v1_original: Bundle, photos: Path, tmp_path: Path
+    kind: str, small_v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     """Also with the zeros that fill up the shorter files of a batch."""
-    spec = v1_original.manifest.model
+    spec = small_v1_original.manifest.model
     with Image.open(sets.find(photos)[0]) as photo:
         data = GOOD[kind](photo)
     (tmp_path / "photo").write_bytes(data)
@@ -298,17 +300,17 @@ def test_the_server_decodes_what_the_library_decodes(
     ids=["empty", "zeros", "cut", "a program", "bomb", "large and cut"],
 )
 def test_what_cannot_be_decoded_names_the_image(
-    data: bytes, part: str, v1_original: Bundle
+    data: bytes, part: str, small_v1_original: Bundle
 ) -> None:
     with pytest.raises(UsageError, match=f"image 7.*({part})"):
-        decoded(data, 7, v1_original.manifest.model)
+        decoded(data, 7, small_v1_original.manifest.model)
 
 
-def test_one_request_that_fails_does_not_fail_its_neighbours(v1_original: Bundle) -> None:
-    spec = v1_original.manifest.model
+def test_one_request_that_fails_does_not_fail_its_neighbours(small_v1_original: Bundle) -> None:
+    spec = small_v1_original.manifest.model
     good = sets.synthetic(3, spec.preprocess)
     bad = np.full_like(good[:1], np.nan)
-    with load(v1_original, "onnxruntime") as classifier:
+    with load(small_v1_original, "onnxruntime") as classifier:
         first, second, third = run_each(classifier.run, [good[:1], bad, good[1:]])
         alone = classifier.run(good)
     assert isinstance(second, UsageError)  # of that client, not of the network
@@ -316,24 +318,24 @@ def test_one_request_that_fails_does_not_fail_its_neighbours(v1_original: Bundle
     np.testing.assert_allclose(np.concatenate([first, third]), alone, rtol=1e-3, atol=1e-3)
 
 
-def test_a_missing_part_of_a_model_is_written_again(v1_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_missing_part_of_a_model_is_written_again(small_v1: Bundle, tmp_path: Path) -> None:
     repository = tmp_path / "models"
-    deploy(v1_bundle, repository, "python")
+    deploy(small_v1, repository, "python")
     before = tree(repository)
-    shutil.rmtree(repository / "v1_image")
-    (repository / "v1" / "config.pbtxt").write_text(
-        (repository / "v1" / "config.pbtxt").read_text().replace("max_batch_size: 8", "")
+    shutil.rmtree(repository / "small_v1_image")
+    (repository / "small_v1" / "config.pbtxt").write_text(
+        (repository / "small_v1" / "config.pbtxt").read_text().replace("max_batch_size: 8", "")
     )
-    deploy(v1_bundle, repository, "python")
+    deploy(small_v1, repository, "python")
     assert tree(repository) == before
 
 
 def test_a_file_of_too_many_bytes_is_not_decoded(
-    monkeypatch: pytest.MonkeyPatch, v1_original: Bundle
+    monkeypatch: pytest.MonkeyPatch, small_v1_original: Bundle
 ) -> None:
     """For servers without this front."""
     monkeypatch.setattr("rexdeploy.triton_backend._MOST_BYTES", 10)
-    spec = v1_original.manifest.model
+    spec = small_v1_original.manifest.model
     with pytest.raises(UsageError, match="image 3: got 11 bytes, expected at most 10"):
         decoded(b"x" * 11, 3, spec)
     with pytest.raises(UsageError, match="image 3: not an image"):

@@ -100,16 +100,16 @@ def test_a_result_that_cannot_be_stored_is_still_told(small_v1: Bundle, tmp_path
 
 def test_a_broken_bundle_exits_3_whatever_becomes_of_the_output(small_v1: Bundle) -> None:
     planted.plant(small_v1, "fp32.onnx", planted.swapped_channels)
+    folder = small_v1.path.parents[1]
     command = f"{sys.executable} -m rexdeploy verify --samples 2"
-    for shell in (
-        f"{command} | true; exit ${{PIPESTATUS[0]}}",
-        f"{command} >/dev/full",
-        f"{command} --quiet",
-    ):
-        answer = run_program("bash", "-c", shell, cwd=small_v1.path.parents[1])
+    for shell in (f"{command} | true; exit ${{PIPESTATUS[0]}}", f"{command} >/dev/full"):
+        answer = run_program("bash", "-c", shell, cwd=folder)
         assert answer.returncode == 3, answer
         assert "broken edge torch -> fp32.onnx" in answer.stderr
         assert "Traceback" not in answer.stderr
+    quiet = run_cli("verify", "--samples", "2", "--quiet", cwd=folder)
+    assert (quiet.code, quiet.out) == (3, "")
+    assert "broken edge torch -> fp32.onnx" in quiet.error_lines[0]
 
 
 def test_the_command_exits_3_and_names_the_edge(small_v1: Bundle, tmp_path: Path) -> None:

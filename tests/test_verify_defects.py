@@ -275,9 +275,8 @@ def test_probabilities_that_do_not_sum_to_one_are_found(
 @pytest.fixture(scope="module")
 def two_classes(session_dir: Path) -> Bundle:
     """An untrained lite network of two classes and 64 pixels, with a bfloat16 engine."""
-    made = export(
-        lite=True, num_classes=2, image_size=64, name="two", out=session_dir / "two_classes"
-    )
+    options = {"lite": True, "width": 0.3, "num_classes": 2, "image_size": 64, "name": "two"}
+    made = export(**options, out=session_dir / "two_classes")  # type: ignore[arg-type]
     return build_trt(made.bundle, bf16=True, **ENGINE).bundle
 
 

@@ -74,7 +74,7 @@ class FakeQuantized(nn.Module):
         named = list(layers.named_children())
         for (own, layer), (_, following) in pairwise(named):
             x = self._layer(f"{name}.{own}", layer, x, before)
-            if not isinstance(following, _FOLDED):
+            if not isinstance(following, _FOLDED) and not isinstance(layer, nn.Dropout):
                 before = f"{name}.{own}"
                 x = self._rounded(before, x)
         own, last = named[-1]

@@ -85,10 +85,11 @@ def read_state(out: Path, settings: dict[str, Any], force: bool) -> dict[str, An
     try:
         with open_plain(path) as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
+        before = state["settings"]
         different = [
-            f"{name} {_short(state['settings'].get(name))} then, {_short(value)} now"
-            for name, value in settings.items()
-            if state["settings"].get(name) != value
+            f"{name} {_short(before.get(name))} then, {_short(settings.get(name))} now"
+            for name in {**settings, **before}
+            if before.get(name) != settings.get(name)
         ]
         if state["format"] != _FORMAT:
             different = [f"format {state['format']} then, {_FORMAT} now"]
@@ -110,4 +111,6 @@ def read_state(out: Path, settings: dict[str, Any], force: bool) -> dict[str, An
 
 
 def _short(value: object) -> str:
+    if value is None:
+        return "not given"
     return f"{value:.8}" if isinstance(value, str) and len(value) == 64 else str(value)
