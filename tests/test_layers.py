@@ -21,8 +21,9 @@ LEVELS = [
     {"bundle"},
     {"graphs", "images", "models"},
     {"backends", "training"},
-    {"inference", "parity"},
+    {"parity"},
     {"detection"},
+    {"inference"},
     {"serving", "steps", "timing"},
     {"cli"},
     {"__init__", "__main__", "triton_backend"},  # where Python and Triton come in

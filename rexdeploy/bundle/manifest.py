@@ -26,6 +26,7 @@ MAX_IMAGE_SIZE = 4096  # pixels a side; no ReXNet is used at a quarter of it
 Kind = Literal["weights", "onnx", "engine", "labels", "report"]
 Task = Literal["classify", "detect", "segment"]
 TASKS: tuple[Task, ...] = get_args(Task)
+DETECTORS: tuple[Task, ...] = ("detect", "segment")
 Role = Literal["features", "boxes", "masks"]
 """Which part of a detector a file is; see `models/detector_stages.py`."""
 InputForm = Literal["float32", "uint8"]

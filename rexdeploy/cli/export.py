@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 
 def export(
+    task: Annotated[
+        str, typer.Option(help="classify, detect (Faster R-CNN) or segment (Mask R-CNN).")
+    ] = "classify",
     width: Annotated[
         float | None,
         typer.Option(help="Width multiplier [default: the checkpoint's, or 1.0].", metavar="FLOAT"),
@@ -36,7 +39,7 @@ def export(
         int | None,
         typer.Option(
             help="Height and width of the input, pixels [default: what finetune has noted in the "
-            "checkpoint, or 224]."
+            "checkpoint, or 224]; a detector's short side [default: 800]."
         ),
     ] = None,
     batch: Annotated[str, typer.Option(help="'dynamic', or one fixed batch size.")] = "dynamic",
@@ -80,6 +83,23 @@ def export(
     rexdeploy export --weights pretrained --width 2.0
     """
     check_json(json)
+    if task != "classify":
+        from rexdeploy.cli.detectors import only_for
+
+        only_for(
+            "a detector has no such option",
+            lite=lite,
+            batch=batch != "dynamic",
+            opset=opset != 18,
+            no_simplify=no_simplify,
+            align=align != "auto",
+            input=input != "float32",
+            output=output != "logits",
+        )
+        _export_detector(
+            task, width, weights, num_classes, image_size, labels, name, out, quiet, json
+        )
+        return
     from rexdeploy.steps.export import export as run
 
     with bounded(), progress(quiet) as report:
@@ -111,6 +131,39 @@ def export(
         )
     if not quiet and json != Path("-"):
         show_export(result)
+
+
+def _export_detector(
+    task: str,
+    width: float | None,
+    weights: str | None,
+    num_classes: int | None,
+    image_size: int | None,
+    labels: Path | None,
+    name: str | None,
+    out: Path,
+    quiet: bool,
+    json: Path | None,
+) -> None:
+    from rexdeploy.cli.detectors import show_detector_export
+    from rexdeploy.detection.export import export_detector
+
+    with bounded(), progress(quiet) as report:
+        result = export_detector(
+            task=task,
+            width=width,
+            weights=weights,
+            num_classes=num_classes,
+            image_size=image_size,
+            labels=labels,
+            name=name,
+            out=out,
+            command=command_line(),
+            report=report,
+        )
+    emit(json, result)
+    if not quiet and json != Path("-"):
+        show_detector_export(result)
 
 
 def show_export(result: ExportResult) -> None:

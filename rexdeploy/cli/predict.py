@@ -38,6 +38,19 @@ def predict(
             help="auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime, openvino or pytorch."
         ),
     ] = "auto",
+    draw: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A detector's: draw boxes and masks (.png, .jpg); several images' into a folder.",
+        ),
+    ] = None,
+    score: Annotated[
+        float | None, typer.Option(help="A detector's: least score of an object [default: 0.05].")
+    ] = None,
+    max_detections: Annotated[
+        int | None, typer.Option(help="A detector's: most objects of an image [default: 100].")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write a row for each image: .csv, .jsonl or .parquet."),
@@ -52,7 +65,7 @@ def predict(
     quiet: Quiet = False,
     json: Json = None,
 ) -> None:
-    """Classify images with the best backend present.
+    """Classify images, or detect objects, with the best backend present.
 
     An image that cannot be read does not stop the others: it is a line on stderr, and the exit
     code is 2. With --out it is a row with its error, and the exit code is 0.
@@ -66,8 +79,31 @@ def predict(
     Example:
     rexdeploy predict cat.jpg --bundle rexnet_1.5
     rexdeploy predict photos/ --out results.csv
+    rexdeploy predict street.jpg --bundle rexnet_1.0_detect --draw out.png
     """
     check_json(json)
+    from rexdeploy.cli.detectors import is_detector, only_for, run_detection
+
+    if is_detector(bundle):
+        only_for("a detector has no such option", top=top != 5, out=out is not None, force=force)
+        run_detection(
+            image,
+            bundle,
+            0.05 if score is None else score,
+            100 if max_detections is None else max_detections,
+            draw,
+            backend,
+            require_signature,
+            quiet,
+            json,
+        )
+        return
+    only_for(
+        "for detectors, and this bundle holds a classifier",
+        draw=draw is not None,
+        score=score is not None,
+        max_detections=max_detections is not None,
+    )
     from rexdeploy.inference.predict import predict as run
 
     # Pillow's remarks on odd files would stand between ours; what it cannot read is an error.

@@ -22,6 +22,7 @@ from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
     from rexdeploy.bundle.store import Bundle
+    from rexdeploy.detection.verify import DetectorVerification
     from rexdeploy.parity.localize import Localization
     from rexdeploy.steps.verify import Verification
 
@@ -32,7 +33,9 @@ def verify(
         Path | None,
         typer.Option(metavar="DIR", help="Images to compare over [default: synthetic ones]."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="How many images at the most.")] = 16,
+    samples: Annotated[
+        int, typer.Option(help="How many images at the most; of a detector 2.")
+    ] = 16,
     candidate: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Judge this ONNX or engine instead of the bundle's."),
@@ -92,7 +95,20 @@ def verify(
         if not localize:
             raise UsageError("--plot draws what --localize finds: give both")
     from rexdeploy.bundle.store import Bundle
+    from rexdeploy.cli.detectors import is_detector, only_for
     from rexdeploy.errors import VerificationFailed
+
+    if is_detector(bundle):
+        only_for(
+            "not for a detector's bundle",
+            candidate=candidate is not None,
+            backend=bool(backend),
+            require=bool(require),
+            localize=localize,
+            precision=precision is not None,
+        )
+        _verify_detector(bundle, images, samples, require_signature, quiet, json)
+        return
     from rexdeploy.steps.verify import verify as run
 
     opened = Bundle.find(bundle)
@@ -121,7 +137,40 @@ def verify(
         raise VerificationFailed("; ".join(result.failures))
 
 
-def _store(bundle: Bundle, result: Verification) -> None:
+def _verify_detector(
+    bundle: Path | None,
+    images: Path | None,
+    samples: int,
+    require_signature: Path | None,
+    quiet: bool,
+    json: Path | None,
+) -> None:
+    from rexdeploy.bundle.manifest import TASKS
+    from rexdeploy.bundle.store import Bundle
+    from rexdeploy.cli.detectors import show_detector_verification
+    from rexdeploy.detection.verify import SAMPLES, verify_detector
+    from rexdeploy.errors import VerificationFailed
+
+    opened = Bundle.find(bundle, tasks=TASKS)
+    with bounded(), progress(quiet) as report:
+        result = verify_detector(
+            opened,
+            images=images,
+            samples=SAMPLES if samples == 16 else samples,
+            require_signature=require_signature,
+            report=report,
+        )
+    if not quiet and json != Path("-"):
+        show_detector_verification(opened, result)
+    if require_signature is None:  # storing drops the signature
+        _store(opened, result)
+    with only_warned_of(bool(result.failures)):
+        emit(json, result)
+    if result.failures:
+        raise VerificationFailed("; ".join(result.failures))
+
+
+def _store(bundle: Bundle, result: Verification | DetectorVerification) -> None:
     """Keeps the result in the bundle, where it can be written: on a serving machine it may not."""
     from rexdeploy.bundle.store import SIGNATURE
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from rexdeploy.arrays import UInt8
 from rexdeploy.bundle.labels import read_labels
-from rexdeploy.bundle.manifest import Role, Task
+from rexdeploy.bundle.manifest import DETECTORS, Role
 from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.detection.preprocess import prepare
@@ -27,7 +27,6 @@ from rexdeploy.detection.runtime import (
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.images import decode
 
-TASKS: tuple[Task, ...] = ("detect", "segment")
 BACKENDS = ("auto", ONNXRUNTIME, PYTORCH)
 
 
@@ -113,7 +112,7 @@ def load_detector(
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend: got '{backend}', expected one of {', '.join(BACKENDS)}")
-    found = find(bundle, require_signature, TASKS)
+    found = find(bundle, require_signature, DETECTORS)
     spec = found.manifest.model
     labels = read_labels(found)
     if backend == PYTORCH:

@@ -14,15 +14,16 @@ from onnx import ModelProto
 from torch import nn
 from torch.export import Dim
 
+from rexdeploy.bundle.labels import labels_for
 from rexdeploy.bundle.manifest import (
     DETECTOR_FORMAT,
+    DETECTORS,
     MANIFEST,
     Artifact,
     Manifest,
     ModelSpec,
     Preprocess,
     Role,
-    Task,
     WeightsOrigin,
 )
 from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
@@ -34,7 +35,7 @@ from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.files import sha256_of
 from rexdeploy.graphs.from_torch import MIN_OPSET, export_module, simplify
 from rexdeploy.images.sets import varied_pixels
-from rexdeploy.models.detector import FPN_CHANNELS
+from rexdeploy.models.detector import COCO_CLASSES, FPN_CHANNELS, import_detection
 from rexdeploy.models.detector_stages import (
     POOLED_STRIDES,
     SIZE_MULTIPLE,
@@ -84,11 +85,12 @@ class DetectorExport(Result):
 
 def export_detector(
     *,
-    task: Task = "detect",
+    task: str = "detect",
     width: float | None = None,
     weights: Path | str | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
+    labels: Path | str | None = None,
     name: str | None = None,
     out: Path | str = DEFAULT_ROOT,
     command: str = "rexdeploy export",
@@ -99,12 +101,16 @@ def export_detector(
     `weights` is the file of a detector (torchvision's names) or of a classifier, whose heads are
     then seeded and untrained, or None: nothing is trained. `image_size` is the length that an
     image's short side is resized to, 800 by default; the long side gets at most 1333/800 of it.
-    Classes count the background, as torchvision does: 91 for COCO.
+    Classes count the background, as torchvision does: 91 for COCO. `labels` is a file with a class
+    name a line, the background's first; without it 91 classes are COCO's.
 
     Raises UsageError for what cannot be used, BackendUnavailable where a library is missing, and
     VerificationFailed where a graph does not compute what torchvision's detector does; then it has
     written nothing.
     """
+    wanted = next((known for known in DETECTORS if known == task), None)
+    if wanted is None:
+        raise UsageError(f"task: got '{task}', expected classify, {' or '.join(DETECTORS)}")
     size = MIN_SIZE if image_size is None else image_size
     if not _MIN_SIZE <= size <= _LARGEST:
         raise UsageError(
@@ -130,10 +136,12 @@ def export_detector(
         output_name=DETECTIONS,
         preprocess=Preprocess(height=size, width=size * MAX_SIZE // MIN_SIZE),
         weights=origin,
-        task=task,
+        task=wanted,
     )
     folder = out / (name or f"{spec.family}_{spec.width:.5g}_{task}")
     _check_replaceable(folder, spec)
+    names = _coco() if labels is None and spec.num_classes == COCO_CLASSES else None
+    names = names or labels_for(labels, 0 if labels is None else spec.num_classes)
     detector = sized(loaded.build(), spec)
     report(f"exporting {spec.title} to ONNX")
     graphs = {
@@ -146,10 +154,10 @@ def export_detector(
         {key: value.contiguous() for key, value in loaded.state_dict.items()}
     )
     if path is None:
-        spec = ModelSpec(
-            **{**vars(spec), "weights": WeightsOrigin(origin.source, sha256(saved), False)}
-        )
+        spec = replace(spec, weights=replace(origin, sha256=sha256(saved)))
     files = {"weights.safetensors": saved}
+    if names is not None:
+        files["labels.txt"] = ("\n".join(names) + "\n").encode()
     files |= {f"{role}.onnx": _bytes(graph) for role, graph in graphs.items()}
     report(f"writing {folder}")
     bundle = _write(folder, spec, files, command)
@@ -191,6 +199,13 @@ def _checked(
                 "nothing was written"
             )
     return comparisons, whole
+
+
+def _coco() -> list[str]:
+    """COCO's 91 names as torchvision has them; an id that COCO does not use says so."""
+    weights = import_detection().FasterRCNN_ResNet50_FPN_Weights.COCO_V1
+    names: list[str] = weights.meta["categories"]
+    return [f"unused {index}" if name == "N/A" else name for index, name in enumerate(names)]
 
 
 def _check_replaceable(path: Path, spec: ModelSpec) -> None:
@@ -239,6 +254,9 @@ def _write(path: Path, spec: ModelSpec, files: dict[str, bytes], command: str) -
                     role=role,
                 )
             )
+
+    if "labels.txt" in files:
+        added.append(Artifact("labels", "labels.txt", sha256(files["labels.txt"]), command=command))
 
     def merge(current: Manifest | None) -> Manifest:
         names = {item.file for item in added}

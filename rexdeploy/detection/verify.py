@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rexdeploy.arrays import UInt8
-from rexdeploy.bundle.manifest import VERIFICATION, Artifact, Preprocess, Role, Task, to_json
+from rexdeploy.bundle.manifest import DETECTORS, VERIFICATION, Artifact, Preprocess, Role, to_json
 from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.detection.judge import Judge, SetComparison, Skip
@@ -21,7 +21,6 @@ from rexdeploy.parity.compare import Comparison
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import one_line
 
-DETECTORS: tuple[Task, ...] = ("detect", "segment")
 SAMPLES = 2  # a detector's images are 20 times as large as a classifier's
 
 
