@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from rexdeploy.backends.doctor import doctor
     from rexdeploy.bundle.signing import sign
     from rexdeploy.bundle.store import Bundle
+    from rexdeploy.detection.detector import Detector, load_detector
+    from rexdeploy.detection.export import export_detector
+    from rexdeploy.detection.verify import verify_detector
     from rexdeploy.errors import (
         BackendUnavailable,
         RexdeployError,
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
         VerificationFailed,
     )
     from rexdeploy.inference.classifier import Classifier, Prediction, load
+    from rexdeploy.inference.detections import detect
     from rexdeploy.inference.predict import predict
     from rexdeploy.models.zoo import published_models
     from rexdeploy.serving.deploy import triton
@@ -37,6 +41,7 @@ __all__ = [
     "BackendUnavailable",
     "Bundle",
     "Classifier",
+    "Detector",
     "Prediction",
     "RexdeployError",
     "UsageError",
@@ -45,13 +50,16 @@ __all__ = [
     "__version__",
     "bench",
     "build_trt",
+    "detect",
     "doctor",
     "evaluate",
     "export",
+    "export_detector",
     "finetune",
     "import_onnx",
     "inspect",
     "load",
+    "load_detector",
     "predict",
     "published_models",
     "quantize",
@@ -61,6 +69,7 @@ __all__ = [
     "tune_precision",
     "tune_serving",
     "verify",
+    "verify_detector",
 ]
 
 __version__ = "0.1.0"
@@ -81,7 +90,11 @@ _PLACES = {
         ("BackendUnavailable", "RexdeployError", "UsageError", "VerificationFailed"), "errors"
     ),
     **dict.fromkeys(("Classifier", "Prediction", "load"), "inference.classifier"),
+    "detect": "inference.detections",
     "predict": "inference.predict",
+    **dict.fromkeys(("Detector", "load_detector"), "detection.detector"),
+    "export_detector": "detection.export",
+    "verify_detector": "detection.verify",
     "published_models": "models.zoo",
     "triton": "serving.deploy",
     "serve": "serving.server",

@@ -20,7 +20,7 @@ from rexdeploy.bundle.store import Bundle
 from rexdeploy.models.rexnet import ReXNetV1, ReXNetV1_lite
 from rexdeploy.steps.build_trt import build_trt
 from rexdeploy.steps.export import export
-from tests.helpers import reacting
+from tests.helpers import reacting, run_cli
 
 
 def pytest_configure() -> None:
@@ -195,6 +195,22 @@ def _copy(original: Bundle, folder: Path) -> Bundle:
     target = folder / "artifacts" / original.path.name
     shutil.copytree(original.path, target)
     return Bundle.open(target)
+
+
+@pytest.fixture(scope="session")
+def detector_original(session_dir: Path) -> Bundle:
+    """A seeded Mask R-CNN over a narrow ReXNet; short sides of 96 pixels, four classes."""
+    out = session_dir / "detectors"
+    out.mkdir(exist_ok=True)
+    with _once(out / "segment") as missing:
+        if missing:
+            done = run_cli(
+                "export", "--task", "segment", "--width", "0.3", "--num-classes", "5",
+                "--image-size", "96", "--name", "segment", "--out", out, cwd=out,
+            )  # fmt: skip
+            assert done.code == 0, done.err
+            assert "the heads are untrained (seeded)" in done.out
+    return Bundle.open(out / "segment")
 
 
 @pytest.fixture

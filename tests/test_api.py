@@ -37,6 +37,7 @@ ONLY_IN_A_TERMINAL = {
     "json",
     "plot",
     "show_log",
+    *("task", "draw", "score", "max_detections"),  # detectors' functions have them
     *("onnx", "storage_uri", "image"),  # of import_onnx, and of Deployment.inference_service
 }
 RENAMED = {"no_simplify": "simplify", "open_api": "open", "models": "published_models"}

@@ -16,32 +16,29 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
-from rexdeploy.detection.export import feature_graph, head_graphs
+from rexdeploy.bundle.store import Bundle
+from rexdeploy.detection.export import head_graphs
+from rexdeploy.detection.reference import rebuilt
 from rexdeploy.detection.runtime import INPUTS, OUTPUTS
 from rexdeploy.errors import BackendUnavailable, UsageError
 from rexdeploy.models.checkpoints import load_checkpoint
-from rexdeploy.models.detector import DetectorConfig, build_detector, seeded_detector, stage_ends
+from rexdeploy.models.detector import DetectorConfig, build_detector, stage_ends
 from rexdeploy.models.detector_stages import BoxStage, FeatureStage, MaskStage
 from rexdeploy.models.rexnet import RexNetConfig, lite_config, v1_config
 from rexdeploy.models.weights import DetectorWeights, load_detector
+from tests.helpers import graph
 
 HEADS = {"boxes": BoxStage, "masks": MaskStage}
 COUNTS = [(5, 6, 7, 2), (1, 1, 1, 1)]  # boxes on each level
 GAPS = [(3, 0, 0, 2), (0, 0, 0, 0)]
 
 
-class Shallow(DetectorConfig):
-    """A block a stage: every kind of block, and an export that takes a third of the time."""
-
-    @property
-    def backbone(self) -> RexNetConfig:
-        return v1_config(self.width, 1, depth_mult=0.2)
-
-
 @pytest.fixture(scope="module")
-def detector() -> Any:
-    """A seeded Mask R-CNN for canvases of 128 x 160."""
-    model: Any = seeded_detector(Shallow(0.3, 5, masks=True), None, seed=0)
+def detector(detector_original: Bundle) -> Any:
+    """The bundle's Mask R-CNN for canvases of 128 x 160."""
+    weights = detector_original.manifest.find("weights")
+    assert weights is not None
+    model: Any = rebuilt(detector_original.read(weights), detector_original.manifest.model)
     model.transform.min_size, model.transform.max_size = (128,), 160
     return model
 
@@ -52,8 +49,13 @@ def seeded() -> DetectorWeights:
 
 
 @pytest.fixture(scope="module")
-def native(detector: nn.Module) -> dict[Any, ModelProto]:
-    return head_graphs(detector, masks=True, grid_sample=False)
+def native(detector_original: Bundle) -> dict[Any, ModelProto]:
+    """The bundle's graphs by stage."""
+    return {
+        item.role: graph(detector_original, item.file)
+        for item in detector_original.manifest.artifacts
+        if item.role is not None
+    }
 
 
 @pytest.fixture(scope="module")
@@ -303,8 +305,10 @@ def test_the_sampled_graph_runs_as_torch(
         assert_graph_is(sampled["boxes"], stage, "boxes", head_inputs(counts))
 
 
-def test_the_features_graph_runs_as_torch_at_any_size(detector: nn.Module) -> None:
-    graph = feature_graph(detector)
+def test_the_features_graph_runs_as_torch_at_any_size(
+    detector: nn.Module, native: dict[Any, ModelProto]
+) -> None:
+    graph = native["features"]
     stage = FeatureStage(detector)
     generator = torch.Generator().manual_seed(0)
     for shape in ((1, 3, 128, 160), (2, 3, 96, 32)):

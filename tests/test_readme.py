@@ -22,6 +22,7 @@ import sklearn.datasets
 import typer.main
 
 from rexdeploy import machine
+from rexdeploy.bundle.store import Bundle
 from rexdeploy.cli.app import app
 from rexdeploy.graphs import quantize as int8_graphs
 from rexdeploy.steps import int8_search
@@ -142,12 +143,18 @@ def _plain_quantize() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def readme_dir(tmp_path_factory: pytest.TempPathFactory, v1_checkpoint: Path, photos: Path) -> Path:
+def readme_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    v1_checkpoint: Path,
+    photos: Path,
+    detector_original: Bundle,
+) -> Path:
     """A folder with the files that README's commands speak of."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copy(PHOTO, folder)
     shutil.copy(v1_checkpoint, folder / "rexnetv1_1.0.pth")
     shutil.copytree(photos, folder / "photos")
+    shutil.copytree(detector_original.path, folder / "artifacts" / "street")
     shutil.copy(ROOT / "tests" / "data" / "digits_v1.safetensors", folder)
     for name, held_back in (("train", False), ("val", True)):
         write_digits(folder / "digits" / name, held_back, most=DIGITS[name])

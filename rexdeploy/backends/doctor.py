@@ -25,6 +25,7 @@ _PURPOSES = {
     "onnxruntime-gpu": "running graphs on an NVIDIA GPU: verify, predict",
     "openvino": "running graphs on a CPU beside ONNX Runtime: verify, predict, bench",
     "timm": "training, and networks to compare with: finetune, bench --compare",
+    "torchvision": "detectors, the reference's own code: export --task detect, verify",
     "matplotlib": "pictures: bench --plot",
     "pyarrow": "results for a table: predict --out FILE.parquet",
     "nvidia-pytriton": "a Triton server where there is no tritonserver: serve",
@@ -35,8 +36,8 @@ _PURPOSES = {
 }
 _EXTRAS = {
     "export": "cpu", "cpu": "cpu", "gpu": "gpu", "rtx": "rtx", "tensorrt": "tensorrt",
-    "openvino": "openvino", "bench": "bench", "train": "train", "parquet": "parquet",
-    "serve": "serve",
+    "openvino": "openvino", "bench": "bench", "train": "train", "detect": "detect",
+    "parquet": "parquet", "serve": "serve",
 }  # fmt: skip
 """Extras by the one to install: `export` comes with `cpu` and with `gpu`."""
 

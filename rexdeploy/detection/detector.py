@@ -109,6 +109,8 @@ def load_detector(
 
     `backend` is "onnxruntime", "pytorch", or "auto": the first. Raises UsageError for what is no
     detector's bundle or lacks a stage, BackendUnavailable where the backend cannot run here.
+
+    Example: `with rexdeploy.load_detector("street") as detector: detector.detect(["street.jpg"])`
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend: got '{backend}', expected one of {', '.join(BACKENDS)}")

@@ -107,6 +107,8 @@ def export_detector(
     Raises UsageError for what cannot be used, BackendUnavailable where a library is missing, and
     VerificationFailed where a graph does not compute what torchvision's detector does; then it has
     written nothing.
+
+    Example: `rexdeploy.export_detector(task="segment", weights="maskrcnn.pth", name="street")`
     """
     wanted = next((known for known in DETECTORS if known == task), None)
     if wanted is None:

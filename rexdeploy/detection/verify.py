@@ -67,6 +67,8 @@ def verify_detector(
     as sets. At most `samples` images of the folder `images`, or synthetic ones. What cannot run
     here is `skipped`. Raises UsageError where nothing can be judged, BackendUnavailable without
     torchvision.
+
+    Example: `rexdeploy.verify_detector("street", images="photos").failures`
     """
     if not 1 <= samples <= 256:
         raise UsageError(f"samples: got {samples}, expected 1 to 256")
@@ -115,7 +117,12 @@ def verify_detector(
         failures.append(f"no graph of stage {', '.join(missing)} could be compared")
     else:
         report("detecting from end to end")
-        whole.append(judge.end_to_end(float32, ONNXRUNTIME))
+        found_sets = judge.end_to_end(float32, ONNXRUNTIME)
+        if found_sets.expected or found_sets.unmatched:
+            whole.append(found_sets)
+        else:
+            why = "nothing is detected in these images: give --images DIR"
+            skipped.append(Skip("from end to end", why))
         failures += [f"{item.candidate}: {why}" for item in whole for why in item.failures]
     return DetectorVerification(
         model=spec.title,
