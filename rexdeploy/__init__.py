@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rexdeploy.bundle.signing import sign
     from rexdeploy.bundle.store import Bundle
     from rexdeploy.detection.detector import Detector, load_detector
+    from rexdeploy.detection.engines import build_detector
     from rexdeploy.detection.export import export_detector
     from rexdeploy.detection.verify import verify_detector
     from rexdeploy.errors import (
@@ -49,6 +50,7 @@ __all__ = [
     "VerificationFailed",
     "__version__",
     "bench",
+    "build_detector",
     "build_trt",
     "detect",
     "doctor",
@@ -93,6 +95,7 @@ _PLACES = {
     "detect": "inference.detections",
     "predict": "inference.predict",
     **dict.fromkeys(("Detector", "load_detector"), "detection.detector"),
+    "build_detector": "detection.engines",
     "export_detector": "detection.export",
     "verify_detector": "detection.verify",
     "published_models": "models.zoo",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper
 from PIL import Image
 
 import rexdeploy
@@ -24,8 +24,7 @@ from rexdeploy.detection.detector import load_detector
 from rexdeploy.detection.judge import Alike, Judge, set_limit, unmatched
 from rexdeploy.detection.masks import from_rle, to_rle
 from rexdeploy.detection.reference import rebuilt
-from rexdeploy.detection.result import Detections
-from rexdeploy.detection.runtime import OnnxStage
+from rexdeploy.detection.runtime import Detections, OnnxStage
 from rexdeploy.detection.verify import verify_detector
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_precision
@@ -343,6 +342,41 @@ def test_predict_detects_draws_and_goes_on_behind_a_broken_image(
     assert changed[from_rle(expected.masks[0])].mean() > 0.9
 
 
+def test_engines_of_all_stages_are_proven(
+    detector_original: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    bundle = copied(detector_original, tmp_path / "segment")
+    done = run_cli("build-trt", bundle.path, "--fp16", "--target", "sm89", cwd=tmp_path)
+    assert done.code == 0, done.err
+    built = Bundle.open(bundle.path)
+    engines = [item for item in built.manifest.artifacts if item.kind == "engine"]
+    assert [item.role for item in engines] == list(ROLES)
+    for engine in engines:
+        assert engine.proof_fault is None
+        parent = built.manifest.find("onnx", sha256=engine.parent_sha256)
+        assert parent is not None
+        assert (parent.role, parent.precision) == (engine.role, "fp16")
+        assert done.out.count(engine.file) == 1
+    found = verify_detector(built, images=photos, samples=1)
+    assert found.failures == ()
+    assert [skip.file for skip in found.skipped] == [engine.file for engine in engines]
+    judged = {edge.candidate.split(" ")[0] for edge in found.edges}
+    assert judged == {item.file for item in built.manifest.artifacts if item.kind == "onnx"}
+    # Not a grid of float16: half a pixel would be lost.
+    kept = graph(built, "boxes.fp16.onnx")
+    types = {item.name: item.data_type for item in kept.graph.initializer}
+    assert not any(
+        types.get(name) == TensorProto.FLOAT16
+        for node in nodes_of(kept, "GridSample")
+        for name in node.input
+    )
+    refused = run_cli("build-trt", bundle.path, "--int8", "--batch", "2", cwd=tmp_path)
+    assert_refused(refused, "--int8, --batch: a detector's engines have no such option")
+    refused = run_cli("build-trt", bundle.path, "--target", "sm1", cwd=tmp_path)
+    assert_refused(refused, "target: got sm1, expected one of sm75")
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -364,7 +398,7 @@ def test_options_that_a_detector_cannot_take(
 def test_commands_of_classifiers_say_so(
     detector_original: Bundle, small_v1_original: Bundle, photos: Path, tmp_path: Path
 ) -> None:
-    for words in (("bench",), ("build-trt",), ("triton",), ("quantize", "--calib", photos)):
+    for words in (("bench",), ("triton",), ("quantize", "--calib", photos)):
         refused = run_cli(*words, detector_original.path, cwd=tmp_path)
         assert_refused(refused, "holds a network that can segment, expected one that can classify")
     with pytest.raises(UsageError, match="can segment"):

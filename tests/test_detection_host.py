@@ -28,9 +28,10 @@ from torchvision.ops import boxes as box_ops
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
-from rexdeploy.arrays import Float32
+from rexdeploy.arrays import Bool, Float32, Int64
 from rexdeploy.detection import boxes, masks, preprocess
-from rexdeploy.detection.result import Bool, Detections, Int64, Rle
+from rexdeploy.detection.masks import Rle
+from rexdeploy.detection.runtime import Detections
 from rexdeploy.errors import RexdeployError, UsageError
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,10 @@ class Layer:
         return "/".join(sorted({*self.inputs, *self.outputs}))
 
 
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""The least, the usual and the largest shape of an input."""
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """Everything beside the ONNX graph that decides an engine."""
@@ -73,6 +78,7 @@ class EngineSettings:
     batch: BatchRange
     targets: tuple[str, ...] = ()  # RTX only, such as "sm89"; empty: SM80 and newer
     workspace_mib: int | None = None  # None: TensorRT's own limit
+    shapes: Mapping[str, Shapes] | None = None  # of every input; None: one, open in its batch
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class BuiltEngine:
 
 
 def build(onnx_model: bytes, settings: EngineSettings) -> BuiltEngine:
-    """Compiles an ONNX graph with one image input, in the graph's own types.
+    """Compiles an ONNX graph, of one image input or those in `settings.shapes`, in its own types.
 
     Always strongly typed, with TF32 off. Raises RexdeployError with every parser error, or the
     builder's first one.
@@ -100,9 +106,11 @@ def build(onnx_model: bytes, settings: EngineSettings) -> BuiltEngine:
             errors = [_describe(parser.get_error(index)) for index in range(parser.num_errors)]
             reasons = "; ".join(errors) or log.first_error()
             raise RexdeployError(f"{title} cannot parse the ONNX graph: {reasons}")
-        if network.num_inputs != 1:
+        expected = len(settings.shapes or "1")
+        if network.num_inputs != expected:
             raise UsageError(
-                f"{title} cannot parse the ONNX graph: got {network.num_inputs} inputs, expected 1"
+                f"{title} cannot parse the ONNX graph: got {network.num_inputs} inputs, expected "
+                f"{expected}"
             )
         config = _configure(trt, builder, network, settings)
         serialized = builder.build_serialized_network(network, config)
@@ -165,15 +173,18 @@ def _configure(trt: Any, builder: Any, network: Any, settings: EngineSettings) -
                     f"expected one of {', '.join(target_names())}"
                 )
             config.set_compute_capability(capability, index)
-    image = network.get_input(0)
-    dimensions = tuple(image.shape)
-    if dimensions[0] == -1:
+    image, batch = network.get_input(0), settings.batch
+    rest, sizes = tuple(image.shape)[1:], (batch.min, batch.opt, batch.max)
+    shapes: Mapping[str, Any] = settings.shapes or {
+        image.name: tuple((size, *rest) for size in sizes)
+    }
+    if settings.shapes or image.shape[0] == -1:
         profile = builder.create_optimization_profile()
-        batch = settings.batch
-        shapes = [(size, *dimensions[1:]) for size in (batch.min, batch.opt, batch.max)]
-        profile.set_shape(image.name, *shapes)
+        for name, three in shapes.items():
+            profile.set_shape(name, *three)
         if config.add_optimization_profile(profile) < 0:
-            raise RexdeployError(f"TensorRT refuses the batch range {batch}")
+            what = "these shapes" if settings.shapes else f"the batch range {batch}"
+            raise RexdeployError(f"TensorRT refuses {what}")
     return config
 
 

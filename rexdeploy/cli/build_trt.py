@@ -77,6 +77,20 @@ def build_trt(
 
     if onnx is not None and bundle is not None:
         raise UsageError("got a bundle and --onnx, expected one of them")
+    if onnx is None:
+        from rexdeploy.cli.detectors import build_engines, is_detector, only_for
+
+        if is_detector(bundle, out):
+            only_for(
+                "a detector's engines have no such option",
+                bf16=bf16,
+                int8=int8,
+                batch=batch is not None,
+                flavor=flavor == "tensorrt",
+                force=force,
+            )
+            build_engines(bundle, out, fp16, target or [], workspace, quiet, json)
+            return
     command = command_line()
     batches = None if batch is None else BatchRange.parse(batch)
     with bounded(), progress(quiet) as report:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from rexdeploy.cli.console import describe_artifact, emit, print_table, say
+from rexdeploy.cli.console import describe_artifact, emit, print_table, progress, say
+from rexdeploy.cli.shared import command_line
 from rexdeploy.errors import UsageError
+from rexdeploy.machine import bounded
 from rexdeploy.text import one_line
 
 if TYPE_CHECKING:
@@ -18,12 +20,13 @@ if TYPE_CHECKING:
     from rexdeploy.inference.detections import DetectionRow
 
 
-def is_detector(bundle: Path | None) -> bool:
+def is_detector(bundle: Path | None, root: Path | None = None) -> bool:
     """Whether a command's bundle holds a detector; raises UsageError where there is none."""
     from rexdeploy.bundle.manifest import TASKS
-    from rexdeploy.bundle.store import Bundle
+    from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle
 
-    return Bundle.find(bundle, tasks=TASKS).manifest.model.task != "classify"
+    found = Bundle.find(bundle, root or DEFAULT_ROOT, tasks=TASKS)
+    return found.manifest.model.task != "classify"
 
 
 def only_for(what: str, **given: bool) -> None:
@@ -54,6 +57,41 @@ def show_detector_export(result: DetectorExport) -> None:
         untrained,
         f"next: rexdeploy verify {bundle.path}",
     )
+
+
+def build_engines(
+    bundle: Path | None,
+    root: Path,
+    fp16: bool,
+    target: list[str],
+    workspace: int | None,
+    quiet: bool,
+    json: Path | None,
+) -> None:
+    """`build-trt` of a detector's bundle: an engine a stage."""
+    from rexdeploy.bundle.manifest import DETECTORS
+    from rexdeploy.bundle.store import Bundle
+    from rexdeploy.detection.engines import build_detector as run
+
+    with bounded(), progress(quiet) as report:
+        result = run(
+            Bundle.find(bundle, root, tasks=DETECTORS),
+            fp16=fp16,
+            target=target,
+            workspace=workspace,
+            command=command_line(),
+            report=report,
+        )
+    emit(json, result)
+    if quiet or json == Path("-"):
+        return
+    say(result.bundle.manifest.model.title)
+    for engine in result.engines:
+        say(
+            f"  {describe_artifact(result.bundle, engine)}, for {engine.targets}",
+            f"  precision: {engine.proof.summary}" if engine.proof else None,
+        )
+    say("next: rexdeploy verify")
 
 
 def show_detector_verification(bundle: Bundle, result: DetectorVerification) -> None:

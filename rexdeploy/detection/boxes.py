@@ -10,8 +10,7 @@ import math
 
 import numpy as np
 
-from rexdeploy.arrays import Float32, softmax
-from rexdeploy.detection.result import Bool, Int64, check_finite
+from rexdeploy.arrays import Bool, Float32, Int64, check_finite, softmax
 from rexdeploy.errors import RexdeployError
 
 MULTIPLE = 32  # of a canvas's sides

@@ -15,11 +15,11 @@ from rexdeploy.bundle.manifest import DETECTORS, Role
 from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.detection.preprocess import prepare
-from rexdeploy.detection.result import Detections
 from rexdeploy.detection.runtime import (
     ONNXRUNTIME,
     PYTORCH,
     Choice,
+    Detections,
     OnnxStage,
     Stages,
     trace,

@@ -20,11 +20,11 @@ from rexdeploy.bundle.manifest import Artifact, ModelSpec, Role
 from rexdeploy.detection import reference
 from rexdeploy.detection.masks import from_rle
 from rexdeploy.detection.preprocess import prepare
-from rexdeploy.detection.result import Detections
 from rexdeploy.detection.runtime import (
     ONNXRUNTIME,
     OUTPUTS,
     PYTORCH,
+    Detections,
     OnnxStage,
     Stages,
     Trace,
@@ -265,7 +265,9 @@ class Judge:
         return trace(stages, prepared, (pixels.shape[0], pixels.shape[1]))
 
     def _by_image(self, model: ModelProto, role: Role) -> list[dict[str, Any]]:
-        stage = OnnxStage(model.SerializeToString(), role)
+        # GridSample and AveragePool, as engines get them, know no empty level.
+        is_sampled = any(node.op_type == "GridSample" for node in model.graph.node)
+        stage = OnnxStage(model.SerializeToString(), role, least=int(is_sampled))
         with ExitStack() as stack:
             stack.callback(stage.close)
             return [self._run({role: stage}, role, one.inputs[role]) for one in self._traces]

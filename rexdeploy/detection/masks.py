@@ -7,17 +7,30 @@ where the interpolated probability is above 0.5.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from rexdeploy.arrays import Float32
+from rexdeploy.arrays import Bool, Float32, Int64, check_finite
 from rexdeploy.detection.boxes import sigmoid
 from rexdeploy.detection.preprocess import Neighbours, along_columns, along_rows, neighbours
-from rexdeploy.detection.result import Bool, Int64, Rle, check_finite
 from rexdeploy.errors import UsageError
 
 _INSIDE = np.float32(0.5)
 _AT_ONCE = 2**20  # pixels that are interpolated together
+
+
+@dataclass(frozen=True)
+class Rle:
+    """A mask of `height` x `width` pixels as COCO's uncompressed run lengths.
+
+    `counts` are numbers of pixels, column by column from the left and each from the top: first of
+    those outside the mask (0 where the first pixel is inside), then inside and outside in turn.
+    """
+
+    height: int
+    width: int
+    counts: tuple[int, ...]
 
 
 def select(mask_logits: Float32, labels: Int64) -> Float32:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rexdeploy.arrays import Float32, UInt8
+from rexdeploy.arrays import Float32, Int64, UInt8
 from rexdeploy.detection.boxes import MULTIPLE
-from rexdeploy.detection.result import Int64
 from rexdeploy.errors import UsageError
 
 MEAN = (0.485, 0.456, 0.406)  # torchvision's defaults, of RGB from 0 to 1

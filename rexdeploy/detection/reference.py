@@ -10,8 +10,7 @@ import numpy as np
 from rexdeploy.arrays import UInt8
 from rexdeploy.bundle.manifest import ModelSpec, Role
 from rexdeploy.detection.masks import to_rle
-from rexdeploy.detection.result import Detections
-from rexdeploy.detection.runtime import INPUTS, OUTPUTS, Stage
+from rexdeploy.detection.runtime import INPUTS, OUTPUTS, Detections, Stage
 from rexdeploy.errors import BackendUnavailable, UsageError
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from rexdeploy.arrays import Float32
+from rexdeploy.arrays import Float32, Int64
 from rexdeploy.backends.onnxrt import GraphSession
 from rexdeploy.bundle.manifest import Role
 from rexdeploy.detection import boxes as host
 from rexdeploy.detection import masks
+from rexdeploy.detection.masks import Rle
 from rexdeploy.detection.preprocess import Prepared, to_original
-from rexdeploy.detection.result import Detections, Int64
 from rexdeploy.errors import UsageError
 
 LEVELS = (2, 3, 4, 5)
@@ -34,6 +34,33 @@ OUTPUTS: dict[Role, tuple[str, ...]] = {
 Tensors = dict[str, Float32]
 PYTORCH, ONNXRUNTIME = "pytorch", "onnxruntime"
 _FILLER = np.array([[0, 0, 32, 32]], np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """What was found in one image, the highest score first.
+
+    `boxes` are float32 `[K, 4]`: x1, y1, x2, y2 in pixels of the original image; `scores` float32
+    `[K]` from 0 to 1; `labels` int64 `[K]`, 0 (the background) never among them. `masks` has one
+    mask of the original image's size for each, or is None where the network gives none.
+    Raises ValueError for other shapes and types.
+    """
+
+    boxes: Float32
+    scores: Float32
+    labels: Int64
+    masks: tuple[Rle, ...] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.scores)
+        got = [(a.dtype.name, a.shape) for a in (self.boxes, self.scores, self.labels)]
+        if got != [("float32", (count, 4)), ("float32", (count,)), ("int64", (count,))]:
+            raise ValueError(f"boxes, scores and labels are {got}")
+        if self.masks is not None and len(self.masks) != count:
+            raise ValueError(f"{len(self.masks)} masks of {count} detections")
+
+    def __len__(self) -> int:
+        return len(self.scores)
 
 
 class Stage(Protocol):

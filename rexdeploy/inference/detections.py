@@ -13,9 +13,8 @@ from PIL import Image, ImageDraw
 
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.detection.detector import Detector, chosen, load_detector
-from rexdeploy.detection.masks import from_rle
-from rexdeploy.detection.result import Detections, Rle
-from rexdeploy.detection.runtime import Choice
+from rexdeploy.detection.masks import Rle, from_rle
+from rexdeploy.detection.runtime import Choice, Detections
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import replacing
 from rexdeploy.images import decode
