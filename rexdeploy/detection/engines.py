@@ -91,13 +91,23 @@ def build_detector(
     made: list[Artifact] = []
     files: dict[str, bytes] = {}
 
-    def add(graph: Artifact, model: ModelProto) -> None:
-        files[graph.file] = model.SerializeToString(deterministic=True)
-        made.append(replace(graph, sha256=sha256(files[graph.file]), command=command))
+    def add(file: str, model: ModelProto, role: Role, kind: Precision, parent: str | None) -> None:
+        files[file] = model.SerializeToString(deterministic=True)
+        made.append(
+            replace(
+                features,
+                file=file,
+                sha256=sha256(files[file]),
+                parent_sha256=parent,
+                precision=kind,
+                command=command,
+                role=role,
+            )
+        )
 
     for role, graph in heads.items():
         model = labelled(simplify(graph), spec, role)
-        add(replace(features, file=f"{role}.tensorrt.onnx", role=role), model)
+        add(f"{role}.tensorrt.onnx", model, role, "fp32", weights.sha256)
         graphs[role] = made[-1], model
     engines = []
     for role, (parent, model) in graphs.items():
@@ -105,8 +115,7 @@ def build_detector(
         if precision == "fp16":
             report(f"converting {parent.file}")
             model = to_precision(model, precision, keep=_coordinates(model))
-            name = f"{role}.fp16.onnx"
-            add(replace(parent, file=name, parent_sha256=parent.sha256, precision="fp16"), model)
+            add(f"{role}.fp16.onnx", model, role, "fp16", parent.sha256)
             source = made[-1]
         settings = EngineSettings(
             "rtx", BatchRange(1, 1, 1), targets, workspace, _shapes(role, spec)

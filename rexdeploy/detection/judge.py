@@ -24,9 +24,11 @@ from rexdeploy.detection.runtime import (
     ONNXRUNTIME,
     OUTPUTS,
     PYTORCH,
+    ROIS,
     Detections,
     OnnxStage,
     Stages,
+    Tensors,
     Trace,
     run_heads,
     trace,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 
 _RATIOS = 3  # anchors of one place
+_MASKS = 8  # boxes of a level whose masks are compared
 
 
 @dataclass(frozen=True)
@@ -198,12 +201,24 @@ class Judge:
         exact = reference.sized(copy.deepcopy(detector).double(), spec)
         own = reference.torch_stages(detector, self._has_masks)
         doubled = reference.torch_stages(exact, self._has_masks, is_double=True)
-        self._traces = [self._trace(own, pixels) for pixels in self._images]
+        traces = [self._trace(own, pixels) for pixels in self._images]
+        # The masks of what is proposed, not of what is detected: that may be nothing.
+        few = {name: slice(None, _MASKS) for name in ROIS}
+        self._inputs: dict[Role, list[Tensors]] = {
+            "features": [one.inputs["features"] for one in traces],
+            "boxes": [one.inputs["boxes"] for one in traces],
+            "masks": [
+                {name: value[few.get(name, slice(None))] for name, value in given.items()}
+                for given in (one.inputs["boxes"] for one in traces)
+            ],
+        }
         self._stages: dict[Role, Stage] = {}
         for role in own:
-            given = [one.inputs[role] for one in self._traces if one.outputs.get(role)]
-            float64 = [self._run(doubled, role, one) for one in given]
-            self._stages[role] = Stage(role, [one.outputs[role] for one in self._traces], float64)
+            float32, float64 = (
+                [self._run(stages, role, given) for given in self._inputs[role]]
+                for stages in (own, doubled)
+            )
+            self._stages[role] = Stage(role, float32, float64)
         self._wanted = [reference.detect(detector, image) for image in self._images]
         rounded = [reference.detect(exact, image, is_double=True) for image in self._images]
         self._noise = sum(map(unmatched, rounded, self._wanted))
@@ -214,7 +229,7 @@ class Judge:
         return tuple(self._stages)
 
     def compare(
-        self, artifact: Artifact, model: ModelProto, parent: tuple[str, ModelProto] | None
+        self, artifact: Artifact, model: ModelProto, parent: ModelProto | None
     ) -> list[Comparison]:
         """A graph's tensors beside the reference's; `parent` is what a 16-bit one was made from.
 
@@ -230,7 +245,7 @@ class Judge:
                 f"{artifact.precision}"
             )
         if precision not in (None, "fp32"):
-            if parent is None or (rounded := twin(parent[1], model)) is None:
+            if parent is None or (rounded := twin(parent, model)) is None:
                 raise RexdeployError("it is not its parent's graph in other types")
             rounding = stage.compared(
                 self._by_image(rounded.model, role), limits, (PYTORCH, "rounded")
@@ -270,7 +285,7 @@ class Judge:
         stage = OnnxStage(model.SerializeToString(), role, least=int(is_sampled))
         with ExitStack() as stack:
             stack.callback(stage.close)
-            return [self._run({role: stage}, role, one.inputs[role]) for one in self._traces]
+            return [self._run({role: stage}, role, given) for given in self._inputs[role]]
 
     def _run(self, stages: Stages, role: Role, given: dict[str, Any]) -> dict[str, Any]:
         if role == "features":
