@@ -32,7 +32,8 @@ MAX_PACKAGES, MAX_FILES, MAX_LINES = 13, 10, 400
 ON_TORCH = {"models", "graphs.from_torch", "timing.other_networks"}
 ON_TORCH |= {"steps.export", "steps.finetune", "training"}
 ON_TORCH |= {"detection.export"}
-ON_ONNX = {"graphs", "parity", "steps", "detection.export", "detection.judge"}
+ON_ONNX = {"graphs", "parity", "steps"}
+ON_ONNX |= {f"detection.{name}" for name in ("engines", "export", "judge")}
 # Importing one of these at the top of a file is for these parts; the others import it when needed.
 HEAVY = {
     **dict.fromkeys(("cuda", "huggingface_hub", "matplotlib", "model_signing", "onnxruntime"), ()),
