@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 from PIL import Image
 
 import rexdeploy
-from rexdeploy.bundle.manifest import Artifact, ModelSpec
+from rexdeploy.bundle.manifest import Artifact, ModelSpec, decode, to_json
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.detection import boxes as host
 from rexdeploy.detection import masks, runtime
@@ -29,6 +29,7 @@ from rexdeploy.detection.verify import verify_detector
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.graphs.cast import to_precision
 from rexdeploy.images.decode import load
+from tests.cpp_probe import probe
 from tests.helpers import (
     assert_refused,
     copied,
@@ -431,6 +432,18 @@ def test_a_detectors_manifest_has_a_format_of_its_own(detector_original: Bundle)
     with pytest.raises(ValueError, match="a classify network in a manifest of format 2"):
         replace(manifest, model=spec)
     assert {item.role for item in manifest.artifacts if item.kind == "onnx"} == set(ROLES)
+
+
+def test_cpp_takes_no_detector_for_a_classifier(detector_original: Bundle, tmp_path: Path) -> None:
+    own = to_json(detector_original.manifest)
+    forged = own.replace(b'"format": 2', b'"format": 1')
+    (tmp_path / "own.json").write_bytes(own)
+    (tmp_path / "forged.json").write_bytes(forged)
+    lines = probe("manifest", [(tmp_path / "own.json",), (tmp_path / "forged.json",)])
+    assert "got manifest format 2, this program reads 1" in lines[0]
+    assert "a segment network in a manifest of format 1" in lines[1]
+    with pytest.raises(UsageError, match="a segment network in a manifest of format 1"):
+        decode(forged, "forged")
 
 
 def test_a_closed_detector_and_one_image_for_a_list(detector_original: Bundle) -> None:

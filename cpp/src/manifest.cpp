@@ -218,6 +218,10 @@ ModelSpec read_model(const Json& json) {
     const std::string output = optional_text(json, "output", "logits");
     one_of(input, "input", {"float32", "uint8"});
     one_of(output, "output", {"logits", "probabilities"});
+    const std::string task = optional_text(json, "task", "classify");
+    if (one_of(task, "task", {"classify", "detect", "segment"}) != "classify") {
+        malformed("a " + task + " network in a manifest of format " + std::to_string(kFormat));
+    }
     model.input = input == "uint8" ? InputType::uint8 : InputType::float32;
     model.gives_probabilities = output == "probabilities";
     return model;
@@ -316,6 +320,9 @@ Artifact read_artifact(const Json& json) {
     }
     if (const Json* proof = nullable_member(json, "proof")) {
         check_proof(*proof);
+    }
+    if (const Json* role = nullable_member(json, "role")) {
+        one_of(text(*role, "role"), "role", {"features", "boxes", "masks"});
     }
     return artifact;
 }
