@@ -84,7 +84,7 @@ def test_the_limits_are_those_of_the_reader() -> None:
     assert f"at most {strict_json.MAX_DEPTH} deep" in rules
     assert f"beyond 2^{strict_json.MAX_NUMBER.bit_length() - 1}," in rules
     versions = _section("## Versions of the format")
-    assert f"`format` is {manifest.FORMAT};" in versions
+    assert f"`format` is {manifest.FORMAT}; it is {manifest.DETECTOR_FORMAT} if" in versions
     proof = " ".join(_section("### `PrecisionProof`").split())
     assert [name for name in TYPES if f"`{name}`" not in proof] == []
     assert [pair for pair in TYPE_NAMES.items() if "`{}` is `{}`".format(*pair) not in proof] == []
