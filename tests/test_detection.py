@@ -17,7 +17,7 @@ from PIL import Image
 
 import rexdeploy
 from rexdeploy.bundle.manifest import Artifact, ModelSpec, decode, to_json
-from rexdeploy.bundle.store import Bundle
+from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.detection import boxes as host
 from rexdeploy.detection import masks, runtime
 from rexdeploy.detection.detector import load_detector
@@ -308,6 +308,18 @@ def test_verify_passes_stores_and_names_what_is_broken(
     assert "no graph of stage masks could be compared" in refused.err
 
 
+def test_a_graph_without_a_role_is_not_passed_over(
+    detector_original: Bundle, grey: Path, tmp_path: Path
+) -> None:
+    bundle = copied(detector_original, tmp_path / "segment")
+    data = (bundle.path / "boxes.onnx").read_bytes() + b""
+    more = replace(entry(bundle, "boxes.onnx"), file="more.onnx", role=None, sha256=sha256(data))
+    without = replace(bundle.manifest, artifacts=(*bundle.manifest.artifacts, more))
+    (bundle.path / "more.onnx").write_bytes(data)
+    found = verify_detector(Bundle(bundle.path, without), images=grey)
+    assert "more.onnx has no role in a detector" in found.failures
+
+
 def test_images_without_objects_prove_nothing(detector_original: Bundle, grey: Path) -> None:
     found = verify_detector(detector_original, images=grey)
     assert (found.failures, found.sets) == ((), ())
@@ -323,6 +335,8 @@ def test_predict_detects_draws_and_goes_on_behind_a_broken_image(
         (tmp_path / "in" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "in" / "broken.png").write_bytes(b"\x89PNG")
     Image.new("L", (5, 3)).save(tmp_path / "in" / "tiny.png")
+    Image.new("CMYK", (40, 30), (9, 99, 9, 9)).save(tmp_path / "in" / "cmyk.jpg")
+    Image.new("RGB", (4000, 1)).save(tmp_path / "in" / "thin.png")
     done = run_cli(
         "predict", "in", "--bundle", detector_original.path, "--score", "0.3", "--max-detections",
         "7", "--draw", "drawn", "--json", "found.json", cwd=tmp_path,
@@ -331,9 +345,10 @@ def test_predict_detects_draws_and_goes_on_behind_a_broken_image(
     assert "broken.png" in done.err
     found = json.loads((tmp_path / "found.json").read_text())
     rows = {Path(row["file"]).name: row for row in found["images"]}
-    assert rows["broken.png"]["error"]
+    assert {name for name, row in rows.items() if row["error"]} == {"broken.png", "thin.png"}
+    assert "too thin" in rows["thin.png"]["error"]
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
-        f"{Path(name).stem}.png" for name in rows if name != "broken.png"
+        f"{Path(name).stem}.png" for name, row in rows.items() if not row["error"]
     }
     objects = rows["china.png"]["objects"]
     assert 0 < len(objects) <= 7
@@ -419,6 +434,8 @@ def test_commands_of_classifiers_say_so(
     assert_refused(refused, "--score: for detectors, and this bundle holds a classifier")
     refused = run_cli("export", "--task", "detect", "--lite", "--batch", "3", cwd=tmp_path)
     assert_refused(refused, "--lite, --batch: a detector has no such option")
+    refused = run_cli("export", "--task", "detect", "--name", "a/b", cwd=tmp_path)
+    assert_refused(refused, "name: got 'a/b', expected a plain folder name")
     refused = run_cli("export", "--task", "detec", cwd=tmp_path)
     assert_refused(refused, "task: got 'detec', expected classify, detect or segment")
 

@@ -33,6 +33,7 @@ from rexdeploy.bundle.manifest import (
 )
 from rexdeploy.errors import RexdeployError, UsageError
 from rexdeploy.files import MAX_TEXT_BYTES, read_plain, sync_folder, write_synced
+from rexdeploy.text import plain
 
 DEFAULT_ROOT = Path("artifacts")
 SIGNATURE = "bundle.sig"
@@ -238,6 +239,12 @@ def attach_signature(path: Path, make: Callable[[], bytes]) -> None:
             f"cannot sign the bundle {path} ({error.strerror}); nothing was changed: "
             "make its folder writable, or free some space"
         ) from None
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError for what is no plain name of a bundle's folder."""
+    if name in ("", ".", "..") or "/" in name or name.startswith(".") or plain(name) != name:
+        raise UsageError(f"name: got '{name}', expected a plain folder name")
 
 
 def is_bundle(path: Path) -> bool:

@@ -34,8 +34,9 @@ def verify(
         typer.Option(metavar="DIR", help="Images to compare over [default: synthetic ones]."),
     ] = None,
     samples: Annotated[
-        int, typer.Option(help="How many images at the most; of a detector 2.")
-    ] = 16,
+        int | None,
+        typer.Option(help="How many images at the most [default: 16, of a detector 2]."),
+    ] = None,
     candidate: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Judge this ONNX or engine instead of the bundle's."),
@@ -140,7 +141,7 @@ def verify(
 def _verify_detector(
     bundle: Path | None,
     images: Path | None,
-    samples: int,
+    samples: int | None,
     require_signature: Path | None,
     quiet: bool,
     json: Path | None,
@@ -156,7 +157,7 @@ def _verify_detector(
         result = verify_detector(
             opened,
             images=images,
-            samples=SAMPLES if samples == 16 else samples,
+            samples=SAMPLES if samples is None else samples,
             require_signature=require_signature,
             report=report,
         )

@@ -26,7 +26,14 @@ from rexdeploy.bundle.manifest import (
     Role,
     WeightsOrigin,
 )
-from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
+from rexdeploy.bundle.store import (
+    DEFAULT_ROOT,
+    Bundle,
+    check_name,
+    check_writable,
+    commit,
+    sha256,
+)
 from rexdeploy.detection.judge import Judge, SetComparison
 from rexdeploy.detection.preprocess import MAX_SIZE, MIN_SIZE
 from rexdeploy.detection.reference import sized
@@ -44,6 +51,7 @@ from rexdeploy.models.detector_stages import (
     MaskStage,
 )
 from rexdeploy.models.weights import load_detector
+from rexdeploy.models.zoo import fetch_pretrained
 from rexdeploy.parity.compare import Comparison
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import printable
@@ -98,11 +106,12 @@ def export_detector(
 ) -> DetectorExport:
     """Writes a bundle of a Faster ("detect") or Mask R-CNN ("segment") over a ReXNet.
 
-    `weights` is the file of a detector (torchvision's names) or of a classifier, whose heads are
-    then seeded and untrained, or None: nothing is trained. `image_size` is the length that an
-    image's short side is resized to, 800 by default; the long side gets at most 1333/800 of it.
-    Classes count the background, as torchvision does: 91 for COCO. `labels` is a file with a class
-    name a line, the background's first; without it 91 classes are COCO's.
+    `weights` is the file of a detector (torchvision's names) or of a classifier (or "pretrained",
+    timm's published one), whose heads are then seeded and untrained, or None: nothing is trained.
+    `image_size` is the length that an image's short side is resized to, 800 by default; the long
+    side gets at most 1333/800 of it. Classes count the background, as torchvision does: 91 for
+    COCO. `labels` is a file with a class name a line, the background's first; without it 91 classes
+    are COCO's.
 
     Raises UsageError for what cannot be used, BackendUnavailable where a library is missing, and
     VerificationFailed where a graph does not compute what torchvision's detector does; then it has
@@ -119,10 +128,14 @@ def export_detector(
             f"image size: got {size}, expected {_MIN_SIZE} to {_LARGEST} pixels, of a detector's "
             "short side"
         )
+    if name is not None:
+        check_name(name)
     out = Path(out)
     check_writable(out)
     report("loading the network")
     path = None if weights is None else Path(weights)
+    if weights == "pretrained":
+        path, _ = fetch_pretrained("rexnet", 1.0 if width is None else width)
     masks = task == "segment"
     loaded = load_detector(
         path, masks=masks, width=width, num_classes=num_classes, family=None, seed=SEED

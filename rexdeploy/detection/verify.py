@@ -88,6 +88,8 @@ def verify_detector(
     models = {}
     for artifact in bundle.manifest.artifacts:
         if artifact.role is None:
+            if artifact.kind in ("onnx", "engine"):
+                failures.append(f"{artifact.file} has no role in a detector")
             continue
         if artifact.kind == "engine":
             skipped.append(Skip(artifact.file, "an engine needs an NVIDIA GPU"))

@@ -132,9 +132,9 @@ def _row(
 ) -> DetectionRow:
     try:
         image = decode.load(file)
-    except UsageError as error:
+        (found,) = detector.detect([image], score, limit)
+    except UsageError as error:  # it cannot be read, or is too thin to resize
         return DetectionRow(printable(str(file)), one_line(str(error)), ())
-    (found,) = detector.detect([image], score, limit)
     if target is not None:
         _write(drawn(image, found, detector.labels), target(file))
     return DetectionRow(printable(str(file)), None, tuple(_objects(found, detector.labels)))

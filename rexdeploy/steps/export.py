@@ -29,7 +29,14 @@ from rexdeploy.bundle.manifest import (
     Preprocess,
     WeightsOrigin,
 )
-from rexdeploy.bundle.store import DEFAULT_ROOT, Bundle, check_writable, commit, sha256
+from rexdeploy.bundle.store import (
+    DEFAULT_ROOT,
+    Bundle,
+    check_name,
+    check_writable,
+    commit,
+    sha256,
+)
 from rexdeploy.errors import UsageError, VerificationFailed
 from rexdeploy.graphs.from_torch import MIN_OPSET, add_metadata, check_graph, export_graph
 from rexdeploy.graphs.from_torch import simplify as simplified
@@ -43,7 +50,7 @@ from rexdeploy.models.weights import read_weights
 from rexdeploy.parity.compare import Compared, Comparison, Signal, comparable, compare
 from rexdeploy.parity.limits import float32_limits, float32_noise
 from rexdeploy.progress import Report, Result, silent
-from rexdeploy.text import plain, printable
+from rexdeploy.text import printable
 
 ALIGNMENTS = ("auto", "off", "8", "16")
 INPUT, OUTPUT = "input", "logits"
@@ -249,10 +256,8 @@ def _check_words(align: str, takes: str, gives: str, name: str | None) -> None:
     ):
         if got not in forms:
             raise UsageError(f"{what}: got '{got}', expected {' or '.join(forms)}")
-    if name is not None and (
-        name in ("", ".", "..") or "/" in name or name.startswith(".") or plain(name) != name
-    ):
-        raise UsageError(f"name: got '{name}', expected a plain folder name")
+    if name is not None:
+        check_name(name)
 
 
 def _untrained(

@@ -41,7 +41,7 @@ from rexdeploy.progress import Report, Result, several, silent
 from rexdeploy.text import one_line
 
 REFERENCE = "torch"
-MIN_SAMPLES, MAX_SAMPLES = 2, 4096
+SAMPLES, MIN_SAMPLES, MAX_SAMPLES = 16, 2, 4096
 MAX_LOGITS = 1 << 25
 """Rows times classes: each takes some 200 bytes while two files are compared, 6 GiB in all."""
 MAX_VALUES = 5 << 27
@@ -101,7 +101,7 @@ def verify(
     bundle: Bundle | Path | str | None = None,
     *,
     images: Path | str | None = None,
-    samples: int = 16,
+    samples: int | None = None,
     candidate: Path | str | None = None,
     backend: str | Sequence[str] = (),
     require: str | Sequence[str] = (),
@@ -113,8 +113,8 @@ def verify(
     """Compares every file of the bundle with its parent and with the reference; writes nothing.
 
     `bundle` is one, its folder, its name in artifacts/, or None: the latest one there. At most
-    `samples` `images` of a folder are compared, or synthetic ones. `candidate` is an ONNX graph or
-    an engine to judge instead of the bundle's own files, as `precision` where it does not tell it.
+    `samples` `images` of a folder are compared (None: 16), or synthetic ones. `candidate` is an
+    ONNX graph or an engine to judge instead of the bundle's own files, as `precision` where it does not tell it.
     `backend` (one name or several) leaves out all other backends, and the absence of a `require`d
     one is a failure.
     `localize` walks the blocks of 16-bit graphs, too. `require_signature` is the public key that
@@ -127,6 +127,7 @@ def verify(
     Example: `rexdeploy.verify("rexnet_1.5", images="photos", require="tensorrt").failures`
     """
     asked = None if precision is None else _precision(precision, candidate)
+    samples = SAMPLES if samples is None else samples
     if not MIN_SAMPLES <= samples <= MAX_SAMPLES:
         raise UsageError(f"samples: got {samples}, expected {MIN_SAMPLES} to {MAX_SAMPLES}")
     known = (*ONNX_BACKENDS, *ENGINE_BACKENDS)
