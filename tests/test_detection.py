@@ -21,7 +21,7 @@ from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.detection import boxes as host
 from rexdeploy.detection import masks, runtime
 from rexdeploy.detection.detector import load_detector
-from rexdeploy.detection.judge import Alike, Judge, set_limit, unmatched
+from rexdeploy.detection.judge import Alike, Judge, rows, set_limit, unmatched
 from rexdeploy.detection.masks import from_rle, to_rle
 from rexdeploy.detection.reference import rebuilt
 from rexdeploy.detection.runtime import Detections, OnnxStage
@@ -273,6 +273,17 @@ def test_a_limit_grows_with_the_noise_and_is_never_most_of_all(noise: int, total
     assert set_limit(0, 1000) == 3
 
 
+def test_of_a_large_map_the_same_places_are_compared() -> None:
+    large = np.random.default_rng(1).normal(size=(1, 3, 200, 200)).astype(np.float32)
+    drawn = rows("p2", [large])
+    assert drawn.shape == (1 << 15, 3)
+    np.testing.assert_array_equal(rows("p2", [2 * large]), 2 * drawn)
+    assert len(np.unique(drawn, axis=0)) == 1 << 15
+    assert rows("p2", [large[:, :, :100]]).shape == (20_000, 3)
+    assert rows("objectness", [large.reshape(1, -1)[:, :300]]).shape == (100, 3)
+    assert rows("deltas", [large.reshape(1, -1, 4)[:, :300]]).shape == (100, 12)
+
+
 # --- the commands
 
 
@@ -344,13 +355,13 @@ def test_predict_detects_draws_and_goes_on_behind_a_broken_image(
     assert done.code == 2
     assert "broken.png" in done.err
     found = json.loads((tmp_path / "found.json").read_text())
-    rows = {Path(row["file"]).name: row for row in found["images"]}
-    assert {name for name, row in rows.items() if row["error"]} == {"broken.png", "thin.png"}
-    assert "too thin" in rows["thin.png"]["error"]
+    by_name = {Path(row["file"]).name: row for row in found["images"]}
+    assert {name for name, row in by_name.items() if row["error"]} == {"broken.png", "thin.png"}
+    assert "too thin" in by_name["thin.png"]["error"]
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
-        f"{Path(name).stem}.png" for name, row in rows.items() if not row["error"]
+        f"{Path(name).stem}.png" for name, row in by_name.items() if not row["error"]
     }
-    objects = rows["china.png"]["objects"]
+    objects = by_name["china.png"]["objects"]
     assert 0 < len(objects) <= 7
     assert all(item["score"] > 0.3 for item in objects)
     with load_detector(detector_original, "pytorch") as reference:

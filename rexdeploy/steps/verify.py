@@ -117,7 +117,7 @@ def verify(
     ONNX graph or an engine to judge instead of the bundle's own files, as `precision` where it does
     not tell it. `backend` (one name or several) leaves out all other backends, and the absence of a
     `require`d one is a failure. `localize` walks the blocks of 16-bit graphs, too.
-    `require_signature` is the public key that  must have signed the bundle.
+    `require_signature` is the public key that must have signed the bundle.
 
     What does not pass is in the result's `failures`. Raises UsageError where nothing can be judged:
     unusable options or files, or a reference whose logits do not vary over the images;
