@@ -31,7 +31,7 @@ from rexdeploy.interleaved import Task, paired_ratio, time_rounds
 from rexdeploy.machine import machine
 from rexdeploy.models.detector import DetectorConfig, seeded_detector
 
-ROUNDS, THREADS = 12, 2
+ROUNDS, THREADS = 8, 2
 HEIGHT, WIDTH = 800, 1216
 
 

@@ -90,10 +90,8 @@ def test_a_repository_takes_a_next_version_and_its_first_one_still_runs(artifact
 
 def test_a_newer_format_is_one_line_that_names_both(artifacts: Path) -> None:
     manifest = artifacts / "old" / "manifest.json"
-    manifest.write_text(
-        manifest.read_text().replace('"format": 1', '"format": 2, "task": "detect"')
-    )
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 3, "task": "track"'))
     result = run_cli("verify", "old", cwd=artifacts.parent)
     assert result.code == 2
     (line,) = result.error_lines
-    assert "got manifest format 2, this rexdeploy reads 1" in line
+    assert "got manifest format 3, this rexdeploy reads 1 and 2" in line

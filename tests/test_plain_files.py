@@ -152,7 +152,7 @@ def test_only_what_writes_bundles_speaks_of_them_when_it_is_interrupted(
     code = (
         "import os, signal, sys, rexdeploy.cli as cli, rexdeploy.models.zoo as zoo\n"
         "from rexdeploy.bundle.store import Bundle\n"
-        "def interrupted(*arguments): os.kill(os.getpid(), signal.SIGINT)\n"
+        "def interrupted(*arguments, **named): os.kill(os.getpid(), signal.SIGINT)\n"
         "zoo.published = Bundle.find = interrupted\n"
         "cli.main()\n"
     )

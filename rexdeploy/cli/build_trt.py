@@ -77,6 +77,7 @@ def build_trt(
 
     if onnx is not None and bundle is not None:
         raise UsageError("got a bundle and --onnx, expected one of them")
+    batches = None if batch is None else BatchRange.parse(batch)
     if onnx is None:
         from rexdeploy.cli.detectors import build_engines, is_detector, only_for
 
@@ -92,7 +93,6 @@ def build_trt(
             build_engines(bundle, out, fp16, target or [], workspace, quiet, json)
             return
     command = command_line()
-    batches = None if batch is None else BatchRange.parse(batch)
     with bounded(), progress(quiet) as report:
         result = run(
             import_onnx(onnx, out=out, batch=batches, force=force, command=command)
