@@ -199,13 +199,13 @@ def _copy(original: Bundle, folder: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def detector_original(session_dir: Path) -> Bundle:
-    """A seeded Mask R-CNN over a narrow ReXNet; short sides of 96 pixels, four classes."""
+    """A seeded Mask R-CNN over a narrow ReXNet; short sides of 96 pixels, 20 classes."""
     out = session_dir / "detectors"
     out.mkdir(exist_ok=True)
     with _once(out / "segment") as missing:
         if missing:
             done = run_cli(
-                "export", "--task", "segment", "--width", "0.3", "--num-classes", "5",
+                "export", "--task", "segment", "--width", "0.3", "--num-classes", "21",
                 "--image-size", "96", "--name", "segment", "--out", out, cwd=out,
             )  # fmt: skip
             assert done.code == 0, done.err

@@ -84,13 +84,13 @@ def other_anchor(model: ModelProto) -> ModelProto:
 
 def class_off_by_one(model: ModelProto) -> ModelProto:
     """The classes' rows moved on by one."""
-    last = [node for node in nodes_of(model, "Gemm") if _rows(model, node.input[1]) == 5]
+    last = [node for node in nodes_of(model, "Gemm") if _rows(model, node.input[1]) == 21]
     assert last
     return edit_weights(model, [*last[0].input[1:]], lambda values: np.roll(values, 1, axis=0))
 
 
 def wrong_std(model: ModelProto) -> ModelProto:
-    last = [node for node in nodes_of(model, "Gemm") if _rows(model, node.input[1]) == 20]
+    last = [node for node in nodes_of(model, "Gemm") if _rows(model, node.input[1]) == 84]
     return edit_weights(model, [*last[0].input[1:]], lambda values: values * 1.05)
 
 
@@ -118,7 +118,7 @@ def swapped_levels(model: ModelProto) -> ModelProto:
 
 def other_mask(model: ModelProto) -> ModelProto:
     """The masks of the next class."""
-    last = [node for node in nodes_of(model, "Conv") if _rows(model, node.input[1]) == 5]
+    last = [node for node in nodes_of(model, "Conv") if _rows(model, node.input[1]) == 21]
     assert last
     return edit_weights(model, [*last[0].input[1:]], lambda values: np.roll(values, 1, axis=0))
 
@@ -184,7 +184,7 @@ def stages(models: dict[Any, ModelProto]) -> dict[Any, OnnxStage]:
 
 def test_from_end_to_end_it_is_torchvisions_detector(judge: Judge, stages: Any) -> None:
     found = judge.end_to_end(stages, "ours")
-    assert found.expected >= 20  # so that it means something
+    assert found.expected >= 12  # so that it means something
     assert found.failures == ()
 
 
@@ -206,7 +206,7 @@ BETWEEN: dict[str, tuple[Any, str, Any]] = {
         "detections",
         lambda *given, **named: (
             *(made := DETECTIONS(*given, **named))[:2],
-            made[2] % 4 + 1,
+            made[2] % 20 + 1,
         ),
     ),
     "masks beside their boxes": (masks, "rles", _half_a_pixel_off),
