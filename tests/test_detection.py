@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 import rexdeploy
 from rexdeploy.bundle.manifest import Artifact, ModelSpec, decode, to_json
-from rexdeploy.bundle.store import Bundle, sha256
+from rexdeploy.bundle.store import Bundle, commit, sha256
 from rexdeploy.detection import boxes as host
 from rexdeploy.detection import masks, runtime
 from rexdeploy.detection.detector import load_detector
@@ -271,6 +272,7 @@ def test_a_limit_grows_with_the_noise_and_is_never_most_of_all(noise: int, total
     assert set_limit(noise, total) <= total // 4
     assert set_limit(noise, total) <= set_limit(noise + 1, total)
     assert set_limit(0, 1000) == 3
+    assert set_limit(8, 1000) == 17
 
 
 def test_of_a_large_map_the_same_places_are_compared() -> None:
@@ -316,7 +318,81 @@ def test_verify_passes_stores_and_names_what_is_broken(
     assert refused.code == 3
     assert "the edge pytorch -> boxes.onnx (onnxruntime): class_logits is broken" in refused.err
     assert "expected stage 'masks'" in refused.err
-    assert "no graph of stage masks could be compared" in refused.err
+    assert "no float32 graph of stage boxes, masks has passed" in refused.err
+
+
+def drifted(models: dict[str, ModelProto], factor: float) -> ModelProto:
+    last = [
+        n for n in nodes_of(models["boxes"], "Gemm") if _rows(models["boxes"], n.input[1]) == 84
+    ]
+    return edit_weights(models["boxes"], [last[0].input[1]], lambda values: values * factor)
+
+
+def test_rounding_makes_no_room_for_a_small_defect(
+    judge: Judge, models: dict[str, ModelProto], detector_original: Bundle
+) -> None:
+    """Less than half precision itself does, and not what the parent rounds to."""
+    artifact = replace(entry(detector_original, "boxes.onnx"), precision="fp16")
+    half = to_precision(drifted(models, 1.01), "fp16")
+    broken = [e for e in judge.compare(artifact, half, models["boxes"]) if e.failures]
+    assert [edge.reference for edge in broken] == ["its parent, rounded alike"]
+
+
+def test_what_a_manifest_says_is_held_against_the_files(
+    detector_original: Bundle, models: dict[str, ModelProto], grey: Path, tmp_path: Path
+) -> None:
+    bundle = copied(detector_original, tmp_path / "segment")
+    boxes = entry(bundle, "boxes.onnx")
+    half = to_precision(drifted(models, 1.5), "fp16").SerializeToString()
+    (bundle.path / "half.onnx").write_bytes(half)
+    other = replace(
+        boxes, file="half.onnx", sha256=sha256(half), precision="fp16", parent_sha256=boxes.sha256
+    )
+    engine = replace(
+        boxes, kind="engine", file="boxes.engine", sha256=sha256(b"no engine"), role="boxes"
+    )
+    (bundle.path / "boxes.engine").write_bytes(b"no engine")
+    more = commit(bundle.path, lambda m: (m or bundle.manifest).with_artifacts(other, engine), {})
+    failures = "; ".join(verify_detector(more, images=grey).failures)
+    assert "boxes.engine: the manifest holds no proof that it is in fp32" in failures
+    assert "-> half.onnx (onnxruntime): box_deltas is broken" in failures
+    spec = replace(bundle.manifest.model.preprocess, mean=(0.0, 0.0, 0.0))
+    wrong = replace(bundle.manifest, model=replace(bundle.manifest.model, preprocess=spec))
+    with pytest.raises(UsageError, match="preprocessing is not that of features.onnx"):
+        load_detector(commit(bundle.path, lambda _: wrong, {}))
+
+
+def test_a_graph_of_other_shapes_is_one_line(
+    judge: Judge, models: dict[str, ModelProto], detector_original: Bundle
+) -> None:
+    turned = ModelProto()
+    turned.CopyFrom(models["features"])
+    for node in turned.graph.node:
+        for index, name in enumerate(node.output):
+            if name == "p2":
+                node.output[index] = "p2/before"
+        for index, name in enumerate(node.input):
+            if name == "p2":
+                node.input[index] = "p2/before"
+    turned.graph.node.append(
+        helper.make_node("Transpose", ["p2/before"], ["p2"], perm=[0, 1, 3, 2])
+    )
+    with pytest.raises(RexdeployError, match=r"its p2 has shape .*, expected \[1, 256, "):
+        judge.compare(entry(detector_original, "features.onnx"), turned, None)
+
+
+def test_a_picture_takes_no_images_place(
+    detector_original: Bundle, grey: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(grey, tmp_path / "own"))
+    before = {file.name: file.read_bytes() for file in own.iterdir()}
+    for image, target in ((own, own), (own / "90.png", own / "90.png")):
+        with pytest.raises(UsageError, match="is one of the images; give another place"):
+            rexdeploy.detect(image, detector_original, draw=target)
+    Image.new("RGB", (64, 48)).save(own / "90.jpg")
+    with pytest.raises(UsageError, match="two images are called 90"):
+        rexdeploy.detect(own, detector_original, draw=tmp_path / "drawn")
+    assert {name: (own / name).read_bytes() for name in before} == before
 
 
 def test_a_graph_without_a_role_is_not_passed_over(

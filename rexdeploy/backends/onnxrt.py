@@ -190,6 +190,9 @@ class GraphSession:
 
         Raises RexdeployError where the graph fails.
         """
+        for value in self._session.get_inputs():
+            if value.type not in _NUMPY_TYPES:
+                raise RexdeployError(f"the graph takes {value.name} as {value.type}")
         with np.errstate(over="ignore"):  # what float16 cannot hold is infinite
             typed = {
                 value.name: feeds[value.name].astype(_NUMPY_TYPES[value.type])

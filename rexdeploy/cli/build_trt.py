@@ -87,7 +87,7 @@ def build_trt(
                 bf16=bf16,
                 int8=int8,
                 batch=batch is not None,
-                flavor=flavor == "tensorrt",
+                flavor=flavor not in ("auto", "rtx"),
                 force=force,
             )
             build_engines(bundle, out, fp16, target or [], workspace, quiet, json)

@@ -28,10 +28,11 @@ def sign(
     rexdeploy sign rexnet_1.5 --private-key key.pem
     rexdeploy predict cat.jpg --bundle rexnet_1.5 --require-signature key.pub
     """
+    from rexdeploy.bundle.manifest import TASKS
     from rexdeploy.bundle.signing import sign as run
     from rexdeploy.bundle.store import SIGNATURE, Bundle
 
-    opened = Bundle.find(bundle)
+    opened = Bundle.find(bundle, tasks=TASKS)
     count = run(opened, private_key=private_key)
     if not quiet:
         say(f"{opened.path / SIGNATURE}: of {count} files; whatever changes the bundle drops it")

@@ -12,6 +12,7 @@ from PIL import Image
 from rexdeploy.arrays import UInt8
 from rexdeploy.bundle.labels import read_labels
 from rexdeploy.bundle.manifest import DETECTORS, Role
+from rexdeploy.bundle.metadata import check_preprocess
 from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle
 from rexdeploy.detection.preprocess import prepare
@@ -74,6 +75,11 @@ class Detector:
             if self._stages is None:
                 raise RexdeployError("this detector was closed; load the bundle again")
             found = trace(self._stages, prepared, (pixels.shape[0], pixels.shape[1]), choice)
+        if max(found.detections.labels, default=0) >= len(self.labels):
+            raise RexdeployError(
+                f"the network gives class {max(found.detections.labels)}, and the manifest knows "
+                f"{len(self.labels)}: run `rexdeploy verify`"
+            )
         return found.detections
 
     def close(self) -> None:
@@ -141,5 +147,7 @@ def load_detector(
             raise UsageError(
                 f"{found.path} holds no float32 graph of stage '{role}'; run 'rexdeploy export'"
             )
-        stages[role] = OnnxStage(found.read(artifact), role)
+        data = found.read(artifact)
+        check_preprocess(found, artifact, data)
+        stages[role] = OnnxStage(data, role)
     return Detector(found, labels, stages, ONNXRUNTIME)

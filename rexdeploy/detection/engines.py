@@ -16,7 +16,7 @@ from rexdeploy.backends import tensorrt_api, tensorrt_build
 from rexdeploy.backends.tensorrt_build import EngineSettings, Shapes
 from rexdeploy.bundle.manifest import DETECTORS, Artifact, BatchRange, ModelSpec, Role
 from rexdeploy.bundle.precision import TYPE_NAMES, Precision
-from rexdeploy.bundle.store import Bundle, sha256
+from rexdeploy.bundle.store import Bundle, check_writable, sha256
 from rexdeploy.detection.boxes import MULTIPLE
 from rexdeploy.detection.export import head_graphs, labelled
 from rexdeploy.detection.reference import rebuilt
@@ -30,7 +30,7 @@ from rexdeploy.parity.layer_types import prove
 from rexdeploy.progress import Report, Result, several, silent
 from rexdeploy.text import printable
 
-_LEAST = 64  # pixels of a canvas's side
+_LEAST = 32  # pixels of a canvas's side
 _POOLED = (4, 8, 16, 32)
 _CHANNELS = 256
 _BOXES = (1, 256, 1000)  # that a level has: the RPN proposes 1000 in all
@@ -70,7 +70,10 @@ def build_detector(
 
     Example: `rexdeploy.build_detector("street", fp16=True, target="sm89").engines`
     """
+    if workspace is not None and workspace < 1:
+        raise UsageError(f"workspace: got {workspace}, expected 1 or more MiB")
     bundle = Bundle.find(bundle, tasks=DETECTORS)
+    check_writable(bundle.path)
     spec, weights = bundle.manifest.model, bundle.manifest.find("weights")
     features = bundle.manifest.find_file("features.onnx")
     if weights is None or features is None:

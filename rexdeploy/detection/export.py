@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,13 @@ def export_detector(
 def labelled(model: ModelProto, spec: ModelSpec, role: Role) -> ModelProto:
     """The graph with a note of what it is."""
     onnx.helper.set_model_props(
-        model, {"rexdeploy.name": spec.title, "rexdeploy.role": role, "rexdeploy.task": spec.task}
+        model,
+        {
+            "rexdeploy.name": spec.title,
+            "rexdeploy.role": role,
+            "rexdeploy.task": spec.task,
+            "rexdeploy.preprocess": json.dumps(asdict(spec.preprocess)),
+        },
     )
     return model
 
@@ -278,7 +285,7 @@ def _write(path: Path, spec: ModelSpec, files: dict[str, bytes], command: str) -
         derived = [
             item
             for item in (current.artifacts if current else ())
-            if item.parent_sha256 and item.file not in names
+            if item.parent_sha256 and item.file not in names and item.kind != "report"
         ]
         return Manifest(DETECTOR_FORMAT, path.name, spec, ()).with_artifacts(*added, *derived)
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _RATIOS = 3  # anchors of one place
 _MASKS = 8  # boxes of a level whose masks are compared
 _MOST_ROWS = 1 << 15
+_ALIKE = 0.25  # of its own rounding, that a graph may differ from its parent rounded alike
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Stage:
     ) -> None:
         """Raises UsageError where a tensor does not vary, so that agreement would prove nothing."""
         self.role = role
+        self.shapes = [{name: one[name].shape for name in OUTPUTS[role]} for one in float32]
         self.expected: dict[str, Array] = {}
         self.signals: dict[str, Signal] = {}
         self.noise: dict[str, Limits] = {}
@@ -127,10 +129,43 @@ class Stage:
     def compared(
         self, given: Sequence[dict[str, Float32]], limits: dict[str, Limits], names: tuple[str, str]
     ) -> list[Comparison]:
-        """One comparison a tensor of what a candidate gives for the reference's own inputs."""
+        """One comparison a tensor of what a candidate gives for the reference's own inputs.
+
+        Raises RexdeployError for tensors of other shapes.
+        """
+        return self._compared(self.expected, given, limits, names)
+
+    def like(
+        self,
+        twin: Sequence[dict[str, Float32]],
+        given: Sequence[dict[str, Float32]],
+        rounding: dict[str, Limits],
+        names: tuple[str, str],
+    ) -> list[Comparison]:
+        """The same beside the parent that rounds alike, of whose `rounding` a quarter may differ."""
+        expected = {name: rows(name, [one[name] for one in twin]) for name in OUTPUTS[self.role]}
+        limits = {
+            name: float32_limits(noise).plus(_ALIKE, rounding[name])
+            for name, noise in self.noise.items()
+        }
+        return self._compared(expected, given, limits, names)
+
+    def _compared(
+        self,
+        expected: dict[str, Array],
+        given: Sequence[dict[str, Float32]],
+        limits: dict[str, Limits],
+        names: tuple[str, str],
+    ) -> list[Comparison]:
+        for known, own in zip(self.shapes, given, strict=True):
+            for name, shape in known.items():
+                if own[name].shape != shape:
+                    raise RexdeployError(
+                        f"its {name} has shape {list(own[name].shape)}, expected {list(shape)}"
+                    )
         return [
             compare(
-                self.expected[name],
+                expected[name],
                 rows(name, [one[name] for one in given]),
                 signal=self.signals[name],
                 limits=limits[name],
@@ -167,7 +202,7 @@ def set_limit(noise: int, total: int) -> int:
     Rounding near a threshold flips some of both: another runtime's rounding is as large, and
     flips others (three standard deviations of the count), so that none is no limit either.
     """
-    return min(total // 4, round(2 * noise + 3 * float(np.sqrt(noise + 1))))
+    return min(total // 4, round(noise + 3 * float(np.sqrt(noise + 1))))
 
 
 def _same_masks(a: Detections, b: Detections, first: int, second: int, alike: Alike) -> bool:
@@ -236,13 +271,15 @@ class Judge:
     def compare(
         self, artifact: Artifact, model: ModelProto, parent: ModelProto | None
     ) -> list[Comparison]:
-        """A graph's tensors beside the reference's; `parent` is what a 16-bit one was made from.
+        """A graph's tensors beside the reference's, and a 16-bit one's beside its parent's.
 
-        Raises RexdeployError where it cannot be run.
+        `parent` is the float32 graph that a 16-bit one was made from, and has passed. Raises
+        RexdeployError where it cannot be run.
         """
         assert artifact.role is not None
         stage, role = self._stages[artifact.role], artifact.role
         limits = {name: float32_limits(noise) for name, noise in stage.noise.items()}
+        alike, rooms = None, dict[str, Limits]()
         precision = precision_of(model)
         if precision != artifact.precision:
             raise RexdeployError(
@@ -252,18 +289,20 @@ class Judge:
         if precision not in (None, "fp32"):
             if parent is None or (rounded := twin(parent, model)) is None:
                 raise RexdeployError("it is not its parent's graph in other types")
-            rounding = stage.compared(
-                self._by_image(rounded.model, role), limits, (PYTORCH, "rounded")
-            )
+            alike = self._by_image(rounded.model, role)
+            rounding = stage.compared(alike, limits, (PYTORCH, "rounded"))
             for edge, name in zip(rounding, stage.expected, strict=True):
-                room: Limits = edge.numbers
+                room = rooms[name] = edge.numbers
                 constant = stage.signals[name].constant
                 limits[name] = rounding_limits(
                     limits[name], room, GRAPH_MARGIN, precision, constant
                 )
             model = as_typed(model)
-        given = self._by_image(model, role)
-        return stage.compared(given, limits, (PYTORCH, f"{artifact.file} ({ONNXRUNTIME})"))
+        given, title = self._by_image(model, role), f"{artifact.file} ({ONNXRUNTIME})"
+        found = stage.compared(given, limits, (PYTORCH, title))
+        if alike is not None:
+            found += stage.like(alike, given, rooms, ("its parent, rounded alike", title))
+        return found
 
     def end_to_end(self, stages: Stages, name: str) -> SetComparison:
         """Detections of our own pipeline over these stages, beside torchvision's own."""

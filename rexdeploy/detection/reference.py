@@ -46,6 +46,15 @@ def rebuilt(weights: bytes, spec: ModelSpec) -> nn.Module:
 
 def sized(model: Any, spec: ModelSpec) -> nn.Module:
     """The detector with the bundle's own preprocessing."""
+    from torchvision.ops.poolers import initLevelMapper
+
+    from rexdeploy.models.detector_stages import POOLED_STRIDES
+
+    # Torchvision guesses these from the first image, below 46 pixels wrongly.
+    for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        if pool is not None:
+            pool.scales = [1 / stride for stride in POOLED_STRIDES]
+            pool.map_levels = initLevelMapper(2, 5)
     model.transform.min_size = (spec.preprocess.height,)
     model.transform.max_size = spec.preprocess.width
     model.transform.image_mean = list(spec.preprocess.mean)

@@ -15,7 +15,7 @@ from rexdeploy.detection import boxes as host
 from rexdeploy.detection import masks
 from rexdeploy.detection.masks import Rle
 from rexdeploy.detection.preprocess import Prepared, to_original
-from rexdeploy.errors import UsageError
+from rexdeploy.errors import RexdeployError, UsageError
 
 LEVELS = (2, 3, 4, 5)
 MAPS = tuple(f"p{level}" for level in LEVELS)
@@ -180,6 +180,12 @@ def run_heads(stage: Stage, role: Role, feeds: Mapping[str, Float32]) -> Tensors
         filled[name] = np.concatenate([feeds[name], filler])
     given = stage.run(filled)
     sizes = [len(filled[name]) for name in ROIS]
+    for name in OUTPUTS[role]:
+        if given[name].shape[:1] != (sum(sizes),):
+            raise RexdeployError(
+                f"{name} of shape {list(given[name].shape)} for {sum(sizes)} boxes, expected a row "
+                "for each"
+            )
     kept = np.concatenate(
         [np.arange(size) < count for size, count in zip(sizes, counts, strict=True)]
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rexdeploy.arrays import UInt8
+from rexdeploy.bundle.labels import read_labels
 from rexdeploy.bundle.manifest import DETECTORS, VERIFICATION, Artifact, Preprocess, Role, to_json
+from rexdeploy.bundle.metadata import check_preprocess
 from rexdeploy.bundle.signing import find
 from rexdeploy.bundle.store import Bundle, sha256
 from rexdeploy.detection.judge import Judge, SetComparison, Skip
@@ -20,6 +23,9 @@ from rexdeploy.images import decode, sets
 from rexdeploy.parity.compare import Comparison
 from rexdeploy.progress import Report, Result, silent
 from rexdeploy.text import one_line
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 SAMPLES = 2  # a detector's images are 20 times as large as a classifier's
 
@@ -77,6 +83,7 @@ def verify_detector(
     weights = bundle.manifest.find("weights")
     if weights is None:
         raise UsageError(f"{bundle.path} holds no weights; run 'rexdeploy export' again")
+    read_labels(bundle)  # as many as classes, or an error
     report("running the reference")
     pixels, described = _images(images, samples, spec.preprocess)
     judge = Judge(rebuilt(bundle.read(weights), spec), spec, pixels)
@@ -85,23 +92,29 @@ def verify_detector(
     failures: list[str] = []
     float32: dict[Role, Stage] = {}
     files = {weights.file: weights.sha256}
-    models = {}
+    passed: dict[str, tuple[Role, ModelProto]] = {}  # float32 graphs by their hash
     for artifact in bundle.manifest.artifacts:
         if artifact.role is None:
             if artifact.kind in ("onnx", "engine"):
                 failures.append(f"{artifact.file} has no role in a detector")
             continue
         if artifact.kind == "engine":
+            bundle.read(artifact)
+            if (fault := artifact.proof_fault) is not None:
+                failures.append(f"{artifact.file}: {fault}")
             skipped.append(Skip(artifact.file, "an engine needs an NVIDIA GPU"))
+            continue
+        if artifact.role not in judge.roles:
+            failures.append(f"{artifact.file}: no stage '{artifact.role}' can {spec.task}")
             continue
         report(f"comparing {artifact.file}")
         files[artifact.file] = artifact.sha256
         data = bundle.read(artifact)
         try:
             model = parse(data, artifact.file)
-            models[artifact.sha256] = model
-            parent = models.get(artifact.parent_sha256 or "")
-            found = judge.compare(artifact, model, parent)
+            check_preprocess(bundle, artifact, data)
+            role, parent = passed.get(artifact.parent_sha256 or "", (None, None))
+            found = judge.compare(artifact, model, parent if role == artifact.role else None)
         except (RexdeployError, UsageError) as error:
             failures.append(f"{artifact.file}: {error}")
             continue
@@ -111,12 +124,13 @@ def verify_detector(
             for edge in found
             if edge.failures
         ]
-        if artifact.precision == "fp32":
+        if artifact.precision == "fp32" and not any(edge.failures for edge in found):
+            passed[artifact.sha256] = artifact.role, model
             float32.setdefault(artifact.role, OnnxStage(data, artifact.role))
     whole = []
     missing = [role for role in judge.roles if role not in float32]
     if missing:
-        failures.append(f"no graph of stage {', '.join(missing)} could be compared")
+        failures.append(f"no float32 graph of stage {', '.join(missing)} has passed")
     else:
         report("detecting from end to end")
         found_sets = judge.end_to_end(float32, ONNXRUNTIME)

@@ -109,8 +109,9 @@ def _target(draw: Path, files: Sequence[Path]) -> Callable[[Path], Path]:
     if len(files) == 1:
         if draw.suffix.lower() not in FORMATS:
             raise UsageError(f"draw: got {draw}, expected a name that ends in {', '.join(FORMATS)}")
+        _check_apart(draw, files)
         return lambda _: draw
-    names = [file.name for file in files]
+    names = [file.stem for file in files]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UsageError(f"draw: two images are called {twice}; draw them apart")
@@ -120,7 +121,15 @@ def _target(draw: Path, files: Sequence[Path]) -> Callable[[Path], Path]:
         draw.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"draw: cannot make the folder {draw} ({error.strerror})") from None
+    for name in names:
+        _check_apart(draw / f"{name}.png", files)
     return lambda file: draw / f"{file.stem}.png"
+
+
+def _check_apart(picture: Path, files: Sequence[Path]) -> None:
+    """Raises UsageError where a picture would take the place of an image."""
+    if picture.exists() and any(file.exists() and picture.samefile(file) for file in files):
+        raise UsageError(f"draw: {picture} is one of the images; give another place")
 
 
 def _row(

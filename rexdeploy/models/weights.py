@@ -121,9 +121,12 @@ def load_detector(
     if any(name.startswith(("backbone.", "rpn.", "roi_heads.")) for name in state):
         config = _agreed(_detector_of(state, path), path, masks, width, num_classes, family)
         return DetectorWeights(config, _whole(state, config, path), True, True)
-    classes, kind = num_classes or COCO_CLASSES, family or "rexnet"
+    classes = COCO_CLASSES if num_classes is None else num_classes
+    kind = family or "rexnet"
     if source is None:
-        return _seeded(DetectorConfig(width or 1.0, classes, bool(masks), kind), None, seed)
+        return _seeded(
+            DetectorConfig(1.0 if width is None else width, classes, bool(masks), kind), None, seed
+        )
     is_file = isinstance(source, Path)
     classifier = load_checkpoint(path) if is_file else known_checkpoint(state, path)
     config = DetectorConfig(classifier.width, classes, bool(masks), classifier.family)
@@ -163,6 +166,8 @@ def _detector_of(state: StateDict, path: Path) -> DetectorConfig:
 def _whole(state: StateDict, config: DetectorConfig, path: Path) -> StateDict:
     with torch.device("meta"):
         expected = build_detector(config).state_dict()
+    if not config.masks:  # those that it has need not be used
+        state = {name: t for name, t in state.items() if not name.startswith("roi_heads.mask_")}
     return complete(state, expected, config.title, path)
 
 
@@ -180,7 +185,7 @@ def _agreed(
     """
     asked = DetectorConfig(
         found.width if width is None else width,
-        num_classes or found.num_classes,
+        found.num_classes if num_classes is None else num_classes,
         found.masks if masks is None else masks,
         family or found.family,
     )
@@ -191,4 +196,4 @@ def _agreed(
             f"weights {path}: got a {found.title} with {found.num_classes} classes, asked for a "
             f"{asked.title} with {asked.num_classes}; leave out what contradicts, or give others"
         )
-    return replace(found, width=asked.width)
+    return replace(found, width=asked.width, masks=asked.masks)

@@ -280,6 +280,8 @@ def _check_replaceable(path: Path, spec: ModelSpec) -> None:
     if not (path / MANIFEST).exists():
         return
     current = Bundle.open(path).manifest
+    if current.model.task != spec.task:
+        raise UsageError(f"{path} holds a detector; give another --name")
     if current.model.weights.trained and not spec.weights.trained:
         raise UsageError(
             f"{path} holds trained weights ({current.model.weights.source}) and would be replaced "
