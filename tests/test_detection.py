@@ -322,10 +322,9 @@ def test_verify_passes_stores_and_names_what_is_broken(
 
 
 def drifted(models: dict[str, ModelProto], factor: float) -> ModelProto:
-    last = [
-        n for n in nodes_of(models["boxes"], "Gemm") if _rows(models["boxes"], n.input[1]) == 84
-    ]
-    return edit_weights(models["boxes"], [last[0].input[1]], lambda values: values * factor)
+    model = models["boxes"]
+    (last,) = [n for n in nodes_of(model, "Gemm") if _rows(model, n.input[1]) == 84]
+    return edit_weights(model, [last.input[1]], lambda values: values * factor)
 
 
 def test_rounding_makes_no_room_for_a_small_defect(
@@ -333,9 +332,9 @@ def test_rounding_makes_no_room_for_a_small_defect(
 ) -> None:
     """Less than half precision itself does, and not what the parent rounds to."""
     artifact = replace(entry(detector_original, "boxes.onnx"), precision="fp16")
-    half = to_precision(drifted(models, 1.01), "fp16")
+    half = to_precision(drifted(models, 1.003), "fp16")
     broken = [e for e in judge.compare(artifact, half, models["boxes"]) if e.failures]
-    assert [edge.reference for edge in broken] == ["its parent, rounded alike"]
+    assert "its parent, rounded alike" in [edge.reference for edge in broken]
 
 
 def test_what_a_manifest_says_is_held_against_the_files(

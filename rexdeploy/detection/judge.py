@@ -142,7 +142,7 @@ class Stage:
         rounding: dict[str, Limits],
         names: tuple[str, str],
     ) -> list[Comparison]:
-        """The same beside the parent that rounds alike, of whose `rounding` a quarter may differ."""
+        """The same beside the parent that rounds alike, a quarter of that `rounding` away."""
         expected = {name: rows(name, [one[name] for one in twin]) for name in OUTPUTS[self.role]}
         limits = {
             name: float32_limits(noise).plus(_ALIKE, rounding[name])
