@@ -195,6 +195,9 @@ def test_a_whole_detector_says_what_it_is(tmp_path: Path) -> None:
     built = found.build().state_dict()
     assert built.keys() == model.state_dict().keys()
     assert all(torch.equal(built[name], value) for name, value in state.items())
+    without = load_detector(tmp_path / "model.pth", masks=False)
+    assert not without.config.masks
+    assert not any(".mask_" in name for name in without.build().state_dict())
     with pytest.raises(UsageError, match="with 7 classes, asked for .* with 9; leave out"):
         load_detector(tmp_path / "model.pth", num_classes=9)
 

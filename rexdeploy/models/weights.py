@@ -166,7 +166,8 @@ def _detector_of(state: StateDict, path: Path) -> DetectorConfig:
 def _whole(state: StateDict, config: DetectorConfig, path: Path) -> StateDict:
     with torch.device("meta"):
         expected = build_detector(config).state_dict()
-    if not config.masks:  # those that it has need not be used
+    has_masks = any(name.startswith(_MASKS) for name in state)
+    if has_masks and not config.masks:  # those that it has need not be used
         state = {name: t for name, t in state.items() if not name.startswith("roi_heads.mask_")}
     return complete(state, expected, config.title, path)
 
