@@ -17,8 +17,8 @@ from rexdeploy.backends.tensorrt_build import EngineSettings, Shapes
 from rexdeploy.bundle.manifest import DETECTORS, Artifact, BatchRange, ModelSpec, Role
 from rexdeploy.bundle.precision import TYPE_NAMES, Precision
 from rexdeploy.bundle.store import Bundle, check_writable, sha256
-from rexdeploy.detection.boxes import MULTIPLE
 from rexdeploy.detection.export import head_graphs, labelled
+from rexdeploy.detection.preprocess import canvas_side
 from rexdeploy.detection.reference import rebuilt
 from rexdeploy.detection.runtime import MAPS, ROIS
 from rexdeploy.errors import UsageError, VerificationFailed
@@ -26,13 +26,13 @@ from rexdeploy.graphs.cast import to_precision
 from rexdeploy.graphs.from_torch import simplify
 from rexdeploy.graphs.products import products
 from rexdeploy.graphs.read import node_name, parse
+from rexdeploy.models.detector import FPN_CHANNELS
+from rexdeploy.models.detector_stages import POOLED_STRIDES
 from rexdeploy.parity.layer_types import prove
 from rexdeploy.progress import Report, Result, several, silent
 from rexdeploy.text import printable
 
 _LEAST = 32  # pixels of a canvas's side
-_POOLED = (4, 8, 16, 32)
-_CHANNELS = 256
 _BOXES = (1, 256, 1000)  # that a level has: the RPN proposes 1000 in all
 _MASKS = (1, 32, 100)
 
@@ -169,21 +169,17 @@ def _coordinates(model: ModelProto) -> set[str]:
 def _shapes(role: Role, spec: ModelSpec) -> dict[str, Shapes]:
     """The least, usual and largest shape of each input of a stage."""
     short, long = spec.preprocess.height, spec.preprocess.width
-    largest, usual = _up(long), (_up(short), _up(short * 4 // 3))
+    largest, usual = canvas_side(long), (canvas_side(short), canvas_side(short * 4 // 3))
     canvases = ((_LEAST, _LEAST), usual, (largest, largest))
     if role == "features":
         low, mid, high = ((1, 3, *canvas) for canvas in canvases)
         return {"images": (low, mid, high)}
     shapes: dict[str, Shapes] = {}
-    for name, stride in zip(MAPS, _POOLED, strict=True):
-        low, mid, high = ((1, _CHANNELS, h // stride, w // stride) for h, w in canvases)
+    for name, stride in zip(MAPS, POOLED_STRIDES, strict=True):
+        low, mid, high = ((1, FPN_CHANNELS, h // stride, w // stride) for h, w in canvases)
         shapes[name] = (low, mid, high)
     counts = _BOXES if role == "boxes" else _MASKS
     for name in ROIS:
         few, some, most = ((count, 4) for count in counts)
         shapes[name] = (few, some, most)
     return shapes
-
-
-def _up(side: int) -> int:
-    return -(-side // MULTIPLE) * MULTIPLE

@@ -71,7 +71,7 @@ def prepare(
     y = y._replace(low=np.searchsorted(rows, y.low), high=np.searchsorted(rows, y.high))
     x = x._replace(low=np.searchsorted(columns, x.low), high=np.searchsorted(columns, x.high))
     used = pixels[rows[:, None], columns]
-    canvas = np.zeros((3, _up(height), _up(width)), np.float32)
+    canvas = np.zeros((3, canvas_side(height), canvas_side(width)), np.float32)
     for channel, plane in enumerate(canvas):
         scaled = used[:, :, channel].astype(np.float32) / np.float32(255)
         scaled -= np.float32(mean[channel])
@@ -93,7 +93,8 @@ def _used(low: Int64, high: Int64) -> Int64:
     return np.unique(np.concatenate([low, high]))
 
 
-def _up(side: int) -> int:
+def canvas_side(side: int) -> int:
+    """The least side of a canvas that holds so many pixels."""
     return -(-side // MULTIPLE) * MULTIPLE
 
 
